@@ -1,0 +1,22 @@
+"""ComfyUI-FewStepSR: few-step diffusion super-resolution (OSEDiff, InvSR) as native ComfyUI nodes."""
+
+import os
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from .nodes import NODES
+
+# An extra_model_paths.yaml is read before this, so that the user's folders stay first; a folder new to ComfyUI has no extensions yet.
+for folder in ("osediff", "invsr"):
+    folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
+    folder_paths.folder_names_and_paths[folder][1].update({".pkl", ".pt", ".pth", ".safetensors"})
+
+
+class FewStepSRExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> FewStepSRExtension:
+    return FewStepSRExtension()

@@ -1,0 +1,19 @@
+"""The methods' stages as ComfyUI nodes on native sockets."""
+
+from .color import FewStepSRColorFix
+from .invsr import InvSRNoisePredictorLoader, InvSRStartState
+from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
+from .scheduler import FewStepScheduler
+from .vae import FewStepSRVAEDecode, FewStepSRVAEEncode
+
+NODES = [
+    OSEDiffLoader,
+    OSEDiffOneStep,
+    OSEDiffStartState,
+    InvSRNoisePredictorLoader,
+    InvSRStartState,
+    FewStepScheduler,
+    FewStepSRVAEEncode,
+    FewStepSRVAEDecode,
+    FewStepSRColorFix,
+]

@@ -1,0 +1,96 @@
+"""What fits what: every check raises a ValueError that says what was found, what is needed and what to do."""
+
+import torch
+
+import comfy.model_sampling
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+LATENT_CHANNELS = 4
+PIXELS_PER_CELL = 8
+_BASES = "SD 2.1-base (sd21-base, 512 pixels) for OSEDiff or SD-Turbo for InvSR"
+_TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1280: "the Stable Diffusion XL refiner", 2048: "Stable Diffusion XL"}
+
+
+def require_stable_diffusion(model) -> None:
+    """Refuse a MODEL that is not a noise-predicting UNet of Stable Diffusion 2.x.
+
+    Narrow networks (under 320 channels) whose text width is no published encoder's are let through: miniatures for trying and testing.
+    """
+    network = model.get_model_object("diffusion_model")
+    if not isinstance(network, UNetModel):
+        raise ValueError(f"model: found {type(network).__name__}, expected the UNet of Stable Diffusion 2.x. Load {_BASES}.")
+    config = model.model.model_config.unet_config
+    channels, context = config.get("in_channels"), context_dim(model)
+    if channels != LATENT_CHANNELS:
+        raise ValueError(f"model: found a UNet with {channels} input channels (inpainting or upscaling), expected {LATENT_CHANNELS}. Load {_BASES}.")
+    if context != 1024 and (context is None or context in _TEXT_WIDTHS or config.get("model_channels", 0) >= 320):
+        base = _TEXT_WIDTHS.get(context, "another model")
+        raise ValueError(f"model: found a text width of {context} ({base}), expected 1024 (Stable Diffusion 2.x). Load {_BASES}.")
+    sampling = model.get_model_object("model_sampling")
+    if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.V_PREDICTION):
+        kind = "v-prediction (SD 2.1 at 768 pixels)" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else type(sampling).__name__
+        raise ValueError(f"model: found {kind}, expected a model that predicts noise (epsilon). Load {_BASES}.")
+
+
+def context_dim(model) -> int | None:
+    """Width of the text conditioning of a MODEL's UNet."""
+    return model.model.model_config.unet_config.get("context_dim")
+
+
+def require_conditioning(conditioning, model, name: str) -> None:
+    """Refuse text conditioning made by another model's text encoder."""
+    expected = context_dim(model)
+    for embedding, _ in conditioning:
+        if embedding.shape[-1] != expected:
+            base = _TEXT_WIDTHS.get(embedding.shape[-1], "another model")
+            raise ValueError(
+                f"{name}: found text encoded {embedding.shape[-1]} wide ({base}), expected {expected}. "
+                "Use the CLIP output of the checkpoint that the MODEL comes from."
+            )
+
+
+def require_latent(latent: dict, name: str = "latent") -> torch.Tensor:
+    """The LATENT's samples (B, 4, h, w). Refuses latents of other VAEs and values that are not finite."""
+    samples = latent["samples"]
+    if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
+        raise ValueError(
+            f"{name}: found a latent of shape {tuple(samples.shape)}, expected (batch, {LATENT_CHANNELS}, height, width), "
+            "as Stable Diffusion's VAE gives. Encode the picture with 'VAE Encode (Few-Step SR)'."
+        )
+    return samples
+
+
+def require_vae(vae) -> None:
+    """Refuse a VAE whose latents are not Stable Diffusion's."""
+    if vae.latent_channels != LATENT_CHANNELS or vae.downscale_ratio != PIXELS_PER_CELL:
+        raise ValueError(
+            f"vae: found {vae.latent_channels} latent channels at a reduction of {vae.downscale_ratio}, expected {LATENT_CHANNELS} at "
+            f"{PIXELS_PER_CELL}. Use the VAE output of the Stable Diffusion 2.x checkpoint."
+        )
+
+
+def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
+    """An IMAGE (B, H, W, C) as float32 (B, 3, H, W): alpha is left out, one channel becomes three.
+
+    Values a little outside [0, 1], which bicubic enlargement makes, are kept, as the methods do. Refuses an empty picture, values that
+    are not finite and pictures that are not scaled to [0, 1].
+    """
+    if image.ndim != 4 or 0 in image.shape or image.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"{name}: found shape {tuple(image.shape)}, expected (batch, height, width, channels) with 1, 3 or 4 channels.")
+    image = image[..., :3].float().movedim(-1, 1)  # BHWC -> BCHW
+    low, high = image.aminmax()
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError(f"{name}: found values that are not numbers (NaN or infinity). Look at the node that made the picture.")
+    if low < -1 or high > 2:
+        raise ValueError(f"{name}: found values from {low:.4g} to {high:.4g}, expected [0, 1]. Scale the picture first (divide 8-bit values by 255).")
+    return image.expand(-1, 3, -1, -1)
+
+
+def require_finite(tensor: torch.Tensor, what: str, flag: str) -> torch.Tensor:
+    """Refuse NaN and infinity, which half precision makes and which would be saved as a black picture."""
+    if not torch.isfinite(tensor).all():
+        raise RuntimeError(
+            f"{what} gave values that are not numbers (NaN or infinity): half precision overflowed. Restart ComfyUI with {flag}, "
+            "or look for a damaged weight file."
+        )
+    return tensor

@@ -1,0 +1,45 @@
+"""Colour correction."""
+
+import torch
+
+import comfy.model_management
+from comfy_api.latest import io
+
+from ..sr.color import METHODS, fix_color
+from .checks import require_image
+
+
+class FewStepSRColorFix(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FewStepSRColorFix",
+            display_name="Color Fix (Few-Step SR)",
+            category="FewStepSR",
+            description="Gives the restored picture the colours of the low-quality one, which diffusion shifts a little.",
+            search_aliases=["color correction", "color match", "adain", "wavelet", "ycbcr", "colour fix"],
+            inputs=[
+                io.Image.Input("image", tooltip="The restored picture."),
+                io.Image.Input("reference", tooltip="The low-quality picture, enlarged or not: it is brought to the image's size."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="adain",
+                    tooltip="adain matches mean and contrast (OSEDiff's choice). wavelet takes all low frequencies from the reference (InvSR's choice). "
+                    "ycbcr takes only the chroma.",
+                ),
+                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture as it is, 1 is the full correction."),
+            ],
+            outputs=[io.Image.Output(tooltip="The corrected picture, in [0, 1].")],
+        )
+
+    @classmethod
+    def execute(cls, image, reference, method="adain", strength=1.0) -> io.NodeOutput:
+        pictures, references = require_image(image, "image"), require_image(reference, "reference")
+        if references.shape[0] not in (1, pictures.shape[0]):
+            raise ValueError(f"reference: found {references.shape[0]} pictures, expected 1 or {pictures.shape[0]}, as many as in image.")
+        fixed = torch.empty_like(pictures, memory_format=torch.contiguous_format)
+        for i, picture in enumerate(pictures):  # one at a time: video batches are long
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            fixed[i] = fix_color(picture[None], references[min(i, references.shape[0] - 1)][None], method, strength)[0]
+        return io.NodeOutput(fixed.movedim(1, -1))  # BCHW -> BHWC

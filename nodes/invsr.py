@@ -1,0 +1,191 @@
+"""InvSR (Yue et al., CVPR 2025): a predicted noise map makes the low-quality picture a state of the diffusion trajectory."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import comfy.latent_formats
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..sr.canvas import reflect_pad
+from ..sr.checkpoints import load_noise_predictor_weights
+from ..sr.noise_predictor import PIXELS_PER_CELL as PREDICTOR_PIXELS_PER_CELL
+from ..sr.noise_predictor import NoisePredictor
+from ..sr.posterior import Posterior, draw_noise
+from ..sr.schedule import INVSR_MAX_START, sigma_to_index
+from .checks import PIXELS_PER_CELL, require_finite, require_image, require_latent
+from .noise import PredictedNoise
+from .vae import picture_size
+
+NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
+
+
+@dataclass(frozen=True)
+class LoadedNoisePredictor:
+    """What the NOISE_PREDICTOR socket carries: the network under ComfyUI's memory management and the dtype that it computes in."""
+
+    patcher: comfy.model_patcher.ModelPatcher
+    compute_dtype: torch.dtype
+
+
+class InvSRNoisePredictorLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InvSRNoisePredictorLoader",
+            display_name="Load InvSR Noise Predictor",
+            category="FewStepSR/InvSR",
+            description="Loads InvSR's noise predictor, the only network that InvSR trains; the diffusion model stays SD-Turbo as published.",
+            search_aliases=["invsr", "noise predictor", "diffusion inversion", "super resolution", "upscale"],
+            inputs=[
+                io.Combo.Input(
+                    "noise_predictor_name",
+                    options=folder_paths.get_filename_list("invsr"),
+                    tooltip="File in models/invsr, such as noise_predictor_sd_turbo_v5.pth.",
+                ),
+            ],
+            outputs=[NoisePredictorSocket.Output(tooltip="For InvSR Start State.")],
+        )
+
+    @classmethod
+    def execute(cls, noise_predictor_name) -> io.NodeOutput:
+        weights = load_noise_predictor_weights(folder_paths.get_full_path_or_raise("invsr", noise_predictor_name))
+        return io.NodeOutput(load_noise_predictor(weights))
+
+
+def load_noise_predictor(weights) -> LoadedNoisePredictor:
+    device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    dtype = comfy.model_management.unet_dtype(device, sum(w.numel() for w in weights.state_dict.values()))
+    manual_cast = comfy.model_management.unet_manual_cast(dtype, device)
+    network = NoisePredictor(weights.config, dtype=dtype, device=offload_device, operations=comfy.ops.pick_operations(dtype, manual_cast))
+    network.eval().requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=device, offload_device=offload_device)
+    state_dict = {k: w.to(dtype) for k, w in weights.state_dict.items()}
+    network.load_state_dict(state_dict, assign=patcher.is_dynamic())
+    return LoadedNoisePredictor(patcher, manual_cast or dtype)
+
+
+class InvSRStartState(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="InvSRStartState",
+            display_name="InvSR Start State",
+            category="FewStepSR/InvSR",
+            description="Predicts the noise map that turns the low-quality picture into a state of the diffusion trajectory (InvSR, eq. 8), and shows it. "
+            "Give NOISE and the same latent to Sampler Custom Advanced; any sampler goes on from there.",
+            search_aliases=["invsr", "noise map", "diffusion inversion", "custom sampler", "super resolution"],
+            inputs=[
+                NoisePredictorSocket.Input("noise_predictor", tooltip="From Load InvSR Noise Predictor."),
+                io.Image.Input("image", tooltip="The low-quality picture as loaded, not enlarged. It is brought to a quarter of the output's size here."),
+                io.Latent.Input("latent", tooltip="The same picture enlarged and encoded with VAE Encode (Few-Step SR)."),
+                io.Sigmas.Input("sigmas", tooltip="From Few-Step Scheduler (InvSR); the first one is the start timestep."),
+                io.Combo.Input(
+                    "posterior",
+                    options=["sample", "mean"],
+                    default="sample",
+                    tooltip="sample: a noise map drawn with the seed, as published. mean: the expected noise map, smoother results.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=12345,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Draws the noise map; all pictures of a batch share the draw, so that still video stays still.",
+                ),
+            ],
+            outputs=[
+                io.Noise.Output(tooltip="The predicted noise map, for the noise input of Sampler Custom Advanced."),
+                io.Latent.Output(display_name="start_state", tooltip="The noised start state itself, for samplers that take no noise (with Disable Noise)."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, noise_predictor, image, latent, sigmas, posterior="sample", seed=12345) -> io.NodeOutput:
+        samples = require_latent(latent)
+        timestep = _start_timestep(sigmas)
+        picture = _fit_picture(require_image(image, "image"), latent)
+        predicted = predict_noise(noise_predictor, picture, timestep)
+        noise = predicted.mean if posterior == "mean" else predicted.sample(draw_noise(predicted.mean.shape, seed))
+        noise = require_finite(noise, "InvSR Start State (the noise predictor)", "--fp32-unet or --bf16-unet")
+
+        latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
+        start_state = latent_format.process_out(latent_format.process_in(samples.float()) + sigmas[0] * noise)
+        return io.NodeOutput(PredictedNoise(noise, seed), {**latent, "samples": start_state}, ui=ui.PreviewImage(noise_map_preview(noise), cls=cls))
+
+
+def _start_timestep(sigmas: torch.Tensor) -> int:
+    """Index of the noise table of the first sigma, for the predictor."""
+    if sigmas.numel() < 2:
+        raise ValueError("sigmas: found no step to take, expected the SIGMAS of Few-Step Scheduler with 1 step or more.")
+    index = sigma_to_index(float(sigmas[0]))
+    if index >= INVSR_MAX_START:
+        raise ValueError(
+            f"sigmas: the first is timestep {index + 1} (counted from 1), expected at most {INVSR_MAX_START}, where InvSR's predictor was trained. "
+            "Use Few-Step Scheduler with method InvSR."
+        )
+    return index
+
+
+def _fit_picture(picture: torch.Tensor, latent: dict) -> torch.Tensor:
+    """The low-quality picture (B, 3, H, W) as the predictor sees it: two pixels for each latent cell, padded where the latent is."""
+    samples = latent["samples"]
+    if picture.shape[0] not in (1, samples.shape[0]):
+        raise ValueError(f"image: found {picture.shape[0]} pictures, expected 1 or {samples.shape[0]}, as many as in latent.")
+    reduction = PIXELS_PER_CELL // PREDICTOR_PIXELS_PER_CELL
+    size = [max(1, round(side / reduction)) for side in picture_size(latent)]
+    if list(picture.shape[-2:]) != size:
+        found, wanted = picture.shape[-1] / picture.shape[-2], size[1] / size[0]
+        if min(picture.shape[-2:]) >= 16 and min(size) >= 16 and not 0.9 < found / wanted < 1.1:
+            raise ValueError(
+                f"image: found {picture.shape[-1]} x {picture.shape[-2]} pixels, but the latent's picture has other proportions "
+                f"({size[1]} x {size[0]} at a quarter). Wire the same picture, not enlarged, into image."
+            )
+        picture = F.interpolate(picture, size=size, mode="bicubic", align_corners=False, antialias=True)
+    return reflect_pad(picture, *(side * PREDICTOR_PIXELS_PER_CELL for side in samples.shape[-2:]))
+
+
+def predict_noise(predictor: LoadedNoisePredictor, picture: torch.Tensor, timestep: int) -> Posterior:
+    """The noise map's posterior for pictures (B, 3, 2h, 2w) in [0, 1], float32 on the CPU. Halves the group of pictures when memory runs out."""
+    patcher, dtype = predictor.patcher, predictor.compute_dtype
+    device = patcher.load_device
+    # Measured: about twenty activations of 256 channels at the picture's resolution are alive at once.
+    per_picture = 20 * 256 * picture.shape[-2] * picture.shape[-1] * comfy.model_management.dtype_size(dtype)
+    comfy.model_management.load_models_gpu([patcher], memory_required=per_picture)
+    group = max(1, min(picture.shape[0], int(comfy.model_management.get_free_memory(device) // per_picture)))
+    progress = comfy.utils.ProgressBar(picture.shape[0])
+    parts, done = [], 0
+    while done < picture.shape[0]:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        out_of_memory = False
+        try:
+            part = patcher.model((picture[done : done + group] * 2 - 1).to(device, dtype), timestep)
+            parts.append(Posterior(part.mean.float().cpu(), part.logvar.float().cpu()))
+        except Exception as error:
+            comfy.model_management.raise_non_oom(error)
+            if group == 1:
+                raise
+            out_of_memory = True
+        if out_of_memory:  # outside the except block, which keeps the tensors alive
+            comfy.model_management.soft_empty_cache()
+            group //= 2
+            continue
+        done += group
+        progress.update_absolute(min(done, picture.shape[0]))
+    return Posterior(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+
+def noise_map_preview(noise: torch.Tensor) -> torch.Tensor:
+    """A noise map (B, 4, h, w) as pictures (B, H, W, 3): ComfyUI's latent colours, three standard deviations of unit noise to either side of grey."""
+    factors = torch.tensor(comfy.latent_formats.SD15().latent_rgb_factors)
+    rgb = torch.einsum("bchw,cr->bhwr", noise, factors / factors.norm(dim=0)) / 6 + 0.5
+    enlarge = max(1, 256 // min(noise.shape[-2:]))
+    return rgb.clamp(0, 1).repeat_interleave(enlarge, dim=1).repeat_interleave(enlarge, dim=2)

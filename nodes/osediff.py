@@ -1,0 +1,177 @@
+"""OSEDiff (Wu et al., NeurIPS 2024): the low-quality latent is the start of a single diffusion step."""
+
+import logging
+
+import torch
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import folder_paths
+import latent_preview
+from comfy_api.latest import io
+
+from ..sr.checkpoints import load_osediff_adapter
+from ..sr.schedule import OSEDIFF_TIMESTEP
+from .adapter import adapt_model, adapt_vae
+from .checks import require_conditioning, require_finite, require_latent, require_stable_diffusion, require_vae
+from .noise import PredictedNoise
+
+
+class OSEDiffLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OSEDiffLoader",
+            display_name="Load OSEDiff",
+            category="FewStepSR/OSEDiff",
+            description="Puts an OSEDiff adapter on the UNet and the VAE encoder of Stable Diffusion 2.1-base. "
+            "Wire both outputs: the adapted VAE encodes the low-quality picture, the adapted model restores it in one step.",
+            search_aliases=["osediff", "one-step diffusion", "super resolution", "upscale", "restore"],
+            inputs=[
+                io.Model.Input("model", tooltip="SD 2.1-base (512 pixels, predicts noise), from Load Checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Combo.Input(
+                    "osediff_name",
+                    options=folder_paths.get_filename_list("osediff"),
+                    tooltip="Adapter file in models/osediff, such as osediff.pkl. osediff_face.pkl is for portraits that are already large.",
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much of the adapter the UNet gets. 1 is the published method; the UNet without it does not restore.",
+                ),
+                io.Float.Input(
+                    "strength_vae",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much of the adapter the VAE encoder gets. 1 is the published method; lower keeps more noise of the input.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The adapted UNet, for OSEDiff One Step or any sampler."),
+                io.Vae.Output(tooltip="The VAE with the adapted encoder; its decoder is the base's."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
+        require_stable_diffusion(model)
+        require_vae(vae)
+        adapter = load_osediff_adapter(folder_paths.get_full_path_or_raise("osediff", osediff_name))
+        adapted_for = "faces" if "face" in osediff_name.lower() else "photos"
+        logging.info("OSEDiff adapter for %s %s: rank %d on the UNet, %d on the VAE", adapted_for, osediff_name, adapter.rank_unet, adapter.rank_vae)
+        return io.NodeOutput(adapt_model(model, adapter, strength_model), adapt_vae(vae, adapter, strength_vae))
+
+
+class OSEDiffOneStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OSEDiffOneStep",
+            display_name="OSEDiff One Step",
+            category="FewStepSR/OSEDiff",
+            description="Restores a low-quality latent in a single diffusion step, from the latent itself instead of noise (OSEDiff, eq. 4). "
+            "It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
+            search_aliases=["osediff", "one-step diffusion", "sampler", "restore", "super resolution"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from Load OSEDiff; LoRAs and other patches may follow it."),
+                io.Conditioning.Input("positive", tooltip="The picture's content as text: tags such as 'cat, fur, whiskers'. Encode it with the base's CLIP."),
+                io.Latent.Input("latent", tooltip="The enlarged low-quality picture, encoded with the VAE from Load OSEDiff."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Only used where cfg is not 1. The published method has none."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance. 1 is the published method; other values need the negative input and run the model twice.",
+                ),
+                io.Int.Input(
+                    "timestep",
+                    default=OSEDIFF_TIMESTEP,
+                    min=0,
+                    max=OSEDIFF_TIMESTEP,
+                    advanced=True,
+                    tooltip="Index of the noise table at which the one step is taken. The adapters are trained at 999 alone.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The restored latent. Decode it with VAE Decode (Few-Step SR).")],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, latent, negative=None, cfg=1.0, timestep=OSEDIFF_TIMESTEP) -> io.NodeOutput:
+        require_stable_diffusion(model)
+        samples = require_latent(latent)
+        require_conditioning(positive, model, "positive")
+        conds = {"positive": positive}
+        if negative is not None:
+            require_conditioning(negative, model, "negative")
+            conds["negative"] = negative
+        elif cfg != 1.0:
+            raise ValueError(f"cfg: found {cfg} without a negative input. Wire a CLIP Text Encode into negative, or set cfg to 1.")
+
+        sampling = model.get_model_object("model_sampling")
+        sigmas = torch.cat([sampling.sigma(torch.tensor([timestep])), torch.zeros(1)])
+        guider = comfy.samplers.CFGGuider(model)
+        guider.inner_set_conds(conds)
+        guider.set_cfg(cfg)
+        restored = guider.sample(
+            _one_step_noise(model, samples, sampling, sigmas[0]),
+            samples,
+            comfy.samplers.sampler_object("euler"),
+            sigmas,
+            denoise_mask=latent.get("noise_mask"),
+            callback=latent_preview.prepare_callback(model, 1),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=0,
+        )
+        restored = require_finite(restored.to(comfy.model_management.intermediate_device()), "OSEDiff One Step", "--fp32-unet or --bf16-unet")
+        return io.NodeOutput({**latent, "samples": restored})
+
+
+def _one_step_noise(model, samples: torch.Tensor, sampling, sigma: torch.Tensor) -> torch.Tensor:
+    """The NOISE with which ComfyUI's sampler starts from the latent itself.
+
+    In ComfyUI's parameterisation the state at ``sigma`` is ``sqrt(1 + sigma^2) * z`` for OSEDiff's start z, the scaled latent. The sampler
+    starts from ``factor * noise + z``. Its factor is asked for, not assumed: from the end of the table it is not sigma. With the latent in
+    place instead of zeros, a noise mask keeps the low-quality picture outside it.
+    """
+    z = model.model.process_latent_in(samples.float())
+    unit, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    at_end = bool(sigma >= sampling.sigma_max.to(sigma) * (1 - 1e-5))
+    factor = sampling.noise_scaling(sigma.reshape(1), unit, zero, at_end).item()
+    return z * ((1 + sigma**2).sqrt() - 1) / factor
+
+
+class OSEDiffStartState(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="OSEDiffStartState",
+            display_name="OSEDiff Start State",
+            category="FewStepSR/OSEDiff",
+            description="OSEDiff's start, the low-quality latent itself, as NOISE for Sampler Custom Advanced. Use it with the SIGMAS of Few-Step Scheduler "
+            "(OSEDiff) and the blank latent given here; OSEDiff One Step does the same in one node.",
+            search_aliases=["osediff", "noise", "custom sampler", "start latent"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from Load OSEDiff; it says how latents are scaled."),
+                io.Latent.Input("latent", tooltip="The enlarged low-quality picture, encoded with the VAE from Load OSEDiff."),
+            ],
+            outputs=[
+                io.Noise.Output(tooltip="For the noise input of Sampler Custom Advanced."),
+                io.Latent.Output(display_name="blank", tooltip="A blank latent of the same size, for the latent_image input."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, latent) -> io.NodeOutput:
+        require_stable_diffusion(model)
+        samples = require_latent(latent)
+        noise = PredictedNoise(model.model.process_latent_in(samples.float()))
+        return io.NodeOutput(noise, {**latent, "samples": torch.zeros_like(samples)})

@@ -1,0 +1,45 @@
+"""Few-step schedules as SIGMAS."""
+
+import torch
+
+from comfy_api.latest import io
+
+from ..sr.schedule import METHODS, few_step_indices
+from .checks import require_stable_diffusion
+
+
+class FewStepScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FewStepScheduler",
+            display_name="Few-Step Scheduler",
+            category="FewStepSR",
+            description="The published few-step schedules of InvSR (one to five steps) and OSEDiff (one step) as SIGMAS for any sampler.",
+            search_aliases=["invsr", "osediff", "sigmas", "timesteps", "few-step"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will sample; it says which sigma belongs to a timestep."),
+                io.Combo.Input("method", options=list(METHODS), default="InvSR", tooltip="Whose schedule: InvSR starts at 200 or 250 of 1000, OSEDiff at 999."),
+                io.Int.Input(
+                    "steps",
+                    default=1,
+                    min=1,
+                    max=250,
+                    tooltip="Number of model calls. InvSR: 1 for noisy pictures, up to 5 for more detail. OSEDiff: 1.",
+                ),
+                io.String.Input(
+                    "timesteps",
+                    default="",
+                    tooltip="Your own timesteps instead of the published ones, such as '250, 150, 50'; steps is then ignored. "
+                    "InvSR counts from 1 and starts at 250 at most; OSEDiff counts from 0 and starts at 999.",
+                ),
+            ],
+            outputs=[io.Sigmas.Output(tooltip="Noise levels, ending in 0. Wire them into the start state and the sampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, method="InvSR", steps=1, timesteps="") -> io.NodeOutput:
+        require_stable_diffusion(model)
+        indices = few_step_indices(method, steps, timesteps)
+        sigmas = model.get_model_object("model_sampling").sigma(torch.tensor(indices))
+        return io.NodeOutput(torch.cat([sigmas.float().cpu(), torch.zeros(1)]))

@@ -1,0 +1,1 @@
+"""The methods themselves in plain torch: no ComfyUI, no diffusers, no peft."""

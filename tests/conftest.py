@@ -1,0 +1,84 @@
+"""Where ComfyUI is, and how tests get at it.
+
+ComfyUI is looked for in COMFYUI_PATH, then in the ``custom_nodes`` folder that this checkout lies in, then in ~/comfy/ComfyUI.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def find_comfyui() -> Path | None:
+    candidates = [os.environ.get("COMFYUI_PATH"), ROOT.parent.parent if ROOT.parent.name == "custom_nodes" else None, "~/comfy/ComfyUI"]
+    for candidate in candidates:
+        if candidate and (Path(candidate).expanduser() / "main.py").is_file():
+            return Path(candidate).expanduser().resolve()
+        if candidate and candidate == os.environ.get("COMFYUI_PATH"):
+            raise RuntimeError(f"COMFYUI_PATH is {candidate}, but there is no main.py in it.")
+    return None
+
+
+COMFYUI = find_comfyui()
+
+
+def pytest_report_header() -> str:
+    return f"ComfyUI: {COMFYUI or 'not found; the tests that need it are skipped (set COMFYUI_PATH)'}"
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    if COMFYUI is None:
+        pytest.skip("ComfyUI not found: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI")
+    return COMFYUI
+
+
+@pytest.fixture(scope="session")
+def comfy(comfyui_path, tmp_path_factory):
+    """A real ComfyUI in this process, on the CPU, with the pack loaded as ComfyUI loads it.
+
+    ``comfy.nodes[id]`` runs a node class; ``comfy.run(id, **inputs)`` runs its execute and gives the NodeOutput.
+    """
+    import torch
+
+    sys.path.insert(0, str(comfyui_path))  # before the checkout, whose `nodes` folder has the name of ComfyUI's module
+    from comfy.cli_args import args
+
+    args.cpu = True
+    args.base_directory = None
+    import folder_paths
+    import nodes
+
+    for kind in ("osediff", "invsr"):
+        folder_paths.add_model_folder_path(kind, str(tmp_path_factory.mktemp(kind)), is_default=True)
+    folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
+    folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))
+
+    async def load():
+        await nodes.init_public_apis()
+        assert await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"), "the pack did not load; see the log"
+        for extra in ("nodes_custom_sampler.py", "nodes_mask.py", "nodes_model_advanced.py"):
+            assert await nodes.load_custom_node(str(comfyui_path / "comfy_extras" / extra), module_parent="comfy_extras")
+
+    asyncio.run(load())
+
+    def run(node_id: str, **inputs):
+        node = nodes.NODE_CLASS_MAPPINGS[node_id]
+        with torch.inference_mode():
+            if hasattr(node, "define_schema"):
+                return node.execute(**inputs)
+            return getattr(node(), node.FUNCTION)(**inputs)
+
+    return SimpleNamespace(
+        path=comfyui_path,
+        nodes=nodes.NODE_CLASS_MAPPINGS,
+        run=run,
+        module=lambda name: sys.modules[str(ROOT).replace(".", "_x_") + name],
+        folder=lambda kind: Path(folder_paths.get_folder_paths(kind)[0]),
+    )
