@@ -2,10 +2,9 @@
 
 import copy
 
-import torch
-
 import comfy.diffusers_convert
 import comfy.utils
+import torch
 from comfy.weight_adapter import LoRAAdapter
 
 from ..sr.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter

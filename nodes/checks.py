@@ -1,8 +1,7 @@
 """What fits what: every check raises a ValueError that says what was found, what is needed and what to do."""
 
-import torch
-
 import comfy.model_sampling
+import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 LATENT_CHANNELS = 4

@@ -1,8 +1,7 @@
 """Colour correction."""
 
-import torch
-
 import comfy.model_management
+import torch
 from comfy_api.latest import io
 
 from ..sr.color import METHODS, fix_color
@@ -28,7 +27,9 @@ class FewStepSRColorFix(io.ComfyNode):
                     tooltip="adain matches mean and contrast (OSEDiff's choice). wavelet takes all low frequencies from the reference (InvSR's choice). "
                     "ycbcr takes only the chroma.",
                 ),
-                io.Float.Input("strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture as it is, 1 is the full correction."),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture as it is, 1 is the full correction."
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The corrected picture, in [0, 1].")],
         )

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
-
 import comfy.latent_formats
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.utils
 import folder_paths
+import torch
+import torch.nn.functional as F
 from comfy_api.latest import io, ui
 
 from ..sr.canvas import reflect_pad
@@ -84,7 +83,9 @@ class InvSRStartState(io.ComfyNode):
             search_aliases=["invsr", "noise map", "diffusion inversion", "custom sampler", "super resolution"],
             inputs=[
                 NoisePredictorSocket.Input("noise_predictor", tooltip="From Load InvSR Noise Predictor."),
-                io.Image.Input("image", tooltip="The low-quality picture as loaded, not enlarged. It is brought to a quarter of the output's size here."),
+                io.Image.Input(
+                    "image", tooltip="The low-quality picture as loaded, not enlarged. It is brought to a quarter of the output's size here."
+                ),
                 io.Latent.Input("latent", tooltip="The same picture enlarged and encoded with VAE Encode (Few-Step SR)."),
                 io.Sigmas.Input("sigmas", tooltip="From Few-Step Scheduler (InvSR); the first one is the start timestep."),
                 io.Combo.Input(
@@ -104,7 +105,9 @@ class InvSRStartState(io.ComfyNode):
             ],
             outputs=[
                 io.Noise.Output(tooltip="The predicted noise map, for the noise input of Sampler Custom Advanced."),
-                io.Latent.Output(display_name="start_state", tooltip="The noised start state itself, for samplers that take no noise (with Disable Noise)."),
+                io.Latent.Output(
+                    display_name="start_state", tooltip="The noised start state itself, for samplers that take no noise (with Disable Noise)."
+                ),
             ],
         )
 

@@ -1,8 +1,7 @@
 """A NOISE that is not random: the methods' start states in the form that ComfyUI's samplers take."""
 
-import torch
-
 import comfy.utils
+import torch
 
 
 class PredictedNoise:

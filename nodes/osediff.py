@@ -2,13 +2,12 @@
 
 import logging
 
-import torch
-
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
 import folder_paths
 import latent_preview
+import torch
 from comfy_api.latest import io
 
 from ..sr.checkpoints import load_osediff_adapter
@@ -81,7 +80,9 @@ class OSEDiffOneStep(io.ComfyNode):
             search_aliases=["osediff", "one-step diffusion", "sampler", "restore", "super resolution"],
             inputs=[
                 io.Model.Input("model", tooltip="The model from Load OSEDiff; LoRAs and other patches may follow it."),
-                io.Conditioning.Input("positive", tooltip="The picture's content as text: tags such as 'cat, fur, whiskers'. Encode it with the base's CLIP."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The picture's content as text: tags such as 'cat, fur, whiskers'. Encode it with the base's CLIP."
+                ),
                 io.Latent.Input("latent", tooltip="The enlarged low-quality picture, encoded with the VAE from Load OSEDiff."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Only used where cfg is not 1. The published method has none."),
                 io.Float.Input(

@@ -1,7 +1,6 @@
 """Few-step schedules as SIGMAS."""
 
 import torch
-
 from comfy_api.latest import io
 
 from ..sr.schedule import METHODS, few_step_indices
@@ -19,7 +18,9 @@ class FewStepScheduler(io.ComfyNode):
             search_aliases=["invsr", "osediff", "sigmas", "timesteps", "few-step"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample; it says which sigma belongs to a timestep."),
-                io.Combo.Input("method", options=list(METHODS), default="InvSR", tooltip="Whose schedule: InvSR starts at 200 or 250 of 1000, OSEDiff at 999."),
+                io.Combo.Input(
+                    "method", options=list(METHODS), default="InvSR", tooltip="Whose schedule: InvSR starts at 200 or 250 of 1000, OSEDiff at 999."
+                ),
                 io.Int.Input(
                     "steps",
                     default=1,

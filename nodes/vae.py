@@ -2,9 +2,8 @@
 
 import copy
 
-import torch
-
 import comfy.model_management
+import torch
 from comfy.ldm.models.autoencoder import DiagonalGaussianRegularizer, EmptyRegularizer
 from comfy_api.latest import io
 
@@ -98,7 +97,9 @@ def _moments_vae(vae):
     """A shallow copy of VAE whose encode gives mean and log-variance (B, 8, h, w). Weights are shared; the given VAE stays as it is."""
     network = vae.first_stage_model
     if not isinstance(getattr(network, "regularization", None), DiagonalGaussianRegularizer):
-        raise ValueError(f"vae: found {type(network).__name__}, which has no posterior, expected Stable Diffusion's AutoencoderKL. Use the checkpoint's VAE.")
+        raise ValueError(
+            f"vae: found {type(network).__name__}, which has no posterior, expected Stable Diffusion's AutoencoderKL. Use the checkpoint's VAE."
+        )
     unregularized = copy.copy(network)
     unregularized._modules = {**network._modules, "regularization": EmptyRegularizer()}
     moments = copy.copy(vae)

@@ -47,8 +47,7 @@ def sigma_to_index(sigma: float) -> int:
     low, high = table[0].item(), table[-1].item()
     if not low * 0.999 <= sigma <= high * 1.001:
         raise ValueError(
-            f"sigma {sigma:.6g} is outside Stable Diffusion's noise table ({low:.6g} to {high:.6g}). "
-            "Wire the SIGMAS of 'Few-Step Scheduler' here."
+            f"sigma {sigma:.6g} is outside Stable Diffusion's noise table ({low:.6g} to {high:.6g}). Wire the SIGMAS of 'Few-Step Scheduler' here."
         )
     return int((table.log() - torch.tensor(sigma).log()).abs().argmin())
 

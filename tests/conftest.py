@@ -53,6 +53,7 @@ def comfy(comfyui_path, tmp_path_factory):
     args.cpu = True
     args.base_directory = None
     import folder_paths
+
     import nodes
 
     for kind in ("osediff", "invsr"):

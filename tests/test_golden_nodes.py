@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-import toys
 import torch
+import toys
 from toys import GOLDEN, conditioning, gaussian, golden, relative_error
 
 TOLERANCE = 1e-4
@@ -166,7 +166,9 @@ def test_invsr(comfy, invsr, draw, case):
     negative = conditioning(seed, "negative_prompt_embeds") if settings["cfg_scale"] > 1 else None
     states = []
     watched = model.clone()
-    watched.set_model_unet_function_wrapper(lambda apply, o: (states.append((o["timestep"], o["input"])), apply(o["input"], o["timestep"], **o["c"]))[1])
+    watched.set_model_unet_function_wrapper(
+        lambda apply, o: (states.append((o["timestep"], o["input"])), apply(o["input"], o["timestep"], **o["c"]))[1]
+    )
     result = sample(comfy, watched, conditioning(seed), noise, sigmas, latent, negative, settings["cfg_scale"])
     inputs = [arrays["start_state"]] + [arrays[f"after_{t - 1}"] for t in settings["timesteps"][:-1]]
     table = model.get_model_object("model_sampling")
