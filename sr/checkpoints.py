@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from .files import describe, read_weights, strip_wrappers
-from .noise_predictor import NoisePredictorConfig
+from .noise_predictor import NoisePredictor, NoisePredictorConfig
 
 LORA_ALPHA = 8
 """PEFT's default ``lora_alpha``, which OSEDiff leaves as it is: the scale is 8 / rank at every rank, so 2 at the published rank 4."""
@@ -81,6 +81,8 @@ def load_osediff_adapter(path: str | Path) -> OSEDiffAdapter:
             f"{name}: found {describe(state)}; expected an OSEDiff adapter such as osediff.pkl (low-rank weights for UNet and VAE "
             "encoder, and the UNet's new conv_in)."
         )
+    if "conv_in.base_layer.bias" not in unet:
+        raise ValueError(f"{name}: UNet: the tensor conv_in.base_layer.bias is missing; the file is incomplete.")
     return OSEDiffAdapter(
         unet=_low_rank_layers(unet, f"{name}: UNet"),
         vae=_low_rank_layers(vae, f"{name}: VAE"),
@@ -133,4 +135,15 @@ def load_noise_predictor_weights(path: str | Path) -> NoisePredictorWeights:
         config = NoisePredictorConfig.from_state_dict(weights)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    _check_shapes(weights, config, name)
     return NoisePredictorWeights(config, weights)
+
+
+def _check_shapes(weights: Mapping[str, torch.Tensor], config: NoisePredictorConfig, name: str) -> None:
+    expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
+    for key, shape in expected.items():
+        found = tuple(weights[key].shape) if key in weights else None
+        if found != shape:
+            raise ValueError(f"{name}: {key} has {f'shape {found}' if found else 'no tensor'}, expected {shape}; the file is incomplete or damaged.")
+    if surplus := sorted(set(weights) - set(expected)):
+        raise ValueError(f"{name}: {surplus[0]} is no part of the network ({len(surplus)} such tensors); the file is of another network.")

@@ -5,6 +5,7 @@ differently: InvSR counts from 1, so that its 200 is index 199; OSEDiff counts f
 """
 
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -93,7 +94,7 @@ def few_step_indices(method: str, steps: int, timesteps: str | list[int] = "") -
     published = list(published)
     if published[0] > first_allowed or published[-1] < origin:
         raise ValueError(f"timesteps: found {published}, expected values from {first_allowed} down to {origin}: {why}.")
-    if any(a <= b for a, b in zip(published, published[1:])):
+    if any(a <= b for a, b in pairwise(published)):
         raise ValueError(f"timesteps: found {published}, expected each smaller than the one before it.")
     if method == "OSEDiff" and published[0] != OSEDIFF_TIMESTEP:
         raise ValueError(

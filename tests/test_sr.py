@@ -1,0 +1,169 @@
+"""sr/ alone, without ComfyUI and diffusers: schedule, noise predictor, colour, canvas, posterior."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toys
+from toys import gaussian, golden, relative_error
+
+from sr.canvas import pad_to_multiple, reflect_pad
+from sr.color import METHODS, fix_color
+from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
+from sr.posterior import Posterior, draw_noise
+from sr.schedule import INVSR_TIMESTEPS, alphas_cumprod, few_step_indices, sigma_to_index, sigmas
+
+INVSR = ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_steps5", "invsr_cfg"]
+
+
+def test_imports_nothing_but_torch():
+    code = "import sys, sr.checkpoints, sr.color, sr.canvas, sr.schedule, sr.noise_predictor; print([m for m in ('comfy', 'diffusers', 'peft', 'transformers') if m in sys.modules])"
+    root = Path(__file__).resolve().parent.parent
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("case", INVSR)
+def test_golden_schedule(case):
+    settings, arrays = golden(case)
+    indices = few_step_indices("InvSR", len(settings["timesteps"]), "" if case != "invsr_cfg" else settings["timesteps"])
+    assert indices == [t - 1 for t in settings["timesteps"]]
+    assert relative_error(sigmas()[indices], arrays["sigmas"][:-1]) < 1e-5
+    assert [sigma_to_index(s.item()) for s in arrays["sigmas"][:-1]] == indices
+
+
+def test_noise_table_is_stable_diffusions():
+    assert alphas_cumprod()[0].item() == pytest.approx(1 - 0.00085)
+    assert sigmas()[-1].item() == pytest.approx(14.6146, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", ["osediff_square", "osediff_tall"])
+def test_golden_one_step_formula(case):
+    """OSEDiff's x0 from its noise prediction at index 999: the table's last entry, not another."""
+    settings, arrays = golden(case)
+    [index] = few_step_indices("OSEDiff", 1)
+    assert index == settings["timestep"]
+    a = alphas_cumprod()[index]
+    x0 = (arrays["latent"] - (1 - a).sqrt() * arrays["noise_pred"]) / a.sqrt()
+    assert relative_error(x0, arrays["x0"]) < 1e-4
+
+
+def test_schedules():
+    for steps, published in INVSR_TIMESTEPS.items():
+        assert few_step_indices("InvSR", steps) == [t - 1 for t in published]
+    assert few_step_indices("InvSR", 10)[0] == 249 and len(few_step_indices("InvSR", 10)) == 10
+    assert few_step_indices("InvSR", 250) == list(range(249, -1, -1))
+    assert few_step_indices("InvSR", 3, "250; 120 1") == [249, 119, 0]
+    assert few_step_indices("OSEDiff", 1) == [999]
+    assert few_step_indices("OSEDiff", 2, "999, 500") == [999, 500]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("InvSR", 0), "steps: found 0"),
+        (("InvSR", 251), "steps: found 251"),
+        (("InvSR", 1, "300"), "from 250 down to 1"),
+        (("InvSR", 1, "0"), "from 250 down to 1"),
+        (("InvSR", 1, "100, 200"), "smaller than the one before"),
+        (("InvSR", 1, "200, x"), "whole numbers"),
+        (("OSEDiff", 1, "1000"), "from 999 down to 0"),
+        (("OSEDiff", 1, "500"), "expected 999 first"),
+        (("DDIM", 1), "method: found 'DDIM'"),
+    ],
+)
+def test_schedule_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        few_step_indices(*arguments)
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, 100.0, float("nan")])
+def test_sigma_outside_the_table(sigma):
+    with pytest.raises(ValueError, match="noise table"):
+        sigma_to_index(sigma)
+
+
+@pytest.mark.parametrize("case", INVSR)
+def test_golden_noise_predictor(case):
+    settings, arrays = golden(case)
+    seed = settings["seed"]
+    state_dict = toys.predictor_state_dict(seed, settings)
+    network = NoisePredictor(NoisePredictorConfig.from_state_dict(state_dict))
+    network.load_state_dict(state_dict)
+    image = toys.picture(seed, *settings["size"]).movedim(-1, 1) * 2 - 1
+    with torch.no_grad():
+        predicted = network(image, int(arrays["timestep"][0]))
+    assert relative_error(predicted.mean, arrays["noise_mean"]) < 1e-4
+    assert relative_error(predicted.logvar, arrays["noise_logvar"]) < 1e-4
+    assert relative_error(predicted.sample(gaussian(seed, "noise_posterior:0", predicted.mean.shape)), arrays["noise"]) < 1e-4
+
+
+def test_noise_predictor_dimensions_come_from_the_weights():
+    config = NoisePredictorConfig(block_out_channels=(64, 128, 192), layers_per_block=(2, 1, 3), time_channels=128, temb_channels=96)
+    assert NoisePredictorConfig.from_state_dict(NoisePredictor(config).state_dict()) == config
+
+
+def test_noise_predictor_refuses_odd_sides():
+    network = NoisePredictor(NoisePredictorConfig(block_out_channels=(64,), layers_per_block=(1,), time_channels=128, temb_channels=64))
+    with pytest.raises(ValueError, match="7 x 6 pixels, expected even sides"):
+        network(torch.zeros(1, 3, 6, 7), 199)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_golden_color(method):
+    content, reference = (toys.picture(seed, 64, 48).movedim(-1, 1) for seed in (3, 4))
+    with np.load(toys.GOLDEN / "color.npz") as arrays:
+        expected = torch.from_numpy(arrays[method])
+    assert relative_error(METHODS[method](content, reference), expected) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fix_color(method):
+    content, reference = torch.rand(2, 3, 9, 7), torch.rand(1, 3, 5, 5)
+    assert torch.equal(fix_color(content, reference, method, strength=0.0), content)
+    assert fix_color(torch.rand(1, 3, 1, 1), torch.rand(1, 3, 1, 1), method).isfinite().all()
+    same = fix_color(content, content, method)
+    assert relative_error(same, content) < 1e-3
+    fixed = fix_color(content * 0.2, reference, method)
+    assert abs(fixed.mean() - reference.mean()) < abs(content.mean() * 0.2 - reference.mean()) or method == "ycbcr"
+
+
+def test_fix_color_refuses():
+    with pytest.raises(ValueError, match="batch of 3 pictures"):
+        fix_color(torch.rand(2, 3, 4, 4), torch.rand(3, 3, 4, 4))
+    with pytest.raises(ValueError, match="method: found 'hsv'"):
+        fix_color(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4), "hsv")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (5, 3), (16, 24), (15, 17)])
+def test_padding(size):
+    image = torch.rand(2, 3, *size)
+    padded = pad_to_multiple(image, 8)
+    assert padded.shape[-2] % 8 == padded.shape[-1] % 8 == 0
+    assert torch.equal(padded[..., : size[0], : size[1]], image)
+    bottom, right = padded.shape[-2] - size[0], padded.shape[-1] - size[1]
+    if bottom < size[0] and right < size[1]:
+        assert torch.equal(padded, torch.nn.functional.pad(image, (0, right, 0, bottom), mode="reflect"))
+
+
+def test_padding_reflects_as_often_as_needed():
+    assert reflect_pad(torch.tensor([[[[0.0, 1.0, 2.0]]]]), 1, 9).flatten().tolist() == [0, 1, 2, 1, 0, 1, 2, 1, 0]
+
+
+def test_posterior():
+    moments = torch.cat([torch.full((1, 4, 2, 2), 3.0), torch.full((1, 4, 2, 2), 100.0)], dim=1)
+    posterior = Posterior.from_moments(moments)
+    assert posterior.logvar.max() == 20.0 and torch.equal(posterior.sample(torch.zeros(1, 4, 2, 2)), posterior.mean)
+
+
+def test_draw_is_shared_by_a_batch_and_leaves_the_global_generator_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    draw = draw_noise((5, 4, 3, 2), seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert draw.shape == (1, 4, 3, 2) and torch.equal(draw, draw_noise((1, 4, 3, 2), seed=1))
+    assert not torch.equal(draw, draw_noise((1, 4, 3, 2), seed=2))
