@@ -4,6 +4,7 @@ from .color import FewStepSRColorFix
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
 from .scheduler import FewStepScheduler
+from .tagger import DAPETagger, DAPETaggerLoader
 from .vae import FewStepSRVAEDecode, FewStepSRVAEEncode
 
 NODES = [
@@ -13,6 +14,8 @@ NODES = [
     InvSRNoisePredictorLoader,
     InvSRStartState,
     FewStepScheduler,
+    DAPETaggerLoader,
+    DAPETagger,
     FewStepSRVAEEncode,
     FewStepSRVAEDecode,
     FewStepSRColorFix,

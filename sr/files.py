@@ -86,7 +86,7 @@ def _read_pickled(path: Path, zipped: bool) -> dict:
 
 def describe(state: Mapping) -> str:
     """Say in words what a weight file's dictionary is: "a LoRA for Stable Diffusion XL", "an InvSR noise predictor" and so on."""
-    nested = next((state[k] for k in ("state_dict", "params_ema", "params") if isinstance(state.get(k), Mapping)), None)
+    nested = next((state[k] for k in ("state_dict", "params_ema", "params", "model") if isinstance(state.get(k), Mapping)), None)
     keys = {str(k) for k in state}
     if {"vae", "unet"} <= keys and isinstance(state["unet"], Mapping):
         return "AdcSR's merged OSEDiff (a whole UNet and VAE under 'unet' and 'vae'), not an adapter"
@@ -110,6 +110,9 @@ def describe(state: Mapping) -> str:
 _FAMILIES = (
     (r"^encoder\.down_blocks\.0\.resnets\.0\.time_emb_proj\.", "an InvSR noise predictor"),
     (r"^(feature_in|out_blocks|hidden_compress_layer)\.|discriminator", "a discriminator, which only training uses"),
+    (r"^(visual_encoder|tagging_head)\..*\.lora_[AB]$", "DAPE's low-rank weights for the RAM tagger"),
+    (r"^reweight_scale$", "RAM++, another tagger"),
+    (r"^label_embed\.weight$", "Tag2Text, another tagger"),
     (r"lora_unet_|lora_te|\.lora_(A|B|down|up)\b|\.lora\.(down|up)\.|\.lora_linear_layer\.", "a LoRA"),
     (r"^(conditioner\.embedders\.1\.|model\.diffusion_model\.label_emb\.)", "a Stable Diffusion XL checkpoint"),
     (r"^add_embedding\.linear_1\.", "a UNet of Stable Diffusion XL"),

@@ -56,7 +56,7 @@ def comfy(comfyui_path, tmp_path_factory):
 
     import nodes
 
-    for kind in ("osediff", "invsr"):
+    for kind in ("osediff", "invsr", "dape"):
         folder_paths.add_model_folder_path(kind, str(tmp_path_factory.mktemp(kind)), is_default=True)
     folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))

@@ -1,0 +1,147 @@
+"""Prompts read off the picture: DAPE (SeeSR, Wu et al., CVPR 2024), the RAM tagger made to see through degradation, as OSEDiff uses it."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from server import PromptServer
+
+from ..sr.tagger import Tagger, prepare_picture
+from ..sr.tagger_files import DAPE_FILE, TaggerWeights, add_dape, by_preference, load_tagger_weights
+from ..sr.tagger_vocabulary import TagVocabulary
+from .checks import require_finite, require_image
+
+TaggerSocket = io.Custom("DAPE_TAGGER")
+
+
+@dataclass(frozen=True)
+class LoadedTagger:
+    """What the DAPE_TAGGER socket carries: the network under ComfyUI's memory management, its dtype for computing, and the tags."""
+
+    patcher: comfy.model_patcher.ModelPatcher
+    compute_dtype: torch.dtype
+    vocabulary: TagVocabulary
+
+
+class DAPETaggerLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        files = by_preference(folder_paths.get_filename_list("dape"))
+        return io.Schema(
+            node_id="DAPETaggerLoader",
+            display_name="Load DAPE Tagger",
+            category="FewStepSR/OSEDiff",
+            description="Loads the tagger that reads OSEDiff's prompt off the low-quality picture: RAM with DAPE's low-rank weights.",
+            search_aliases=["dape", "ram", "recognize anything", "tagger", "osediff", "seesr", "caption", "interrogate"],
+            inputs=[
+                io.Combo.Input(
+                    "tagger_name",
+                    options=files,
+                    tooltip="File in models/dape: one made by 'python -m pipelines convert', or ram_swin_large_14m.pth "
+                    "with ram_tag_list.txt and ram_tag_list_threshold.txt beside it.",
+                ),
+                io.Combo.Input(
+                    "dape_name",
+                    options=["auto", "none", *reversed(files)],
+                    default="auto",
+                    tooltip=f"DAPE's low-rank weights in models/dape. auto: {DAPE_FILE} if it is there and not yet part of the tagger's file. "
+                    "none: nothing is added; RAM alone is for clean pictures.",
+                ),
+            ],
+            outputs=[TaggerSocket.Output(tooltip="For DAPE Tagger.")],
+        )
+
+    @classmethod
+    def execute(cls, tagger_name, dape_name="auto") -> io.NodeOutput:
+        weights = load_tagger_weights(folder_paths.get_full_path_or_raise("dape", tagger_name))
+        if dape_name == "auto":
+            files = folder_paths.get_filename_list("dape")
+            dape_name = next((name for name in files if Path(name).name == DAPE_FILE and not weights.dape), "none")
+        if dape_name != "none":
+            weights = add_dape(weights, folder_paths.get_full_path_or_raise("dape", dape_name))
+        logging.info("Tagger %s: %d tags, %s", tagger_name, weights.config.num_tags, f"with {weights.dape}" if weights.dape else "without DAPE")
+        return io.NodeOutput(load_tagger(weights))
+
+
+def load_tagger(weights: TaggerWeights) -> LoadedTagger:
+    device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    dtype = comfy.model_management.unet_dtype(device, sum(w.numel() for w in weights.state_dict.values()))
+    manual_cast = comfy.model_management.unet_manual_cast(dtype, device)
+    network = Tagger(weights.config, dtype=dtype, device=offload_device, operations=comfy.ops.pick_operations(dtype, manual_cast))
+    network.eval().requires_grad_(False)
+    patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=device, offload_device=offload_device)
+    network.load_state_dict({k: w.to(dtype) for k, w in weights.state_dict.items()}, assign=patcher.is_dynamic())
+    return LoadedTagger(patcher, manual_cast or dtype, weights.vocabulary)
+
+
+class DAPETagger(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DAPETagger",
+            display_name="DAPE Tagger",
+            category="FewStepSR/OSEDiff",
+            description="Names what is in a low-quality picture, as the prompt that OSEDiff was trained with, and shows it. "
+            "Wire the text to CLIP Text Encode. Any other tagger or caption node can take its place.",
+            search_aliases=["dape", "ram", "recognize anything", "tags", "image to text", "prompt from image", "osediff", "caption", "interrogate"],
+            inputs=[
+                TaggerSocket.Input("tagger", tooltip="From Load DAPE Tagger."),
+                io.Image.Input("image", tooltip="The low-quality picture, enlarged or not; the tagger looks at a small copy of it."),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Added to the published threshold of each tag (most are near 0.7). Higher: fewer, surer tags. Lower: more.",
+                ),
+                io.Int.Input("max_tags", default=0, min=0, max=10000, tooltip="Keep only this many, the most probable ones. 0 keeps all."),
+                io.String.Input("exclude", default="", tooltip="Tags to leave out, with commas between them, such as: blurry, screenshot."),
+                io.String.Input("prefix", default="", multiline=True, tooltip="Text before the tags; a comma is put between."),
+                io.String.Input(
+                    "suffix",
+                    default="",
+                    multiline=True,
+                    tooltip="Text after the tags; a comma is put between. OSEDiff's authors end the prompt with their own text and a comma: "
+                    "'clean, sharp,' here, or a single comma for no text, gives theirs to the letter.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="tags", is_output_list=True, tooltip="One text for each picture of the batch, for CLIP Text Encode.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, tagger, image, threshold=0.0, max_tags=0, exclude="", prefix="", suffix="") -> io.NodeOutput:
+        logits = tag_logits(tagger, require_image(image, "image"))
+        pictures = tagger.vocabulary.tags(logits, threshold, max_tags, exclude.split(","))
+        prompts = [", ".join(part for part in (prefix.strip(", \n"), *tags, suffix.strip()) if part) for tags in pictures]
+        shown = "\n\n".join(prompts)
+        if cls.hidden:  # run by the server: the page shows this text on the node; the ui entry is for history and the API
+            PromptServer.instance.send_progress_text(shown, cls.hidden.unique_id)
+        return io.NodeOutput(prompts, ui=ui.PreviewText(shown))
+
+
+def tag_logits(tagger: LoadedTagger, pictures: torch.Tensor) -> torch.Tensor:
+    """Logits (B, tags) of pictures (B, 3, H, W) in [0, 1], float32 on the CPU. One picture at a time: each fills a GPU."""
+    patcher, dtype = tagger.patcher, tagger.compute_dtype
+    config = patcher.model.config
+    # Measured: about eight of the tagging head's widest activation.
+    memory = 8 * config.num_tags * config.mlp_channels * comfy.model_management.dtype_size(dtype)
+    comfy.model_management.load_models_gpu([patcher], memory_required=memory)
+    progress = comfy.utils.ProgressBar(len(pictures))
+    logits = []
+    for picture in pictures.split(1):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        logits.append(patcher.model(prepare_picture(picture, config.image_size).to(patcher.load_device, dtype)).float().cpu())
+        progress.update(1)
+    return require_finite(torch.cat(logits), "DAPE Tagger", "--fp32-unet or --bf16-unet")

@@ -1,0 +1,164 @@
+"""The tagger's files: RAM's published weights, DAPE's low-rank weights for them, and the compact file that holds all of it."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from .files import describe, read_weights, strip_wrappers
+from .tagger import Tagger, TaggerConfig
+from .tagger_vocabulary import TagVocabulary
+
+DAPE_FILE = "DAPE.pth"
+_TAGS, _THRESHOLDS, _DAPE = "tagger_tags", "tagger_thresholds", "tagger_dape"
+
+
+@dataclass(frozen=True)
+class TaggerWeights:
+    """A tagger's weights under the keys of :class:`sr.tagger.Tagger`, the meaning of its logits, and the DAPE file merged into it, if any."""
+
+    config: TaggerConfig
+    state_dict: dict[str, torch.Tensor]
+    vocabulary: TagVocabulary
+    dape: str | None
+
+
+def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None) -> TaggerWeights:
+    """Read a tagger: ``ram_swin_large_14m.pth`` with the two text files beside it, or one file made by :func:`convert_tagger`.
+
+    Of the published file, five sixths of which tagging never uses, only what the network needs is read into memory.
+
+    Args:
+        path: the tagger.
+        dape_path: DAPE's low-rank weights, to be merged into it; None for plain RAM, or where the tagger already holds them.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file is damaged, refused or something else; the message says what it is.
+    """
+    name = Path(path).name
+    state, metadata = read_weights(path)
+    nested = state.get("model")
+    inner = nested if isinstance(nested, Mapping) else state
+    weights = {strip_wrappers(k).replace("vision_multi.", "tagging_head."): w for k, w in inner.items() if isinstance(w, torch.Tensor)}
+    if not {"visual_encoder.patch_embed.proj.weight", "label_embed"} <= weights.keys() or "reweight_scale" in weights:
+        raise ValueError(f"{name}: found {describe(state)}; expected RAM's tagger such as ram_swin_large_14m.pth, or a file converted from it.")
+    if _TAGS in metadata:
+        vocabulary = TagVocabulary(tuple(json.loads(metadata[_TAGS])), tuple(json.loads(metadata[_THRESHOLDS])))
+    else:
+        vocabulary = TagVocabulary.read(Path(path).parent)
+    rows = weights["label_embed"].shape[0]
+    if rows != len(vocabulary.names):
+        raise ValueError(
+            f"{name}: found {rows} label embeddings, but {len(vocabulary.names)} tag names; expected as many. "
+            "ram_swin_large_14m.pth and ram_tag_list.txt have 4585."
+        )
+    try:
+        config = TaggerConfig.from_state_dict(weights)
+        state_dict = _select(weights, Tagger(config, device="meta").state_dict())
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+    tagger = TaggerWeights(config, state_dict, vocabulary, metadata.get(_DAPE) or None)
+    return tagger if dape_path is None else add_dape(tagger, dape_path)
+
+
+def _select(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of the expected tensors: the file may be a read-only map, of which only these pages are read."""
+    for key, wanted in expected.items():
+        if key not in weights:
+            raise ValueError(f"the tensor {key!r} is missing; the file is incomplete or of another network.")
+        if weights[key].shape != wanted.shape:
+            raise ValueError(f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(wanted.shape)}; the file is of another network.")
+    return {key: weights[key].clone() for key in expected}
+
+
+def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
+    """The tagger with DAPE's low-rank updates merged into its weights; the given one stays as it is.
+
+    ``weight + (1 / rank) * B @ A`` (loralib, whose alpha is 1 unless set). On a window attention's ``qkv`` the two halves of
+    lora_A and lora_B belong to q and v; k has none. The file also adapts the captioning parts, which tagging leaves out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, refused, something else or for another tagger, or DAPE is in the tagger already.
+    """
+    name = Path(dape_path).name
+    if tagger.dape:
+        raise ValueError(f"{name}: the tagger file already holds {tagger.dape}. Load it without DAPE, or load RAM's own file.")
+    state, _ = read_weights(dape_path)
+    halves = {strip_wrappers(k): w for k, w in state.items() if isinstance(w, torch.Tensor)}
+    layers = sorted({m.group(1) for k in halves if (m := re.match(r"((?:visual_encoder|tagging_head)\..+)\.lora_[AB]$", k))})
+    if not layers:
+        raise ValueError(f"{name}: found {describe(state)}; expected DAPE's low-rank weights such as {DAPE_FILE}.")
+    merged = dict(tagger.state_dict)
+    for layer in layers:
+        down, up, weight = halves.get(f"{layer}.lora_A"), halves.get(f"{layer}.lora_B"), merged.get(f"{layer}.weight")
+        if down is None or up is None:
+            raise ValueError(f"{name}: layer {layer} has but one of lora_A and lora_B; the file is incomplete.")
+        parts = 2 if layer.endswith(".qkv") else 1
+        if down.shape[0] != parts * up.shape[1]:
+            raise ValueError(f"{name}: layer {layer} has lora_A of {tuple(down.shape)} and lora_B of {tuple(up.shape)}, expected one rank in both.")
+        update = torch.cat([b @ a for a, b in zip(down.float().chunk(parts), up.float().chunk(parts), strict=True)]) / up.shape[1]
+        if parts == 2:
+            q, v = update.chunk(2)
+            update = torch.cat([q, torch.zeros_like(q), v])
+        if weight is None or weight.shape != update.shape:
+            found = "no such layer" if weight is None else f"a weight of {tuple(weight.shape)}"
+            raise ValueError(
+                f"{name}: the update of {layer} is for a weight of {tuple(update.shape)}, but the tagger has {found}. DAPE belongs to RAM's Swin-L."
+            )
+        merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+    return replace(tagger, state_dict=merged, dape=name)
+
+
+def convert_tagger(
+    path: str | Path,
+    output: str | Path,
+    dape_path: str | Path | None = None,
+    dtype: torch.dtype = torch.float16,
+    overwrite: bool = False,
+) -> TaggerWeights:
+    """Write one safetensors file of what tagging needs: DAPE merged, names and thresholds in the metadata.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileExistsError: ``output`` exists and ``overwrite`` is not set.
+        FileNotFoundError, ValueError: as :func:`load_tagger_weights`; a weight does not fit into ``dtype``.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output: found {output.name}, expected a name that ends in .safetensors.")
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists. Give another name, or allow to overwrite it.")
+    weights = load_tagger_weights(path, dape_path)
+    state_dict = {key: weight.to(dtype) for key, weight in weights.state_dict.items()}
+    for key, weight in state_dict.items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{Path(path).name}: {key} holds values that are not finite in {str(dtype).removeprefix('torch.')}.")
+    metadata = {
+        "format": "pt",
+        "architecture": "RAM tagger (github.com/xinyu1205/recognize-anything)",
+        _TAGS: json.dumps(weights.vocabulary.names),
+        _THRESHOLDS: json.dumps(weights.vocabulary.thresholds),
+        _DAPE: weights.dape or "",
+    }
+    partial = output.with_name(output.name + ".part")
+    try:
+        safetensors.torch.save_file(state_dict, partial, metadata)
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    return replace(weights, state_dict=state_dict)
+
+
+def by_preference(names: Iterable[str]) -> list[str]:
+    """File names of a folder of taggers, the compact ones first and DAPE's own last."""
+    return sorted(names, key=lambda name: (not name.endswith(".safetensors"), Path(name).name.startswith("DAPE"), name))
