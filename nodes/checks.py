@@ -4,8 +4,10 @@ import comfy.model_sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ..sr.canvas import VAE_MULTIPLE
+
 LATENT_CHANNELS = 4
-PIXELS_PER_CELL = 8
+PIXELS_PER_CELL = VAE_MULTIPLE
 _BASES = "SD 2.1-base (sd21-base, 512 pixels) for OSEDiff or SD-Turbo for InvSR"
 _TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1280: "the Stable Diffusion XL refiner", 2048: "Stable Diffusion XL"}
 

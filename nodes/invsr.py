@@ -14,7 +14,6 @@ from comfy_api.latest import io, ui
 
 from ..sr.canvas import reflect_pad
 from ..sr.checkpoints import load_noise_predictor_weights
-from ..sr.noise_predictor import PIXELS_PER_CELL as PREDICTOR_PIXELS_PER_CELL
 from ..sr.noise_predictor import NoisePredictor
 from ..sr.posterior import Posterior, draw_noise
 from ..sr.schedule import INVSR_MAX_START, sigma_to_index
@@ -115,7 +114,7 @@ class InvSRStartState(io.ComfyNode):
     def execute(cls, noise_predictor, image, latent, sigmas, posterior="sample", seed=12345) -> io.NodeOutput:
         samples = require_latent(latent)
         timestep = _start_timestep(sigmas)
-        picture = _fit_picture(require_image(image, "image"), latent)
+        picture = _fit_picture(require_image(image, "image"), latent, noise_predictor.patcher.model.config.pixels_per_cell)
         predicted = predict_noise(noise_predictor, picture, timestep)
         noise = predicted.mean if posterior == "mean" else predicted.sample(draw_noise(predicted.mean.shape, seed))
         noise = require_finite(noise, "InvSR Start State (the noise predictor)", "--fp32-unet or --bf16-unet")
@@ -138,22 +137,21 @@ def _start_timestep(sigmas: torch.Tensor) -> int:
     return index
 
 
-def _fit_picture(picture: torch.Tensor, latent: dict) -> torch.Tensor:
-    """The low-quality picture (B, 3, H, W) as the predictor sees it: two pixels for each latent cell, padded where the latent is."""
+def _fit_picture(picture: torch.Tensor, latent: dict, cell: int) -> torch.Tensor:
+    """The low-quality picture (B, 3, H, W) as the predictor sees it: ``cell`` pixels for each latent cell, padded where the latent is."""
     samples = latent["samples"]
     if picture.shape[0] not in (1, samples.shape[0]):
         raise ValueError(f"image: found {picture.shape[0]} pictures, expected 1 or {samples.shape[0]}, as many as in latent.")
-    reduction = PIXELS_PER_CELL // PREDICTOR_PIXELS_PER_CELL
-    size = [max(1, round(side / reduction)) for side in picture_size(latent)]
+    size = [max(1, round(side * cell / PIXELS_PER_CELL)) for side in picture_size(latent)]
     if list(picture.shape[-2:]) != size:
         found, wanted = picture.shape[-1] / picture.shape[-2], size[1] / size[0]
         if min(picture.shape[-2:]) >= 16 and min(size) >= 16 and not 0.9 < found / wanted < 1.1:
             raise ValueError(
                 f"image: found {picture.shape[-1]} x {picture.shape[-2]} pixels, but the latent's picture has other proportions "
-                f"({size[1]} x {size[0]} at a quarter). Wire the same picture, not enlarged, into image."
+                f"({size[1]} x {size[0]} as the predictor sees it). Wire the same picture, not enlarged, into image."
             )
         picture = F.interpolate(picture, size=size, mode="bicubic", align_corners=False, antialias=True)
-    return reflect_pad(picture, *(side * PREDICTOR_PIXELS_PER_CELL for side in samples.shape[-2:]))
+    return reflect_pad(picture, *(side * cell for side in samples.shape[-2:]))
 
 
 def predict_noise(predictor: LoadedNoisePredictor, picture: torch.Tensor, timestep: int) -> Posterior:

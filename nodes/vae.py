@@ -7,7 +7,7 @@ import torch
 from comfy.ldm.models.autoencoder import DiagonalGaussianRegularizer, EmptyRegularizer
 from comfy_api.latest import io
 
-from ..sr.canvas import pad_to_multiple, round_up
+from ..sr.canvas import pad_for_vae, padded_side
 from ..sr.posterior import Posterior, draw_noise
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL, require_finite, require_image, require_latent, require_vae
 
@@ -19,7 +19,7 @@ def picture_size(latent: dict) -> tuple[int, int]:
     """Height and width in pixels of the picture in a LATENT, without the padding; the whole latent where it was resized since or is another node's."""
     height, width = (side * PIXELS_PER_CELL for side in latent["samples"].shape[-2:])
     known = latent.get(SIZE_KEY)
-    if known and (round_up(known[0], PIXELS_PER_CELL), round_up(known[1], PIXELS_PER_CELL)) == (height, width):
+    if known and (padded_side(known[0]), padded_side(known[1])) == (height, width):
         return known
     return height, width
 
@@ -80,7 +80,7 @@ class FewStepSRVAEEncode(io.ComfyNode):
     def execute(cls, pixels, vae, posterior="mean", seed=0, tile_size=0) -> io.NodeOutput:
         require_vae(vae)
         picture = require_image(pixels, "pixels")
-        padded = pad_to_multiple(picture, PIXELS_PER_CELL)
+        padded = pad_for_vae(picture)
         tile = _choose_tile(tile_size, vae, vae.memory_used_encode, padded.shape, 1)
         samples = _encode(_moments_vae(vae), padded.movedim(1, -1), tile).float()  # VAE takes BHWC
         samples = require_finite(samples, "VAE Encode (Few-Step SR)", "--fp32-vae or --bf16-vae")

@@ -2,10 +2,16 @@
 
 import torch
 
+VAE_MULTIPLE = 8
+"""Pixels per latent cell of Stable Diffusion's VAE."""
 
-def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is at least ``size``."""
-    return -(-size // multiple) * multiple
+MIN_SIDE = 3 * VAE_MULTIPLE
+"""Two cells are one after the UNet's first halving, and one cell leaves group normalisation nothing to average where a group is one channel."""
+
+
+def padded_side(size: int) -> int:
+    """Pixels to which a side of ``size`` pixels is padded: whole latent cells, three at least."""
+    return max(-(-size // VAE_MULTIPLE) * VAE_MULTIPLE, MIN_SIDE)
 
 
 def reflect_pad(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -27,6 +33,6 @@ def _reflect(image: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return image.index_select(dim, torch.minimum(index, period - index).clamp(max=length - 1))
 
 
-def pad_to_multiple(image: torch.Tensor, multiple: int) -> torch.Tensor:
-    """:func:`reflect_pad` of (B, C, H, W) to the next multiple of ``multiple`` on both sides."""
-    return reflect_pad(image, round_up(image.shape[-2], multiple), round_up(image.shape[-1], multiple))
+def pad_for_vae(image: torch.Tensor) -> torch.Tensor:
+    """:func:`reflect_pad` of (B, C, H, W) to the size that Stable Diffusion's VAE and UNet need."""
+    return reflect_pad(image, padded_side(image.shape[-2]), padded_side(image.shape[-1]))

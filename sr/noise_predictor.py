@@ -16,7 +16,6 @@ from torch import nn
 
 from .posterior import Posterior
 
-PIXELS_PER_CELL = 2
 # Not visible in the weights' shapes; the same in every published configuration.
 HEAD_DIM = 64
 NORM_GROUPS = 32
@@ -33,6 +32,11 @@ class NoisePredictorConfig:
     layers_per_block: tuple[int, ...] = (3, 3)
     time_channels: int = 256
     temb_channels: int = 512
+
+    @property
+    def pixels_per_cell(self) -> int:
+        """Pixels of the low-quality picture for each side of a latent cell: 2 for the published two resolution levels."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, torch.Tensor]) -> "NoisePredictorConfig":
@@ -74,17 +78,18 @@ class NoisePredictor(nn.Module):
         """Predict the noise map (InvSR, eq. 6).
 
         Args:
-            image: low-quality picture (B, 3, 2h, 2w) in [-1, 1], two pixels for each of the h x w latent cells.
+            image: low-quality picture (B, 3, 2h, 2w) in [-1, 1], ``config.pixels_per_cell`` (2) pixels for each side of the h x w latent cells.
             timestep: index of the noise table (0 to 999), a number or a tensor of shape (1,) or (B,).
 
         Returns:
             Posterior of shape (B, 4, h, w), in the scaled latent space in which the sampler works.
 
         Raises:
-            ValueError: height or width is odd, so that it covers no whole number of latent cells.
+            ValueError: height or width covers no whole number of latent cells.
         """
-        if image.shape[-2] % PIXELS_PER_CELL or image.shape[-1] % PIXELS_PER_CELL:
-            raise ValueError(f"image: found {image.shape[-1]} x {image.shape[-2]} pixels, expected even sides: two pixels for each latent cell.")
+        cell = self.config.pixels_per_cell
+        if image.shape[-2] % cell or image.shape[-1] % cell:
+            raise ValueError(f"image: found {image.shape[-1]} x {image.shape[-2]} pixels, expected multiples of {cell}: {cell} for each latent cell.")
         timestep = torch.as_tensor(timestep, device=image.device).reshape(-1).expand(image.shape[0])
         return Posterior.from_moments(self.encoder(image, timestep))
 

@@ -39,8 +39,10 @@ def weights(seed: int, prefix: str, shapes: dict) -> dict[str, torch.Tensor]:
     return {k: torch.from_numpy(procedural.weight(seed, f"{prefix}.{k}", tuple(s))) for k, s in shapes.items()}
 
 
-def unet_state_dict(seed: int) -> dict[str, torch.Tensor]:
-    return weights(seed, "unet", SHAPES["unet"])
+def unet_state_dict(seed: int, context: int = 64) -> dict[str, torch.Tensor]:
+    """The UNet's weights; ``context`` is the width of its text conditioning."""
+    text = ("attn2.to_k.weight", "attn2.to_v.weight")
+    return weights(seed, "unet", {k: [s[0], context] if k.endswith(text) else s for k, s in SHAPES["unet"].items()})
 
 
 def vae_state_dict(seed: int) -> dict[str, torch.Tensor]:
@@ -115,7 +117,7 @@ def conditioning(seed: int, name: str = "prompt_embeds", width: int = 64) -> lis
     return [[gaussian(seed, name, (1, 77, width)), {}]]
 
 
-def comfy_model(seed: int, v_prediction: bool = False):
+def comfy_model(seed: int, v_prediction: bool = False, context: int = 64, dtype: torch.dtype = torch.float32):
     """A MODEL: the tiny UNet as ComfyUI builds and manages it."""
     import comfy.model_base
     import comfy.model_detection
@@ -136,9 +138,9 @@ def comfy_model(seed: int, v_prediction: bool = False):
             "transformer_depth_middle": 1,
         }
     )
-    state_dict = {names[k]: v for k, v in unet_state_dict(seed).items()}
+    state_dict = {names[k]: v for k, v in unet_state_dict(seed, context).items()}
     config = comfy.supported_models.SD20(comfy.model_detection.detect_unet_config(state_dict, ""))
-    config.unet_config |= {"num_head_channels": HEAD_DIM, "num_heads": -1, "dtype": torch.float32}
+    config.unet_config |= {"num_head_channels": HEAD_DIM, "num_heads": -1, "dtype": dtype}
     kind = comfy.model_base.ModelType.V_PREDICTION if v_prediction else comfy.model_base.ModelType.EPS
     model = comfy.model_base.BaseModel(config, model_type=kind)
     model.diffusion_model.load_state_dict(state_dict)
