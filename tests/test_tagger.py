@@ -260,7 +260,7 @@ def test_same_as_torchvisions_swin():
     assert_same_as_torchvision(network, config)
 
 
-@pytest.mark.skipif(os.environ.get("FEWSTEP_SR_FULL") != "1", reason="the full-size Swin-L: needs 6 GB of memory and a minute; set FEWSTEP_SR_FULL=1")
+@pytest.mark.skipif(os.environ.get("FEWSTEP_SR_FULL") != "1", reason="the full-size Swin-L: takes half a minute and 4 GB; set FEWSTEP_SR_FULL=1")
 def test_full_size(tmp_path):
     state_dict = tagger_state_dict({k: v.shape for k, v in Tagger(TaggerConfig(), device="meta").state_dict().items()})
     weights = load_tagger_weights(write_ram(tmp_path, state_dict))
