@@ -68,10 +68,13 @@ UNET_TARGETS = ("to_k", "to_q", "to_v", "to_out.0", "conv", "proj_out", "proj_in
 VAE_TARGETS = ("conv", "to_k", "to_q", "to_v", "to_out.0")
 
 
-def osediff_checkpoint(seed: int, rank: int) -> dict:
-    """An adapter in the published layout: what training's save function writes, with procedural weights."""
+def osediff_checkpoint(seed: int, rank: int, shapes: dict = SHAPES, random_weights=None) -> dict:
+    """An adapter in the published layout: what training's save function writes, with procedural weights.
+
+    ``shapes`` are the networks' under diffusers' names; ``random_weights(shapes, seed)`` replaces the slow procedural ones for large networks.
+    """
     unet, groups = {}, {"encoder": [], "decoder": [], "others": []}
-    for key, shape in SHAPES["unet"].items():
+    for key, shape in shapes["unet"].items():
         layer = key.removesuffix(".weight")
         if "bias" in key or "norm" in key or not any(t in key for t in UNET_TARGETS):
             continue
@@ -84,10 +87,10 @@ def osediff_checkpoint(seed: int, rank: int) -> dict:
         groups[group].append(layer)
         unet |= _low_rank(layer, shape, rank, f"default_{group}")
     for kind in ("weight", "bias"):
-        unet[f"conv_in.base_layer.{kind}"] = SHAPES["unet"][f"conv_in.{kind}"]
+        unet[f"conv_in.base_layer.{kind}"] = shapes["unet"][f"conv_in.{kind}"]
 
     vae, vae_layers = {}, []
-    for key, shape in SHAPES["vae"].items():
+    for key, shape in shapes["vae"].items():
         layer = key.removesuffix(".weight")
         on_encoder = "encoder" in key and any(t in key for t in VAE_TARGETS)
         if "bias" in key or "norm" in key or not (on_encoder or layer == "quant_conv"):
@@ -99,8 +102,8 @@ def osediff_checkpoint(seed: int, rank: int) -> dict:
         **{f"unet_lora_{group}_modules": layers for group, layers in groups.items()},
         "rank_unet": rank,
         "rank_vae": rank,
-        "state_dict_unet": weights(seed, "osediff.unet", unet),
-        "state_dict_vae": weights(seed, "osediff.vae", vae),
+        "state_dict_unet": random_weights(unet, seed) if random_weights else weights(seed, "osediff.unet", unet),
+        "state_dict_vae": random_weights(vae, seed) if random_weights else weights(seed, "osediff.vae", vae),
     }
 
 

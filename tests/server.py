@@ -1,0 +1,121 @@
+"""A real ComfyUI server as a process of its own, and its HTTP interface as the web page uses it."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Server:
+    """``Server(comfyui, base)`` starts ComfyUI on a free port with the pack in its custom_nodes; use it as a context manager.
+
+    ``base`` is its base directory; files go into ``base / "models"`` and so on before the start.
+    """
+
+    def __init__(self, comfyui: Path, base: Path):
+        custom_nodes = base / "custom_nodes"
+        custom_nodes.mkdir(parents=True, exist_ok=True)
+        link = custom_nodes / "ComfyUI-FewStepSR"
+        if not link.exists():
+            link.symlink_to(ROOT, target_is_directory=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.base, self.url = base, f"http://127.0.0.1:{self.port}"
+        self.log_path = base / "server.log"
+        arguments = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
+        arguments += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+        with self.log_path.open("w") as log:
+            self.process = subprocess.Popen([sys.executable, str(comfyui / "main.py"), *arguments], stdout=log, stderr=subprocess.STDOUT, cwd=base)
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def __enter__(self) -> "Server":
+        deadline = time.monotonic() + 180
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"ComfyUI ended:\n{self.log[-3000:]}"
+            try:
+                self.get("/system_stats")
+                return self
+            except (urllib.error.URLError, ConnectionError):
+                time.sleep(0.5)
+        raise TimeoutError(f"ComfyUI did not answer within 180 s:\n{self.log[-3000:]}")
+
+    def __exit__(self, *_) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    def get(self, path: str):
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            body = answer.read()
+            return json.loads(body) if "json" in answer.headers.get("Content-Type", "") else body
+
+    def put_input(self, picture: Path, name: str) -> None:
+        """A picture where LoadImage finds it."""
+        (self.base / "input").mkdir(exist_ok=True)
+        shutil.copy(picture, self.base / "input" / name)
+
+    def run(self, prompt: dict, timeout: float = 900) -> dict:
+        """Queue an API-format prompt and wait. Returns the history entry; fails with the node's own message where a node failed."""
+        request = urllib.request.Request(self.url + "/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                prompt_id = json.loads(answer.read())["prompt_id"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"the server refused the prompt: {error.read().decode()}") from None
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"ComfyUI ended:\n{self.log[-3000:]}"
+            history = self.get(f"/history/{prompt_id}")
+            if entry := history.get(prompt_id):
+                messages = [m[1].get("exception_message") for m in entry["status"]["messages"] if m[0] == "execution_error"]
+                assert entry["status"]["status_str"] == "success", messages or self.log[-3000:]
+                return entry
+            time.sleep(0.5)
+        raise TimeoutError(f"the prompt did not finish within {timeout} s:\n{self.log[-3000:]}")
+
+    def image(self, output: dict):
+        """One entry of a node's ``images`` as a Pillow image."""
+        import io
+        from urllib.parse import urlencode
+
+        from PIL import Image
+
+        return Image.open(io.BytesIO(self.get("/view?" + urlencode(output))))
+
+
+def to_prompt(workflow: dict, object_info: dict) -> dict:
+    """A workflow as the page saves it -> the prompt that the page queues (nodes, widgets and links; no subgraphs)."""
+    links = {link[0]: link for link in workflow["links"]}
+    prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ("Note", "MarkdownNote") or node.get("mode", 0) in (2, 4):
+            continue
+        info = object_info[node["type"]]
+        sockets = {i["name"]: i.get("link") for i in node.get("inputs", [])}
+        values = iter(node.get("widgets_values") or [])
+        inputs = {}
+        for name, spec in [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]:
+            kind, options = spec[0], spec[1] if len(spec) > 1 else {}
+            if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
+                inputs[name] = next(values)
+                if options.get("control_after_generate") or options.get("image_upload"):
+                    next(values)
+            if sockets.get(name) is not None:
+                _, source, slot, *_ = links[sockets[name]]
+                inputs[name] = [str(source), slot]
+        assert next(values, None) is None, f"node {node['id']} ({node['type']}) has more widget values than widgets"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
