@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import stable_diffusion
 from conftest import ROOT
-from server import Server, to_prompt
+from comfy_server import Server, to_prompt
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.png"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
