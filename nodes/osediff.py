@@ -75,7 +75,7 @@ class OSEDiffOneStep(io.ComfyNode):
             node_id="OSEDiffOneStep",
             display_name="OSEDiff One Step",
             category="FewStepSR/OSEDiff",
-            description="Restores a low-quality latent in a single diffusion step, from the latent itself instead of noise (OSEDiff, eq. 4). "
+            description="Restores a low-quality latent in a single diffusion step, from the latent itself instead of noise (OSEDiff). "
             "It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
             search_aliases=["osediff", "one-step diffusion", "sampler", "restore", "super resolution"],
             inputs=[

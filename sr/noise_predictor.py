@@ -1,4 +1,4 @@
-"""InvSR's noise predictor f_w(y0, t) (Yue et al., CVPR 2025, section 3.2): the low-quality picture and a timestep in, a noise map out.
+"""InvSR's noise predictor f_w(y0, t) (Yue et al., CVPR 2025): the low-quality picture and a timestep in, a noise map out.
 
 A time-aware encoder of two or more resolution levels with self-attention after every residual block. It sees the picture at a quarter
 of the output's size, two pixels per latent cell, and predicts mean and log-variance of the noise map. Module names are those of the
@@ -75,7 +75,7 @@ class NoisePredictor(nn.Module):
         self.encoder = TimeAwareEncoder(config, operations=operations, dtype=dtype, device=device)
 
     def forward(self, image: torch.Tensor, timestep: int | torch.Tensor) -> Posterior:
-        """Predict the noise map (InvSR, eq. 6).
+        """Predict the noise map that makes ``image`` a state of the diffusion trajectory (the noise of InvSR's eq. 8).
 
         Args:
             image: low-quality picture (B, 3, 2h, 2w) in [-1, 1], ``config.pixels_per_cell`` (2) pixels for each side of the h x w latent cells.

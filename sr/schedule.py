@@ -20,7 +20,7 @@ INVSR_TIMESTEPS = {
     4: (200, 150, 100, 50),
     5: (250, 200, 150, 100, 50),
 }
-# The noise predictor is trained for start timesteps up to this one (InvSR, section 3.3), counted from 1.
+# The noise predictor is trained for start timesteps up to this one (InvSR), counted from 1.
 INVSR_MAX_START = 250
 OSEDIFF_TIMESTEP = 999
 

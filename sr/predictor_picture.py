@@ -1,0 +1,33 @@
+"""The low-quality picture in the size in which InvSR's noise predictor sees it."""
+
+import torch
+import torch.nn.functional as F
+
+from .canvas import VAE_MULTIPLE, reflect_pad
+
+
+def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, int], pixels_per_cell: int = 2) -> torch.Tensor:
+    """Bring the picture to the enlarged one's size in the predictor's pixels, and pad it by reflection where the latent is.
+
+    Args:
+        picture: (B, 3, H, W), of any size.
+        size: (height, width) in pixels of the enlarged picture, before padding.
+        cells: (height, width) of its latent.
+        pixels_per_cell: the predictor's pixels for each side of a latent cell.
+
+    Returns:
+        (B, 3, height, width), ``pixels_per_cell`` times ``cells``.
+
+    Raises:
+        ValueError: the two pictures' proportions differ, so that they are not one picture.
+    """
+    fitted = [max(1, round(side * pixels_per_cell / VAE_MULTIPLE)) for side in size]
+    if list(picture.shape[-2:]) != fitted:
+        found, wanted = picture.shape[-1] / picture.shape[-2], fitted[1] / fitted[0]
+        if min(picture.shape[-2:]) >= 16 and min(fitted) >= 16 and not 0.9 < found / wanted < 1.1:
+            raise ValueError(
+                f"image: found {picture.shape[-1]} x {picture.shape[-2]} pixels, but the latent's picture has other proportions "
+                f"({fitted[1]} x {fitted[0]} as the predictor sees it). Give the same picture, not enlarged."
+            )
+        picture = F.interpolate(picture, size=fitted, mode="bicubic", align_corners=False, antialias=True)
+    return reflect_pad(picture, *(side * pixels_per_cell for side in cells))
