@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import stable_diffusion
-from conftest import ROOT
 from comfy_server import Server, to_prompt
+from conftest import ROOT
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.png"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
