@@ -17,7 +17,7 @@ def require_stable_diffusion(model) -> None:
 
     Narrow networks (under 320 channels) whose text width is no published encoder's are let through: miniatures for trying and testing.
     """
-    network = model.get_model_object("diffusion_model")
+    network = model.model.diffusion_model  # below object patches such as a compiled network
     if not isinstance(network, UNetModel):
         raise ValueError(f"model: found {type(network).__name__}, expected the UNet of Stable Diffusion 2.x. Load {_BASES}.")
     config = model.model.model_config.unet_config

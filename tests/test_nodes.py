@@ -151,8 +151,8 @@ def test_wrong_models_are_refused(comfy, base, adapter_name):
     everywhere(toys.comfy_model(SEED, v_prediction=True), "found v-prediction .*expected a model that predicts noise")
     everywhere(toys.comfy_model(SEED, context=768), r"text width of 768 \(Stable Diffusion 1.x\), expected 1024")
     everywhere(toys.comfy_model(SEED, context=2048), r"text width of 2048 \(Stable Diffusion XL\), expected 1024")
-    other = model.clone()
-    other.add_object_patch("diffusion_model", torch.nn.Linear(1, 1))
+    other = toys.comfy_model(SEED)
+    other.model.diffusion_model = torch.nn.Linear(1, 1)
     everywhere(other, "found Linear, expected the UNet of Stable Diffusion")
     flow = model.clone()
     flow.add_object_patch("model_sampling", __import__("comfy.model_sampling").model_sampling.ModelSamplingDiscreteFlow())
@@ -369,6 +369,41 @@ def test_one_step_runs_patches_previews_and_interrupts(comfy, osediff):
     assert relative_error(run(), plain * 0.5) < 1e-5
 
 
+def test_one_step_with_control_net_and_lora(comfy, osediff):
+    from comfy import cldm, controlnet, ops
+    from comfy.weight_adapter import LoRAAdapter
+
+    model, latent = osediff[0], {"samples": torch.randn(1, 4, 8, 8)}
+    unet = model.model.model_config.unet_config
+    config = {k: unet[k] for k in ("model_channels", "num_res_blocks", "channel_mult", "context_dim", "use_linear_in_transformer", "in_channels")}
+    config |= {
+        "transformer_depth": [1, 1, 1, 0],
+        "transformer_depth_middle": 1,
+        "num_head_channels": toys.HEAD_DIM,
+        "hint_channels": 3,
+        "image_size": 32,
+    }
+    network = cldm.cldm.ControlNet(**config, use_spatial_transformer=True, dtype=torch.float32, operations=ops.disable_weight_init)
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+    network.load_state_dict(toys.weights(SEED, "control", shapes))
+    control = controlnet.ControlNet(network, load_device=torch.device("cpu"), manual_cast_dtype=torch.float32)
+
+    def step(model, positive):
+        return comfy.run("OSEDiffOneStep", model=model, positive=positive, latent=latent)[0]["samples"]
+
+    plain, nothing = step(model, conditioning(SEED)), conditioning(SEED, "negative")
+    applied = {"control_net": control, "image": picture(1, 64, 64), "start_percent": 0.0, "end_percent": 1.0}
+    for strength, changes in ((0.0, False), (1.0, True)):
+        positive, _ = comfy.run("ControlNetApplyAdvanced", positive=conditioning(SEED), negative=nothing, strength=strength, **applied)
+        assert (relative_error(step(model, positive), plain) > 0.01) == changes
+
+    key = "diffusion_model.middle_block.1.proj_in.weight"
+    with_lora = model.clone()
+    assert with_lora.add_patches({key: LoRAAdapter(set(), (torch.randn(64, 2), torch.randn(2, 64), None, None, None, None))}) == [key]
+    assert relative_error(step(with_lora, conditioning(SEED)), plain) > 0.01
+    assert relative_error(step(model, conditioning(SEED)), plain) < 1e-5
+
+
 def test_start_state_interrupts(comfy, base, predictor):
     from comfy import model_management
 
@@ -451,6 +486,17 @@ def test_color_fix_node(comfy):
     assert torch.equal(comfy.run("FewStepSRColorFix", image=image, reference=reference, strength=0.0)[0], image)
     with pytest.raises(ValueError, match="reference: found 3 pictures, expected 1 or 2"):
         comfy.run("FewStepSRColorFix", image=image, reference=picture(4, 16, 12, batch=3))
+
+
+def test_model_folders(comfy):
+    """The user's own folders come first, ComfyUI's models folder counts too, and only weight files are offered."""
+    import folder_paths
+
+    for kind in ("osediff", "invsr"):
+        assert folder_paths.get_folder_paths(kind) == [str(comfy.folder(kind)), f"{folder_paths.models_dir}/{kind}"]
+        (comfy.folder(kind) / "notes.txt").write_text("not weights")
+        (comfy.folder(kind) / "weights.safetensors").write_bytes(b"")
+        assert [n for n in folder_paths.get_filename_list(kind) if n in ("notes.txt", "weights.safetensors")] == ["weights.safetensors"]
 
 
 CONTRACT = {
