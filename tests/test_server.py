@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import stable_diffusion
+import tagger_toys
 from comfy_server import Server, to_prompt
 from conftest import ROOT
 
@@ -15,13 +16,15 @@ WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 
 def write_models(models: Path, size: str) -> None:
     """Files under the names that the example workflows ask for."""
-    for folder in ("checkpoints", "osediff", "invsr"):
+    for folder in ("checkpoints", "osediff", "invsr", "dape"):
         (models / folder).mkdir(parents=True)
     base = models / "checkpoints" / "v2-1_512-ema-pruned.safetensors"
     stable_diffusion.write_checkpoint(base, size)
     (models / "checkpoints" / "sd_turbo.safetensors").symlink_to(base)
     stable_diffusion.write_osediff(models / "osediff" / "osediff.pkl", size)
     stable_diffusion.write_predictor(models / "invsr" / "noise_predictor_sd_turbo_v5.pth", size)
+    # A small tagger that always finds its first eight tags.
+    tagger_toys.write_ram(models / "dape", thresholds=[0.0 if i < 8 else 2.0 for i in range(len(tagger_toys.NAMES))])
 
 
 def start(comfy, base: Path, size: str) -> Server:
@@ -68,6 +71,8 @@ def test_pack_is_there(server, comfy):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_example_workflow(server, path):
     outputs = check_workflow(server, json.loads(path.read_text()))
+    if "tagged" in path.stem:
+        assert outputs["DAPETagger"]["text"] == [", ".join(tagger_toys.NAMES[:8])]
     if "invsr" in path.stem:
         [noise_map] = outputs["InvSRStartState"]["images"]
         assert noise_map["type"] == "temp" and server.image(noise_map).size == (50 * 6, 38 * 6)
