@@ -1,0 +1,39 @@
+"""OSEDiff's adapter on diffusers' networks, with peft: three adapters on the UNet, one on the VAE's encoder."""
+
+import warnings
+
+from peft import LoraConfig
+
+from sr.checkpoints import LORA_ALPHA, LowRank
+
+
+def require_layers(model, layers: dict[str, LowRank], what: str) -> None:
+    """Refuse a base that has not the layers, in the shapes, that the adapter changes."""
+    modules = dict(model.named_modules())
+    for layer, low_rank in layers.items():
+        found = tuple(modules[layer].weight.shape) if layer in modules else None
+        if found != low_rank.weight_shape:
+            raise ValueError(
+                f"{what}: layer {layer} has shape {found}, but the adapter's is {low_rank.weight_shape}. "
+                "It is not the base that the adapter was trained on: load Stable Diffusion 2.1-base (512 pixels)."
+            )
+
+
+def put_on(model, layers: dict[str, LowRank], groups: dict[str, str], strength: float) -> None:
+    """Put the low-rank updates on ``model`` as peft adapters. ``groups`` names the adapter of each layer."""
+    names = list(dict.fromkeys(groups.values()))
+    for name in names:
+        members = {layer: low_rank for layer, low_rank in layers.items() if groups[layer] == name}
+        rank = next(iter(members.values())).rank
+        other_ranks = {layer: low_rank.rank for layer, low_rank in members.items() if low_rank.rank != rank}
+        config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules=list(members), rank_pattern=other_ranks)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what OSEDiff has
+            model.add_adapter(config, adapter_name=name)
+        for layer, low_rank in members.items():
+            module = model.get_submodule(layer)
+            module.lora_A[name].weight.data.copy_(low_rank.down)
+            module.lora_B[name].weight.data.copy_(low_rank.up)
+            module.set_scale(name, strength)
+    model.set_adapter(names)
+    model.requires_grad_(False)

@@ -1,0 +1,156 @@
+"""What both pipelines share: pictures in and out, text, VAE, guidance."""
+
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.loaders import FromSingleFileMixin
+
+from sr.canvas import pad_for_vae
+from sr.color import fix_color
+from sr.posterior import Posterior, draw_noise
+
+from .checks import require_finite, require_picture, require_stable_diffusion
+from .single_file import CONFIG, find_tokenizer, require_noise_prediction
+
+Pictures = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
+
+SEED = 12345
+
+
+class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
+    """Base of :class:`OSEDiffPipeline` and :class:`InvSRPipeline`.
+
+    Between the stages pictures are (B, 3, H, W), RGB in [0, 1], and latents (B, 4, h, w), multiplied by the VAE's scaling factor,
+    both float32. Random draws are on the CPU over the whole canvas. One generator gives one draw for all pictures of a batch, a list
+    of generators one draw for each; without any, the draw is that of seed 12345.
+    """
+
+    _optional_components = ["text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents", "prompt_embeds"]
+
+    def _register(self, **components) -> None:
+        require_stable_diffusion(components["unet"], components["vae"], components["scheduler"])
+        self.register_modules(**components)
+        self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
+        self.unet_tiling = None
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
+        """A base of Stable Diffusion 2.x in one file (.safetensors, .ckpt). The configuration comes with this package, so that nothing is
+        fetched but, where no tokenizer is given or found, the tokenizer (see :func:`pipelines.single_file.find_tokenizer`).
+        """
+        if config is None and tokenizer is None and kwargs.get("text_encoder", ...) is not None:
+            tokenizer = find_tokenizer(local_files_only=kwargs.get("local_files_only", False))
+        pipeline = super().from_single_file(str(pretrained_model_link_or_path), config=str(config or CONFIG), tokenizer=tokenizer, **kwargs)
+        require_noise_prediction(pipeline.unet, Path(str(pretrained_model_link_or_path)).name)
+        return pipeline
+
+    def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
+        """Text embeddings (B, 77, width) of the base's own text encoder."""
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ValueError("prompt: this pipeline was loaded without text encoder or tokenizer. Pass prompt_embeds instead.")
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        return self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
+
+    def _prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, batch: int):
+        """Embeddings of the batch's prompts and, where there is guidance, of the negative prompts."""
+
+        def embed(text, embeds, name):
+            embeds = self.encode_prompt(text) if embeds is None else embeds
+            if embeds.shape[0] not in (1, batch):
+                raise ValueError(f"{name}: found {embeds.shape[0]} prompts, expected 1 or {batch}, as many as pictures.")
+            if embeds.shape[-1] != self.unet.config.cross_attention_dim:
+                raise ValueError(
+                    f"{name}: found text encoded {embeds.shape[-1]} wide, expected {self.unet.config.cross_attention_dim}. "
+                    "Encode it with the text encoder of the base that the UNet comes from."
+                )
+            return embeds.expand(batch, -1, -1)
+
+        positive = embed(prompt, prompt_embeds, "prompt")
+        if guidance_scale == 1.0:
+            return positive, None
+        return positive, embed(negative_prompt, negative_prompt_embeds, "negative_prompt")
+
+    def preprocess(self, image: Pictures, scale: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pictures as (B, 3, h, w), and enlarged by ``scale`` (bicubic, without antialiasing, as 'Upscale Image By' does)."""
+        image = self.image_processor.preprocess(image).float().cpu()
+        require_picture(image)
+        size = [round(side * scale) for side in image.shape[-2:]]
+        if min(size) < 1:
+            raise ValueError(f"scale: found {scale}, which leaves nothing of a picture of {image.shape[-1]} x {image.shape[-2]} pixels.")
+        return image, F.interpolate(image, size=size, mode="bicubic", align_corners=False)
+
+    @torch.no_grad()
+    def encode(self, image: torch.Tensor, posterior: str = "mean", generator: Generators = None) -> torch.Tensor:
+        """Latents of enlarged pictures of any size; sides are padded by reflection to what VAE and UNet need.
+
+        Args:
+            image: (B, 3, H, W) in [0, 1].
+            posterior: ``"mean"`` gives the same latents each time, ``"sample"`` draws as the published programs do.
+            generator: for ``"sample"``.
+        """
+        padded = pad_for_vae(image) * 2 - 1
+        moments = self.vae.encode(padded.to(self._execution_device, self.vae.dtype)).latent_dist.parameters
+        return self.vae.config.scaling_factor * self._draw(moments.float(), posterior, generator)
+
+    def _draw(self, moments: torch.Tensor, posterior: str, generator: Generators) -> torch.Tensor:
+        return draw(Posterior.from_moments(moments), posterior, generator)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] on the CPU, cropped to ``size`` (height, width) where it is given."""
+        latents = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
+        image = require_finite(self.vae.decode(latents).sample.float().cpu(), "the VAE")
+        height, width = size or image.shape[-2:]
+        return (image[..., :height, :width] / 2 + 0.5).clamp(0, 1)
+
+    def predict_noise(self, latents, timestep, prompt_embeds, negative_prompt_embeds=None, guidance_scale: float = 1.0) -> torch.Tensor:
+        """The UNet's noise prediction, float32, with classifier-free guidance where there are negative embeddings."""
+        if negative_prompt_embeds is None:
+            return self._unet(latents, timestep, prompt_embeds)
+        both = torch.cat([negative_prompt_embeds, prompt_embeds])
+        negative, positive = self._unet(torch.cat([latents, latents]), timestep, both).chunk(2)
+        return negative + guidance_scale * (positive - negative)
+
+    def _unet(self, latents, timestep, prompt_embeds) -> torch.Tensor:
+        device, dtype = self._execution_device, self.unet.dtype
+        embeds = prompt_embeds.to(device, dtype)
+        noise_pred = self.unet(latents.to(device, dtype), timestep, encoder_hidden_states=embeds).sample
+        return require_finite(noise_pred.float(), "the UNet")
+
+    def _call_back(self, callback, names: list[str], step: int, timestep, tensors: dict) -> dict:
+        """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""
+        if callback is None:
+            return tensors
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(f"callback_on_step_end_tensor_inputs: found {unknown}, expected names out of {self._callback_tensor_inputs}.")
+        return tensors | (callback(self, step, timestep, {name: tensors[name] for name in names}) or {})
+
+    def _finish(self, image: torch.Tensor, reference: torch.Tensor, color_fix: str | None, output_type: str, return_dict: bool):
+        if color_fix is not None:
+            image = fix_color(image, reference, color_fix)
+        self.maybe_free_model_hooks()
+        images = self.image_processor.postprocess(image, output_type, do_denormalize=[False] * image.shape[0])
+        return ImagePipelineOutput(images) if return_dict else (images,)
+
+
+def draw(posterior: Posterior, kind: str, generator: Generators) -> torch.Tensor:
+    """The posterior's ``"mean"``, or a ``"sample"`` of it."""
+    if kind not in ("mean", "sample"):
+        raise ValueError(f"posterior: found {kind!r}, expected 'mean' or 'sample'.")
+    if kind == "mean":
+        return posterior.mean
+    batch, *shape = posterior.mean.shape
+    if generator is None:
+        return posterior.sample(draw_noise(posterior.mean.shape, SEED))
+    generators = generator if isinstance(generator, list) else [generator]
+    if len(generators) not in (1, batch):
+        raise ValueError(f"generator: found {len(generators)}, expected 1 or {batch}, as many as pictures.")
+    return posterior.sample(torch.cat([torch.randn(1, *shape, generator=g, device=g.device) for g in generators]))

