@@ -1,0 +1,100 @@
+"""Overlapping tiles of a canvas, and windows that blend what a network made of each into one result.
+
+A tile is cut, given to the network and blended away before the next one, so that memory depends on the tile and not on the canvas.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the canvas, in cells."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def cut(self, canvas: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """A view of the tile in (..., H, W), which has ``scale`` elements for each cell along a side."""
+        return canvas[..., self.top * scale : (self.top + self.height) * scale, self.left * scale : (self.left + self.width) * scale]
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Equal overlapping tiles that cover a canvas of ``height`` x ``width`` cells.
+
+    Tiles are as many as ``overlap`` demands and spread evenly, so that the last one is no sliver: where the canvas is no whole number of
+    strides they overlap more. A side of the canvas that is no longer than ``tile`` is covered by one tile of its own length.
+
+    Args:
+        height, width: the canvas, in cells.
+        tile: side of a tile, in cells.
+        overlap: cells that neighbours share at least, fewer than ``tile``.
+    """
+
+    height: int
+    width: int
+    tile: int
+    overlap: int
+
+    def __post_init__(self):
+        if not 0 <= self.overlap < self.tile:
+            raise ValueError(f"overlap: found {self.overlap} with tiles of {self.tile}, expected from 0 to {self.tile - 1}.")
+
+    @cached_property
+    def tops(self) -> list[int]:
+        return self._starts(self.height)
+
+    @cached_property
+    def lefts(self) -> list[int]:
+        return self._starts(self.width)
+
+    def _starts(self, length: int) -> list[int]:
+        if length <= self.tile:
+            return [0]
+        last = math.ceil((length - self.overlap) / (self.tile - self.overlap)) - 1
+        return [round(i * (length - self.tile) / last) for i in range(last + 1)]
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        height, width = min(self.tile, self.height), min(self.tile, self.width)
+        return [Tile(top, left, height, width) for top in self.tops for left in self.lefts]
+
+    def window(self, tile: Tile, scale: int = 1) -> torch.Tensor:
+        """Weights (h, w) of a tile, float32, with ``scale`` elements for each cell along a side. The windows of all tiles add up to one.
+
+        They fall to the borders that have a neighbour, as a squared sine over the overlap, and stay flat at the canvas's own borders.
+        """
+        rows = _windows(tuple(self.tops), tile.height, scale)[self.tops.index(tile.top)]
+        columns = _windows(tuple(self.lefts), tile.width, scale)[self.lefts.index(tile.left)]
+        return rows[:, None] * columns
+
+    def blank(self, like: torch.Tensor, scale: int = 1) -> torch.Tensor:
+        """Zeros (1, C, H, W) on the CPU, float32, for a result with the channels of ``like`` and ``scale`` elements for each cell."""
+        return torch.zeros(1, like.shape[1], self.height * scale, self.width * scale)
+
+
+def _windows(starts: tuple[int, ...], side: int, scale: int) -> torch.Tensor:
+    """Windows along one axis, (tiles, side * scale): products of these blend a grid, because its weights' sum is a product, too."""
+    starts, side = [start * scale for start in starts], side * scale
+    position = torch.arange(side, dtype=torch.float64) + 0.5
+    windows = torch.ones(len(starts), side, dtype=torch.float64)
+    for i, start in enumerate(starts):
+        if i > 0:
+            windows[i] *= _ramp(position / (starts[i - 1] + side - start))
+        if i < len(starts) - 1:
+            windows[i] *= _ramp((side - position) / (start + side - starts[i + 1]))
+    total = torch.zeros(starts[-1] + side, dtype=torch.float64)
+    for start, window in zip(starts, windows, strict=True):
+        total[start : start + side] += window
+    return torch.stack([window / total[start : start + side] for start, window in zip(starts, windows, strict=True)]).float()
+
+
+def _ramp(distance: torch.Tensor) -> torch.Tensor:
+    """From 0 at a border to 1 at the overlap's end."""
+    return (distance.clamp(0, 1) * torch.pi / 2).sin() ** 2
