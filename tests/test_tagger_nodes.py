@@ -99,9 +99,9 @@ def test_unloads_and_comes_back(comfy, tagger):
     from comfy import model_management
 
     before = comfy.run("DAPETagger", tagger=tagger, image=golden_picture())[0]
-    assert any(loaded.model is tagger.patcher for loaded in model_management.current_loaded_models)
+    assert any(loaded.model is tagger.managed.patcher for loaded in model_management.current_loaded_models)
     model_management.unload_all_models()
-    assert not any(loaded.model is tagger.patcher for loaded in model_management.current_loaded_models)
+    assert not any(loaded.model is tagger.managed.patcher for loaded in model_management.current_loaded_models)
     assert comfy.run("DAPETagger", tagger=tagger, image=golden_picture())[0] == before
 
 
@@ -120,11 +120,11 @@ def test_half_precision(comfy, files, dtype, monkeypatch):
 
     monkeypatch.setattr(args, "fp16_unet" if dtype == torch.float16 else "bf16_unet", True)
     half = comfy.run("DAPETaggerLoader", tagger_name=RAM)[0]
-    assert {w.dtype for w in half.patcher.model.state_dict().values()} == {dtype}
+    assert {w.dtype for w in half.managed.network.state_dict().values()} == {dtype}
     with torch.inference_mode():
         logits = comfy.module(".nodes.tagger").tag_logits(half, golden_picture().movedim(-1, 1))
         assert logits.dtype == torch.float32 and relative_error(logits, golden("tagger")[1]["dape_logits"]) < 0.05
-        half.patcher.model.fc.bias[0] = float("nan")
+        half.managed.network.fc.bias[0] = float("nan")
     with pytest.raises(RuntimeError, match=r"DAPE Tagger gave values that are not numbers .*Restart ComfyUI with --fp32-unet"):
         comfy.run("DAPETagger", tagger=half, image=golden_picture())
 
