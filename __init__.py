@@ -7,6 +7,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from .nodes import NODES
 
+WEB_DIRECTORY = "./web"  # holds each node's help page, docs/<node id>.md
+
 # An extra_model_paths.yaml is read before this, so that the user's folders stay first; a folder new to ComfyUI has no extensions yet.
 for folder in ("osediff", "invsr", "dape"):
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))

@@ -61,6 +61,10 @@ def test_pack_is_there(server, comfy):
     for node_id in ("OSEDiffLoader", "InvSRStartState", "FewStepScheduler"):
         assert info[node_id]["python_module"] == "custom_nodes.ComfyUI-FewStepSR"
     assert info["OSEDiffLoader"]["input"]["required"]["osediff_name"][1]["options"] == ["osediff.pkl"]
+    for node_id in info:
+        if info[node_id]["python_module"] == "custom_nodes.ComfyUI-FewStepSR":
+            for page in (f"{node_id}.md", f"{node_id}/zh.md"):
+                assert server.get(f"/extensions/ComfyUI-FewStepSR/docs/{page}").startswith(b"# ")
     templates = server.get("/workflow_templates")["ComfyUI-FewStepSR"]
     assert set(templates) == {w.stem for w in WORKFLOWS}
     for workflow in WORKFLOWS:
