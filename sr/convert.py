@@ -1,12 +1,11 @@
 """Writing the methods' weights as safetensors: one file without code in it, which :mod:`sr.checkpoints` reads like the published ones."""
 
-import os
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from .checkpoints import LORA_ALPHA, LowRank, NoisePredictorWeights, OSEDiffAdapter
+from .save import save_safetensors
 
 VAE_GROUP = "default_encoder"
 
@@ -28,7 +27,7 @@ def save_osediff_adapter(adapter: OSEDiffAdapter, path: str | Path) -> None:
     for layer, low_rank in adapter.vae.items():
         tensors |= _halves(f"vae.{layer}", low_rank, VAE_GROUP)
     ranks = {"rank_unet": str(adapter.rank_unet), "rank_vae": str(adapter.rank_vae)}
-    _write(tensors, {"family": "OSEDiff adapter", **ranks, "lora_alpha": str(LORA_ALPHA)}, path)
+    save_safetensors(tensors, path, {"family": "OSEDiff adapter", **ranks, "lora_alpha": str(LORA_ALPHA)})
 
 
 def _halves(layer: str, low_rank: LowRank, group: str) -> dict[str, torch.Tensor]:
@@ -37,15 +36,4 @@ def _halves(layer: str, low_rank: LowRank, group: str) -> dict[str, torch.Tensor
 
 def save_noise_predictor(weights: NoisePredictorWeights, path: str | Path) -> None:
     """Write a noise predictor under its published keys."""
-    _write(weights.state_dict, {"family": "InvSR noise predictor"}, path)
-
-
-def _write(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: str | Path) -> None:
-    """Write whole or not at all: under another name first, then renamed."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, partial, {"format": "pt", **metadata})
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_safetensors(weights.state_dict, path, {"family": "InvSR noise predictor"})

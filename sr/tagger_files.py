@@ -1,16 +1,15 @@
 """The tagger's files: RAM's published weights, DAPE's low-rank weights for them, and the compact file that holds all of it."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
 from .files import describe, read_weights, strip_wrappers
+from .save import save_safetensors
 from .tagger import Tagger, TaggerConfig
 from .tagger_vocabulary import TagVocabulary
 
@@ -144,18 +143,12 @@ def convert_tagger(
         if not torch.isfinite(weight).all():
             raise ValueError(f"{Path(path).name}: {key} holds values that are not finite in {str(dtype).removeprefix('torch.')}.")
     metadata = {
-        "format": "pt",
         "architecture": "RAM tagger (github.com/xinyu1205/recognize-anything)",
         _TAGS: json.dumps(weights.vocabulary.names),
         _THRESHOLDS: json.dumps(weights.vocabulary.thresholds),
         _DAPE: weights.dape or "",
     }
-    partial = output.with_name(output.name + ".part")
-    try:
-        safetensors.torch.save_file(state_dict, partial, metadata)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_safetensors(state_dict, output, metadata)
     return replace(weights, state_dict=state_dict)
 
 
