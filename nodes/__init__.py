@@ -5,6 +5,7 @@ from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
+from .tiled_model import FewStepSRTiledModel
 from .vae import FewStepSRVAEDecode, FewStepSRVAEEncode
 
 NODES = [
@@ -16,6 +17,7 @@ NODES = [
     FewStepScheduler,
     DAPETaggerLoader,
     DAPETagger,
+    FewStepSRTiledModel,
     FewStepSRVAEEncode,
     FewStepSRVAEDecode,
     FewStepSRColorFix,

@@ -14,12 +14,18 @@ from ..sr.noise_predictor import NoisePredictor
 from ..sr.posterior import Posterior, draw_noise
 from ..sr.predictor_picture import fit_picture
 from ..sr.schedule import INVSR_MAX_START, sigma_to_index
+from ..sr.tiled_noise import NoiseCanvas
+from ..sr.tiles import Tile
 from .checks import require_finite, require_image, require_latent
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise
+from .streaming import run_in_groups
 from .vae import picture_size
 
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
+
+MAX_WINDOWS = 8
+"""Windows in one call of the predictor, so that memory does not grow with the picture or the batch."""
 
 
 class InvSRNoisePredictorLoader(io.ComfyNode):
@@ -118,32 +124,22 @@ def _start_timestep(sigmas: torch.Tensor) -> int:
 
 
 def predict_noise(predictor: ManagedNetwork, picture: torch.Tensor, timestep: int) -> Posterior:
-    """The noise map's posterior for pictures (B, 3, 2h, 2w) in [0, 1], float32 on the CPU. Halves the group of pictures when memory runs out."""
-    batch, _, height, width = picture.shape
+    """The noise map's posterior for pictures (B, 3, 2h, 2w) in [0, 1], float32 on the CPU; large pictures window by window."""
+    config = predictor.network.config
+    cell = config.pixels_per_cell
+    canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // cell, picture.shape[-1] // cell, config.latent_channels)
+    windows = canvas.windows
     # Measured on the published dimensions: a peak of 11.4 activations of the first level.
-    per_picture = predictor.activation_size(12 * predictor.network.config.block_out_channels[0] * height * width)
-    predictor.load(per_picture)
-    group = max(1, min(batch, int(comfy.model_management.get_free_memory(predictor.device) // per_picture)))
-    progress = comfy.utils.ProgressBar(batch)
-    parts, done = [], 0
-    while done < batch:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        out_of_memory = False
-        try:
-            part = predictor.network(predictor.cast(picture[done : done + group] * 2 - 1), timestep)
-            parts.append(Posterior(part.mean.float().cpu(), part.logvar.float().cpu()))
-        except Exception as error:
-            comfy.model_management.raise_non_oom(error)
-            if group == 1:
-                raise
-            out_of_memory = True
-        if out_of_memory:  # outside the except block, which keeps the tensors alive
-            comfy.model_management.soft_empty_cache()
-            group //= 2
-            continue
-        done += group
-        progress.update_absolute(min(done, batch))
-    return Posterior(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    per_window = predictor.activation_size(12 * config.block_out_channels[0] * windows[0][1].height * windows[0][1].width * cell**2)
+    predictor.load(per_window)
+
+    def predict(group: list[tuple[int, Tile]]) -> None:
+        pictures = torch.cat([tile.cut(picture[i : i + 1], cell) for i, tile in group])
+        canvas.add(group, predictor.network(predictor.cast(pictures * 2 - 1), timestep))
+
+    fitting = int(comfy.model_management.get_free_memory(predictor.device) // per_window)
+    run_in_groups(windows, max(1, min(MAX_WINDOWS, fitting)), predict, comfy.utils.ProgressBar(len(windows)))
+    return canvas.posterior
 
 
 def noise_map_preview(noise: torch.Tensor) -> torch.Tensor:

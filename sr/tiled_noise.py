@@ -1,0 +1,42 @@
+"""InvSR's noise predictor on windows of a large picture: its attention is quadratic, and it was trained on windows of one size."""
+
+import torch
+
+from .posterior import Posterior
+from .tiles import Tile, TileLayout
+
+WINDOW = 64
+"""Side of a window in latent cells: 128 pixels of the low-quality picture, on which the published predictors were trained."""
+
+OVERLAP = 8
+"""Cells that windows share at least."""
+
+
+class NoiseCanvas:
+    """The noise map's posterior for ``pictures`` pictures of ``height`` x ``width`` cells, blended from windows, float32 on the CPU.
+
+    What is blended besides the means is the standard deviation: with one draw over the whole canvas, a sample of the blend then is the blend
+    of the windows' samples. (The variance of a mixture would add the windows' disagreement as noise.)
+    """
+
+    def __init__(self, pictures: int, height: int, width: int, channels: int = 4):
+        self.layout = TileLayout(height, width, WINDOW, OVERLAP)
+        self.mean = torch.zeros(pictures, channels, height, width)
+        self.std = torch.zeros_like(self.mean)
+
+    @property
+    def windows(self) -> list[tuple[int, Tile]]:
+        """Each picture's index with each of its windows."""
+        return [(picture, tile) for picture in range(len(self.mean)) for tile in self.layout.tiles]
+
+    def add(self, windows: list[tuple[int, Tile]], predicted: Posterior) -> None:
+        """Blend in the predictions (n, 4, h, w) for n windows."""
+        mean, std = predicted.mean.float().cpu(), torch.exp(0.5 * predicted.logvar.float()).cpu()
+        for i, (picture, tile) in enumerate(windows):
+            weight = self.layout.window(tile)
+            tile.cut(self.mean[picture]).add_(mean[i] * weight)
+            tile.cut(self.std[picture]).add_(std[i] * weight)
+
+    @property
+    def posterior(self) -> Posterior:
+        return Posterior(self.mean, 2 * self.std.log())

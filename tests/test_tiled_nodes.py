@@ -1,0 +1,190 @@
+"""Large pictures and batches in a real ComfyUI: tiles against the whole."""
+
+import pytest
+import torch
+import toys
+from toys import conditioning, picture, relative_error
+
+SEED = 5
+SIGMAS = torch.tensor([2.0, 0.7, 0.0])
+PLACED = ["text", "text of each picture", "area", "area in a corner", "mask", "mask and the rest", "ControlNets"]
+
+
+@pytest.fixture(scope="module")
+def base(comfy):
+    return toys.comfy_model(SEED), toys.comfy_vae(SEED)
+
+
+@pytest.fixture(scope="module")
+def predictor(comfy):
+    torch.save(toys.predictor_state_dict(SEED), comfy.folder("invsr") / "tiled_predictor.pth")
+    return comfy.run("InvSRNoisePredictorLoader", noise_predictor_name="tiled_predictor.pth")[0]
+
+
+def local(model):
+    """The model with a network that sees one cell: whatever is cut along in the right place gives the whole picture's result.
+
+    It answers with the latent, the text, and a ControlNet's first output where there is one.
+    """
+    patched = model.clone()
+    calls = []
+
+    def answer(apply_model, args):
+        calls.append(args["input"].shape)
+        x, c = args["input"], args["c"]
+        hint = c["control"]["output"][0] if c.get("control") else 0
+        return x.sin() + c["c_crossattn"].mean(dim=(1, 2))[:, None, None, None] * 10 + hint
+
+    patched.set_model_unet_function_wrapper(answer)
+    return patched, calls
+
+
+def sample(comfy, model, positive, latent, negative=None, cfg=1.0):
+    guider = comfy.run("CFGGuider", model=model, positive=positive, negative=negative or conditioning(SEED, "negative"), cfg=cfg)[0]
+    noise = comfy.run("DisableNoise")[0]
+    sampler = comfy.run("KSamplerSelect", sampler_name="euler")[0]
+    return comfy.run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=SIGMAS, latent_image={"samples": latent})[0][
+        "samples"
+    ]
+
+
+def tiled(comfy, model, tile_size=16, overlap=8, batch=4):
+    return comfy.run("FewStepSRTiledModel", model=model, tile_size=tile_size, overlap=overlap, batch=batch)[0]
+
+
+class LocalControl:
+    """A ControlNet without context: its output is the hint, averaged over each cell."""
+
+    def __new__(cls, image, strength=1.0, previous=None):
+        import comfy.controlnet
+
+        class Control(comfy.controlnet.ControlBase):
+            def get_control(self, x, t, cond, batched_number, transformer_options):
+                before = self.previous_controlnet
+                before = before.get_control(x, t, cond, batched_number, transformer_options) if before else None
+                size = [side * self.compression_ratio for side in x.shape[-2:]]
+                hint = comfy.utils.common_upscale(self.cond_hint_original, *reversed(size), self.upscale_algorithm, "center")
+                hint = comfy.controlnet.broadcast_image_to(hint, x.shape[0], batched_number)
+                hint = torch.nn.functional.avg_pool2d(hint, 8).mean(dim=1, keepdim=True).expand(x.shape)
+                return self.control_merge({"output": [hint.clone()]}, before, None)
+
+        control = Control()
+        control.set_cond_hint(image.movedim(-1, 1), strength)
+        return control.set_previous_controlnet(previous)
+
+
+def with_options(cond, **options):
+    return [[embedding, {**extra, **options}] for embedding, extra in cond]
+
+
+def conditionings():
+    """Positive conditionings in which something belongs to a place."""
+    plain, other = conditioning(SEED), conditioning(SEED, "other")
+    mask = torch.zeros(2, 300, 400)
+    mask[0, 40:170, 100:333] = 0.7
+    mask[1, 140:270] = 1
+    area = with_options(other, area=(20, 13, 9, 5), strength=0.8)
+    hints = picture(3, 190, 230, batch=2)
+    control = LocalControl(hints, previous=LocalControl(hints[:1], 0.5))
+    return {
+        "text": plain,
+        "text of each picture": [[torch.cat([plain[0][0], other[0][0]]), {}]],
+        "area": plain + area,
+        "area in a corner": plain + with_options(other, area=(12, 12, 29, 38)),
+        "mask": plain + with_options(other, mask=mask, mask_strength=0.6),
+        "mask and the rest": with_options(other, mask=mask) + with_options(plain, default=True),
+        "ControlNets": with_options(plain, control=control, control_apply_to_uncond=True),
+    }
+
+
+@pytest.mark.parametrize("name", PLACED)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_everything_is_cut_along(comfy, base, name, cfg):
+    model, calls = local(base[0])
+    latent = torch.randn(2, 4, 41, 50)
+    whole = sample(comfy, model, conditionings()[name], latent, cfg=cfg)
+    calls.clear()
+    result = sample(comfy, tiled(comfy, model, batch=3), conditionings()[name], latent, cfg=cfg)
+    assert relative_error(result, whole) < 1e-5
+    assert {shape[-2:] for shape in calls} == {(16, 16)}
+    assert max(shape[0] for shape in calls) <= 3 * (2 if cfg != 1 else 1) * len(conditionings()[name])
+
+
+def test_one_tile_is_left_alone(comfy, base):
+    latent = torch.randn(2, 4, 16, 13)
+    whole = sample(comfy, base[0], conditioning(SEED), latent, cfg=2.0)
+    assert torch.equal(sample(comfy, tiled(comfy, base[0], batch=2), conditioning(SEED), latent, cfg=2.0), whole)
+
+
+def test_pictures_stream_through_in_groups(comfy, base):
+    latent = torch.randn(3, 4, 24, 16)
+    model, calls = local(base[0])
+    sample(comfy, tiled(comfy, model, tile_size=32, batch=2), conditioning(SEED), latent)
+    assert {shape[0] for shape in calls} == {1, 2} and len(calls) == 2 * 2
+    together = sample(comfy, tiled(comfy, base[0], batch=4), conditioning(SEED), latent)
+    for i in range(3):
+        assert relative_error(together[i : i + 1], sample(comfy, tiled(comfy, base[0]), conditioning(SEED), latent[i : i + 1])) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"), [({"overlap": 24, "tile_size": 40}, "overlap: found 24 with tiles of 40, expected at most half a tile, 20")]
+)
+def test_unusable_tiles_are_refused(comfy, base, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        comfy.run("FewStepSRTiledModel", model=base[0], **inputs)
+
+
+class OutOfMemory:
+    """A model or a network that runs out of memory where it is given more than ``most`` at once."""
+
+    def __init__(self, run, most: int):
+        self.run, self.most, self.sizes = run, most, []
+
+    def __call__(self, *args):
+        size = next(a for a in (*args, *(args[-1].values() if isinstance(args[-1], dict) else ())) if isinstance(a, torch.Tensor)).shape[0]
+        self.sizes.append(size)
+        if size > self.most:
+            raise torch.cuda.OutOfMemoryError("out of memory, for this test")
+        return self.run(*args)
+
+
+def test_fewer_tiles_when_memory_runs_out(comfy, base):
+    model, latent = base[0].clone(), torch.randn(1, 4, 40, 40)
+    expected = sample(comfy, tiled(comfy, model), conditioning(SEED), latent)
+    wrapper = OutOfMemory(lambda apply_model, args: apply_model(args["input"], args["timestep"], **args["c"]), most=1)
+    model.set_model_unet_function_wrapper(wrapper)
+    assert relative_error(sample(comfy, tiled(comfy, model), conditioning(SEED), latent), expected) < 1e-5
+    assert wrapper.sizes[:3] == [4, 2, 1]
+    wrapper.most = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        sample(comfy, tiled(comfy, model), conditioning(SEED), latent)
+
+
+def test_interrupt_within_one_call(comfy, base):
+    from comfy import model_management
+
+    model, calls = local(base[0])
+    answer = model.model_options["model_function_wrapper"]
+
+    def interrupted(apply_model, args):
+        model_management.interrupt_current_processing(len(calls) == 1)
+        return answer(apply_model, args)
+
+    model.set_model_unet_function_wrapper(interrupted)
+    with pytest.raises(model_management.InterruptProcessingException):
+        sample(comfy, tiled(comfy, model, batch=1), conditioning(SEED), torch.randn(1, 4, 40, 40))
+    assert len(calls) == 2
+
+
+def test_noise_is_predicted_in_windows(comfy, predictor):
+    from sr.tiled_noise import NoiseCanvas
+
+    latent = {"samples": torch.zeros(2, 4, 70, 100)}
+    image = picture(2, 140, 200, batch=2)
+    inputs = {"noise_predictor": predictor, "sigmas": torch.tensor([0.5, 0.0]), "posterior": "mean", "latent": latent}
+    noise = comfy.run("InvSRStartState", image=image, **inputs)[0].generate_noise(latent)
+    windows = NoiseCanvas(2, 70, 100).windows
+    assert len(windows) == 2 * 4
+    small = {"samples": torch.zeros(1, 4, 64, 64)}
+    corner = comfy.run("InvSRStartState", **(inputs | {"latent": small}), image=image[1:, :128, :128])[0].generate_noise(small)
+    assert relative_error(noise[1:, :, :6, :36], corner[:, :, :6, :36]) < 1e-4  # where no other window reaches
