@@ -10,12 +10,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin
 
-from sr.canvas import pad_for_vae
+from sr.canvas import VAE_MULTIPLE, pad_for_vae
 from sr.color import fix_color
 from sr.posterior import Posterior, draw_noise
 
 from .checks import require_finite, require_picture, require_stable_diffusion
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
+from .tiling import UNetTiling
 
 Pictures = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -38,7 +39,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         require_stable_diffusion(components["unet"], components["vae"], components["scheduler"])
         self.register_modules(**components)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
-        self.unet_tiling = None
+        self._unet_tiling: UNetTiling | None = None
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
@@ -120,9 +121,26 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
 
     def _unet(self, latents, timestep, prompt_embeds) -> torch.Tensor:
         device, dtype = self._execution_device, self.unet.dtype
-        embeds = prompt_embeds.to(device, dtype)
-        noise_pred = self.unet(latents.to(device, dtype), timestep, encoder_hidden_states=embeds).sample
+        latents, embeds = latents.to(device, dtype), prompt_embeds.to(device, dtype)
+
+        def network(part: torch.Tensor) -> torch.Tensor:
+            return self.unet(part, timestep, encoder_hidden_states=embeds).sample
+
+        noise_pred = self._unet_tiling.run(network, latents) if self._unet_tiling else network(latents)
         return require_finite(noise_pred.float(), "the UNet")
+
+    def enable_tiling(self, tile: int = 1024) -> None:
+        """VAE and UNet in overlapping tiles of ``tile`` pixels of the result, a multiple of 64 from 256 on; smaller pictures stay whole."""
+        if tile < 256 or tile % 64:
+            raise ValueError(f"tile: found {tile}, expected a multiple of 64 from 256 on.")
+        cells = tile // VAE_MULTIPLE
+        self.vae.enable_tiling()
+        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile, cells
+        self._unet_tiling = UNetTiling(tile=cells, overlap=cells // 4)
+
+    def disable_tiling(self) -> None:
+        self.vae.disable_tiling()
+        self._unet_tiling = None
 
     def _call_back(self, callback, names: list[str], step: int, timestep, tensors: dict) -> dict:
         """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""

@@ -42,7 +42,8 @@ class OSEDiffPipeline(FewStepSRPipeline):
     ):
         super().__init__()
         self._register(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        self.register_to_config(osediff=osediff)
+        if osediff:
+            self.register_to_config(osediff=osediff)
         self._adapter: OSEDiffAdapter | None = None
         self._conv_in: dict[str, torch.Tensor] = {}
         self._fused = False
@@ -50,7 +51,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if saved := pipeline.config.osediff:
+        if saved := pipeline.config.get("osediff"):
             folder = Path(pretrained_model_name_or_path)
             hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
             path = folder / saved["file"] if folder.is_dir() else hf_hub_download(str(pretrained_model_name_or_path), saved["file"], **hub)

