@@ -7,8 +7,10 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from sr.posterior import Posterior
 from sr.predictor_picture import fit_picture
 from sr.schedule import few_step_indices
+from sr.tiled_noise import NoiseCanvas
 
 from .base import FewStepSRPipeline, Generators, Pictures, draw
 from .checks import require_finite
@@ -74,13 +76,20 @@ class InvSRPipeline(FewStepSRPipeline):
         """
         if self.noise_predictor is None:
             raise ValueError("InvSR: no noise predictor is loaded. Call load_noise_predictor first.")
-        device, dtype = self._execution_device, self.noise_predictor.dtype
-        picture = fit_picture(image, size, latents.shape[-2:], self.noise_predictor.pixels_per_cell) * 2 - 1
-        predicted = self.noise_predictor(picture.to(device, dtype), timestep)
-        predicted = type(predicted)(predicted.mean.float(), predicted.logvar.float())
-        noise = require_finite(draw(predicted, posterior, generator), "the noise predictor")
+        cell = self.noise_predictor.pixels_per_cell
+        picture = fit_picture(image, size, latents.shape[-2:], cell) * 2 - 1
+        noise = draw(self._predict(picture, timestep, cell), posterior, generator)
+        noise = require_finite(noise, "the noise predictor").to(latents.device)
         self.scheduler.set_timesteps(timesteps=[timestep])
-        return latents.to(noise) + self.scheduler.sigmas[0].item() * noise, noise
+        return latents + self.scheduler.sigmas[0].item() * noise, noise
+
+    def _predict(self, picture: torch.Tensor, timestep: int, cell: int) -> Posterior:
+        """The noise map's posterior for pictures in [-1, 1], window by window as the predictor was trained, float32 on the CPU."""
+        canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // cell, picture.shape[-1] // cell)
+        for index, tile in canvas.windows:
+            window = tile.cut(picture[index : index + 1], cell)
+            canvas.add([(index, tile)], self.noise_predictor(window.to(self._execution_device, self.noise_predictor.dtype), timestep))
+        return canvas.posterior
 
     @torch.no_grad()
     def denoise(

@@ -65,6 +65,7 @@ def test_osediff(comfy, tmp_path, seed, rank, size, scale, cfg, posterior, stren
         (11, (27, 41), 2.0, 3, None, 1.0, ("mean", "sample"), None),
         (12, (33, 18), 3.0, 1, [250, 120, 7], 3.0, ("sample", "mean"), "wavelet"),
         (13, (19, 26), 4.0, 7, None, 1.0, ("mean", "mean"), "ycbcr"),
+        (14, (10, 137), 4.0, 2, None, 1.0, ("mean", "sample"), None),  # wider than a window of the predictor
     ],
 )
 def test_invsr(comfy, tmp_path, seed, size, scale, steps, timesteps, cfg, posteriors, color):
@@ -108,3 +109,20 @@ def test_invsr(comfy, tmp_path, seed, size, scale, steps, timesteps, cfg, poster
         output_type="pt",
     ).images
     assert relative_error(found, chw(expected)) < TOLERANCE
+
+
+def test_tiled_unet(comfy):
+    seed = 15
+    image = picture(seed, 34, 52)
+    model, vae = toys.comfy_model(seed), toys.comfy_vae(seed)
+    (latent,) = comfy.run("FewStepSRVAEEncode", pixels=image.repeat_interleave(8, 1).repeat_interleave(8, 2), vae=vae).args
+    (tiled,) = comfy.run("FewStepSRTiledModel", model=model, tile_size=32, overlap=8).args
+    (expected,) = comfy.run("OSEDiffOneStep", model=tiled, positive=conditioning(seed), latent=latent).args
+
+    pipeline = OSEDiffPipeline(**pipeline_toys.components(seed))
+    pipeline.enable_tiling(256)
+    embeds = gaussian(seed, "prompt_embeds", (1, 77, 64))
+    found = pipeline.one_step(latent["samples"] * 0.18215, embeds) / 0.18215
+    assert relative_error(found, expected["samples"]) < TOLERANCE
+    pipeline.disable_tiling()
+    assert relative_error(pipeline.one_step(latent["samples"] * 0.18215, embeds) / 0.18215, expected["samples"]) > 10 * TOLERANCE
