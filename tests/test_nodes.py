@@ -511,6 +511,9 @@ CONTRACT = {
     "FewStepSRVAEEncode": (["pixels", "vae", "posterior", "seed", "tile_size"], ["LATENT"]),
     "FewStepSRVAEDecode": (["samples", "vae", "tile_size"], ["IMAGE"]),
     "FewStepSRColorFix": (["image", "reference", "method", "strength"], ["IMAGE"]),
+    "FewStepSRTiledModel": (["model", "tile_size", "overlap", "batch"], ["MODEL"]),
+    "DAPETaggerLoader": (["tagger_name", "dape_name"], ["DAPE_TAGGER"]),
+    "DAPETagger": (["tagger", "image", "threshold", "max_tags", "exclude", "prefix", "suffix"], ["STRING"]),
 }
 
 
@@ -530,6 +533,14 @@ def test_contract(comfy, node_id):
         if default is not None:
             assert parameters[entry.id].default == default
     assert all(o.tooltip for o in schema.outputs)
+    for page in (f"{node_id}.md", f"{node_id}/zh.md"):
+        text = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")
+        assert all(entry.id in text for entry in schema.inputs if hasattr(entry, "default")), f"{page} does not explain every input"
+
+
+def test_contract_is_complete(comfy):
+    ours = {node_id for node_id, node in comfy.nodes.items() if getattr(node, "RELATIVE_PYTHON_MODULE", "").startswith("custom_nodes.")}
+    assert ours == set(CONTRACT)
 
 
 def test_blocked_packages(comfyui_path):
