@@ -41,7 +41,7 @@ class InvSRPipeline(FewStepSRPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        noise_predictor: InvSRNoisePredictor | None = None,
+        noise_predictor: InvSRNoisePredictor = None,
     ):
         super().__init__()
         if not isinstance(scheduler, EulerDiscreteScheduler):

@@ -38,7 +38,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        osediff: dict | None = None,
+        osediff: dict = None,  # noqa: RUF013 (older diffusers read no unions here)
     ):
         super().__init__()
         self._register(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
