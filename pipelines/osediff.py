@@ -14,6 +14,7 @@ from sr.schedule import OSEDIFF_TIMESTEP
 
 from .adapter import put_on, require_layers
 from .base import FewStepSRPipeline, Generators, Pictures
+from .tagger import PromptTagger
 
 ADAPTER_FILE = "osediff.safetensors"
 
@@ -47,6 +48,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         self._adapter: OSEDiffAdapter | None = None
         self._conv_in: dict[str, torch.Tensor] = {}
         self._fused = False
+        self._tagger: PromptTagger | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -118,6 +120,22 @@ class OSEDiffPipeline(FewStepSRPipeline):
         self._adapter, self._conv_in = None, {}
         self.register_to_config(osediff=None)
 
+    def load_tagger(self, path: str | Path, dape_path: str | Path | None = None) -> None:
+        """From now on read each picture's prompt off it, with the text that is given at its end, as the authors do.
+
+        See :meth:`pipelines.tagger.PromptTagger.from_files` for the files; :meth:`unload_tagger` goes back. It is not saved with the pipeline.
+        """
+        self._tagger = PromptTagger.from_files(path, dape_path)
+
+    def unload_tagger(self) -> None:
+        self._tagger = None
+
+    def prompts(self, image: torch.Tensor, text: str | list[str] = "") -> str | list[str]:
+        """The prompts for enlarged pictures (B, 3, H, W) in [0, 1]: read off them where there is a tagger, else ``text`` itself."""
+        if self._tagger is None:
+            return text
+        return self._tagger.to(self._execution_device, self.unet.dtype)(image, text)
+
     def fuse(self) -> None:
         """Add the adapter's update to the base's weights: the same result, a little faster. :meth:`unfuse` takes it out again."""
         if self._adapter is None:
@@ -142,7 +160,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         guidance_scale: float = 1.0,
         timestep: int = OSEDIFF_TIMESTEP,
     ) -> torch.Tensor:
-        """The restored latents (OSEDiff, eq. 4): the latents themselves are the state at ``timestep``, from which x0 is predicted."""
+        """The restored latents of OSEDiff: the latents themselves are the state at ``timestep``, from which x0 is predicted."""
         latents = latents.to(self._execution_device)
         noise_pred = self.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale)
         alpha = self.scheduler.alphas_cumprod[timestep].item()
@@ -170,7 +188,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
 
         Args:
             image: low-quality pictures of one size: PIL, tensor (B, 3, H, W) or NumPy (B, H, W, 3) in [0, 1], or lists of them.
-            prompt: what is in the picture, as tags.
+            prompt: what is in the picture, as tags; with a tagger, what comes after the tags that it reads off the picture.
             scale: how much larger the result is; 1 for pictures that are enlarged already.
             guidance_scale: 1 is the published method; other values use ``negative_prompt`` and run the UNet twice.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder.
@@ -183,6 +201,8 @@ class OSEDiffPipeline(FewStepSRPipeline):
         if self._adapter is None:
             raise ValueError("OSEDiff: no adapter is loaded, and the base alone does not restore. Call load_osediff first.")
         _, enlarged = self.preprocess(image, scale)
+        if prompt_embeds is None:
+            prompt = self.prompts(enlarged, prompt)
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
         latents = self.encode(enlarged, posterior, generator)
         latents = self.one_step(latents, *embeds, guidance_scale)

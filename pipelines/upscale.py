@@ -7,13 +7,9 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
-from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from sr.schedule import few_step_indices
-from sr.tagger import Tagger, prepare_picture
-from sr.tagger_files import load_tagger_weights
-from sr.tagger_vocabulary import osediff_prompt
 
 from .base import FewStepSRPipeline
 from .batch import Job, join, list_jobs, run, share
@@ -28,6 +24,8 @@ def upscale(arguments: argparse.Namespace) -> int:
     """Restore all pictures, this process its share. Returns 1 where some failed, else 0."""
     if arguments.scale <= 0:
         raise ValueError(f"--scale: found {arguments.scale:g}, expected more than 0.")
+    if arguments.tagger and arguments.method == "invsr":
+        raise ValueError("--tagger: InvSR has one prompt for all pictures, expected --method osediff with a tagger.")
     if arguments.method == "invsr":
         few_step_indices("InvSR", arguments.steps, arguments.timesteps)
     state = join(arguments.device)
@@ -68,6 +66,8 @@ class Upscaler:
         if arguments.method == "osediff":
             self.pipeline.load_osediff(weights)
             self.pipeline.fuse()
+            if arguments.tagger:
+                self.pipeline.load_tagger(arguments.tagger, arguments.dape)
         else:
             self.pipeline.load_noise_predictor(weights)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -77,7 +77,6 @@ class Upscaler:
             self.pipeline.enable_model_cpu_offload(device=device)
         else:
             self.pipeline.to(device)
-        self.tagger = PictureTagger(arguments.tagger, device, dtype) if arguments.tagger else None
 
     def work(self, job: Job) -> None:
         arguments = self.arguments
@@ -88,7 +87,7 @@ class Upscaler:
             "scale": arguments.scale,
             "guidance_scale": arguments.cfg,
             "generator": torch.Generator().manual_seed(arguments.seed),
-            "prompt": self.tagger.prompt(self.pipeline, picture.image, arguments) if self.tagger else arguments.prompt,
+            "prompt": arguments.prompt,
             "negative_prompt": arguments.negative_prompt,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
@@ -107,21 +106,3 @@ def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, argu
         tokenizer = find_tokenizer(local_files_only=offline, comfyui=arguments.comfyui)
         return kind.from_single_file(base, tokenizer=tokenizer, torch_dtype=dtype, local_files_only=offline)
     return kind.from_pretrained(base, torch_dtype=dtype, local_files_only=offline)
-
-
-class PictureTagger:
-    """Reads OSEDiff's prompt off each picture."""
-
-    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype):
-        weights = load_tagger_weights(path)
-        self.vocabulary = weights.vocabulary
-        self.network = Tagger(weights.config)
-        self.network.load_state_dict(weights.state_dict)
-        self.network.to(device, dtype).eval().requires_grad_(False)
-
-    def prompt(self, pipeline: FewStepSRPipeline, image: Image.Image, arguments: argparse.Namespace) -> str:
-        _, enlarged = pipeline.preprocess(image, arguments.scale)
-        parameter = next(self.network.parameters())
-        seen = prepare_picture(enlarged, self.network.config.image_size).to(parameter)
-        (tags,) = self.vocabulary.tags(self.network(seen))
-        return osediff_prompt(tags, arguments.prompt or "")
