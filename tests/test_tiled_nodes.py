@@ -188,3 +188,82 @@ def test_noise_is_predicted_in_windows(comfy, predictor):
     small = {"samples": torch.zeros(1, 4, 64, 64)}
     corner = comfy.run("InvSRStartState", **(inputs | {"latent": small}), image=image[1:, :128, :128])[0].generate_noise(small)
     assert relative_error(noise[1:, :, :6, :36], corner[:, :, :6, :36]) < 1e-4  # where no other window reaches
+
+
+def vae_round(comfy, vae, image, tile_size=0):
+    latent = comfy.run("FewStepSRVAEEncode", pixels=image, vae=vae, tile_size=tile_size)[0]
+    return latent["samples"], comfy.run("FewStepSRVAEDecode", samples=latent, vae=vae, tile_size=tile_size)[0]
+
+
+def tone_shift(found, expected):
+    """Error of the pictures' coarse tone: what is left of it in squares of an eighth of a tile."""
+    difference = torch.nn.functional.avg_pool2d((found - expected).movedim(-1, 1), 16)
+    return (difference.norm() / expected.std() / difference.numel() ** 0.5).item()
+
+
+def test_tiled_vae_keeps_the_whole_pictures_tone(comfy, base):
+    vae, image = base[1], picture(4, 250, 390)
+    latent, whole = vae_round(comfy, vae, image)
+    shared = comfy.run("FewStepSRVAEDecode", samples={"samples": latent}, vae=vae, tile_size=128)[0]
+    separate = vae.decode_tiled(latent, tile_x=16, tile_y=16, overlap=4)  # core: three passes, each tile by itself
+    assert shared.shape == separate.shape == (1, 256, 392, 3)
+    whole = vae.decode(latent)
+    print(tone_shift(shared, whole), tone_shift(separate, whole), relative_error(shared, whole), relative_error(separate, whole))
+    assert tone_shift(shared, whole) < 0.7 * tone_shift(separate, whole)
+    assert relative_error(shared, whole) < relative_error(separate, whole)
+
+
+def test_tiled_batch_equals_singles(comfy, base):
+    images = picture(4, 200, 140, batch=2)
+    latents, pictures = vae_round(comfy, base[1], images, tile_size=128)
+    for i in range(2):
+        latent, single = vae_round(comfy, base[1], images[i : i + 1], tile_size=128)
+        assert relative_error(latents[i : i + 1], latent) < 1e-5 and relative_error(pictures[i : i + 1], single) < 1e-5
+
+
+def test_vae_of_others_is_left_alone(comfy, base):
+    vae, image = base[1], picture(4, 200, 140)
+    network = vae.first_stage_model
+    modules, plain = list(network.modules()), vae.encode(image[:, :136, :136])
+    attention = network.decoder.mid.attn_1.optimized_attention
+    vae_round(comfy, vae, image, tile_size=128)
+    assert all(a is b for a, b in zip(network.modules(), modules, strict=True))
+    assert network.decoder.mid.attn_1.optimized_attention is attention
+    assert torch.equal(vae.encode(image[:, :136, :136]), plain)
+
+
+def test_vae_goes_on_in_tiles_when_memory_runs_out(comfy, base, caplog):
+    import copy
+
+    vae, image = copy.copy(base[1]), picture(4, 200, 300)
+    expected = vae_round(comfy, vae, image)[1]
+    network = vae.first_stage_model
+
+    class Short(type(network)):
+        def decode(self, z):
+            if z.shape[-1] * z.shape[-2] * z.shape[0] > 19 * 19:
+                raise torch.cuda.OutOfMemoryError("out of memory, for this test")
+            return super().decode(z)
+
+    vae.first_stage_model = copy.copy(network)
+    vae.first_stage_model.__class__ = Short
+    result = vae_round(comfy, vae, image)[1]
+    assert "tiles of 152 pixels" in caplog.text
+    assert result.shape == expected.shape and tone_shift(result, expected) < 0.2
+
+
+def test_tiles_are_chosen_before_memory_runs_out(comfy, base, monkeypatch):
+    vae = base[1]
+    shapes, encode = [], type(vae.first_stage_model).encode
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: vae.memory_used_encode((1, 3, 24 * 8, 24 * 8), vae.vae_dtype))
+    monkeypatch.setattr(type(vae.first_stage_model), "encode", lambda self, x: shapes.append(x.shape) or encode(self, x))
+    comfy.run("FewStepSRVAEEncode", pixels=picture(4, 330, 300), vae=vae)
+    assert max(n * h * w for n, _, h, w in shapes) <= (24 * 8) ** 2 and len(shapes) > 4
+
+
+def test_interrupted_vae_gives_nothing(comfy, base):
+    from comfy import model_management
+
+    model_management.interrupt_current_processing(True)
+    with pytest.raises(model_management.InterruptProcessingException):
+        vae_round(comfy, base[1], picture(4, 200, 140), tile_size=128)

@@ -5,9 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 import toys
+from torch import nn
 
 from sr.posterior import Posterior, draw_noise
 from sr.tiled_noise import OVERLAP, WINDOW, NoiseCanvas
+from sr.tiled_vae import WholePicture, mosaic, share_whole_picture
 from sr.tiles import TileLayout
 
 LAYOUTS = [(96, 96, 96, 24), (97, 200, 96, 24), (512, 509, 96, 24), (5, 300, 64, 8), (64, 65, 16, 8), (33, 33, 16, 0), (100, 10, 16, 15)]
@@ -72,3 +74,43 @@ def test_blended_noise_is_the_blend_of_the_windows_draws():
         tile.cut(expected).add_(prediction.sample(tile.cut(noise)) * canvas.layout.window(tile))
     assert len(canvas.windows) == 3 and canvas.layout.tops[1] + OVERLAP <= WINDOW
     assert toys.relative_error(canvas.posterior.sample(noise), expected) < 1e-5
+
+
+def test_mosaic():
+    rows = torch.arange(40.0)[:, None].expand(40, 24)[None, None]
+    assert torch.equal(mosaic(rows, 40 * 24), rows)
+    reduced = mosaic(rows.repeat_interleave(8, -1).repeat_interleave(8, -2), 240, scale=8)
+    assert reduced.shape == (1, 1, 20 * 8, 12 * 8)
+    blocks = reduced[0, 0, ::8, 0].view(5, 4)
+    assert (blocks.diff(dim=1) == 1).all() and blocks[:, 0].diff().unique().tolist() == [8] and (blocks.mean() - 19.5).abs() < 1
+
+
+def shared(network, whole):
+    return share_whole_picture(network, whole, lambda block, whole: None)
+
+
+def test_statistics_of_the_whole_picture():
+    network = nn.Sequential(
+        nn.Conv2d(4, 32, 1), nn.GroupNorm(8, 32), nn.SiLU(), nn.Sequential(nn.Conv2d(32, 4, 1), nn.GroupNorm(2, 4))
+    ).requires_grad_(False)
+    for norm in (network[1], network[3][1]):
+        norm.weight.copy_(torch.randn_like(norm.weight)), norm.bias.copy_(torch.randn_like(norm.bias))
+    picture, whole = torch.randn(1, 4, 40, 56) * torch.linspace(0.1, 3, 56), WholePicture()
+    tiles = shared(network, whole)
+    whole.collect(tiles, picture, 40 * 56)
+    layout = TileLayout(40, 56, 16, 4)
+    assert toys.relative_error(blend(layout, picture, tiles), network(picture)) < 1e-5
+    assert toys.relative_error(blend(layout, picture, network), network(picture)) > 0.1  # a tile's own statistics
+    assert type(network[1]) is nn.GroupNorm and tiles[0] is network[0]
+
+
+def test_attention_over_a_sample_stands_for_the_whole_picture():
+    whole, block = WholePicture(), nn.Identity()
+    q, k, v = torch.randn(3, 1, 1200, 32)
+    v = v + k.sin()
+    expected = nn.functional.scaled_dot_product_attention(q, k, v)
+    whole.collect(lambda x: whole.attend(block, q[:, ::2], k[:, ::2], v[:, ::2]), q, cells=1200)
+    tile = slice(200, 400)
+    found = whole.attend(block, q[:, tile], k[:, tile], v[:, tile])
+    alone = nn.functional.scaled_dot_product_attention(q[:, tile], k[:, tile], v[:, tile])
+    assert toys.relative_error(found, expected[:, tile]) < 0.6 * toys.relative_error(alone, expected[:, tile])
