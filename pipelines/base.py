@@ -56,7 +56,8 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         """Text embeddings (B, 77, width) of the base's own text encoder."""
         if self.text_encoder is None or self.tokenizer is None:
             raise ValueError("prompt: this pipeline was loaded without text encoder or tokenizer. Pass prompt_embeds instead.")
-        tokens = self.tokenizer(prompt, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return self.text_encoder(tokens.input_ids.to(self._execution_device))[0]
 
     def _prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, batch: int):

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from transformers import CLIPTokenizer
 
 CONFIG = Path(__file__).parent / "configs" / "sd2"
@@ -20,13 +21,15 @@ def find_tokenizer(local_files_only: bool = False, comfyui: str | Path | None = 
     Raises:
         FileNotFoundError: it is nowhere.
     """
-    for repository in TOKENIZER_REPOSITORIES:
-        if tokenizer := _load(repository, subfolder="tokenizer", local_files_only=True):
-            return tokenizer
     comfyui = comfyui or os.environ.get("COMFYUI_PATH")
-    if comfyui and (folder := Path(comfyui).expanduser() / "comfy" / "sd1_tokenizer").is_dir():
-        return CLIPTokenizer.from_pretrained(folder, pad_token="!")
-    if not local_files_only and (tokenizer := _load(TOKENIZER_REPOSITORIES[0], subfolder="tokenizer")):
+    folders = [_in_hub(repository, local_files_only=True) for repository in TOKENIZER_REPOSITORIES]
+    folders += [Path(comfyui).expanduser() / "comfy" / "sd1_tokenizer"] if comfyui else []
+    folder = next((folder for folder in folders if folder and (folder / "vocab.json").is_file()), None)
+    if folder is None and not local_files_only:
+        folder = _in_hub(TOKENIZER_REPOSITORIES[0], local_files_only=False)
+    if folder is not None:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, pad_token="!")
+        tokenizer.model_max_length = 77  # ComfyUI's copy does not say so
         return tokenizer
     raise FileNotFoundError(
         f"tokenizer: a base in one file holds none, and none was found in the hub's cache (of {TOKENIZER_REPOSITORIES[0]}) or in a ComfyUI, "
@@ -34,11 +37,13 @@ def find_tokenizer(local_files_only: bool = False, comfyui: str | Path | None = 
     )
 
 
-def _load(name: str, **kwargs) -> CLIPTokenizer | None:
+def _in_hub(repository: str, local_files_only: bool) -> Path | None:
+    """The folder with the vocabulary. (Asked for a repository that is not there, transformers 5 gives a tokenizer without words.)"""
     try:
-        return CLIPTokenizer.from_pretrained(name, **kwargs)
+        files = [hf_hub_download(repository, f"tokenizer/{name}", local_files_only=local_files_only) for name in ("vocab.json", "merges.txt")]
     except (OSError, ValueError):
         return None
+    return Path(files[0]).parent
 
 
 def require_noise_prediction(unet, name: str) -> None:

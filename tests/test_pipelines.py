@@ -9,6 +9,7 @@ from diffusers import UNet2DConditionModel
 from toys import gaussian, picture, relative_error
 
 from pipelines import InvSRNoisePredictor, InvSRPipeline, OSEDiffPipeline
+from pipelines.single_file import find_tokenizer
 from sr.checkpoints import load_noise_predictor_weights
 
 IMAGE = picture(3, 24, 17).movedim(-1, 1)
@@ -235,3 +236,21 @@ def test_text_of_another_width(tmp_path):
         restore(osediff(tmp_path), prompt_embeds=torch.zeros(1, 77, 768))
     with pytest.raises(ValueError, match="Pass prompt_embeds"):
         restore(osediff(tmp_path), prompt_embeds=None)
+
+
+def test_tokenizer_without_a_length(tmp_path):
+    """ComfyUI's and some bases' tokenizers do not say how long a text may be."""
+    pipeline = osediff(tmp_path, text=True)
+    expected = pipeline.encode_prompt("a cat")
+    pipeline.tokenizer.model_max_length = int(1e30)
+    assert same(pipeline.encode_prompt("a cat"), expected) and pipeline.encode_prompt("a cat " * 100).shape == (1, 77, 64)
+
+
+def test_tokenizer_for_a_base_in_one_file(comfyui_path, tmp_path, monkeypatch):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    monkeypatch.setattr("pipelines.single_file.TOKENIZER_REPOSITORIES", ("nobody/nothing",))
+    tokenizer = find_tokenizer(local_files_only=True, comfyui=comfyui_path)
+    tokens = tokenizer("a cat", padding="max_length", max_length=tokenizer.model_max_length).input_ids
+    assert tokens == [49406, 320, 2368, 49407] + [0] * 73  # padded with "!"
+    with pytest.raises(FileNotFoundError, match="Name your ComfyUI"):
+        find_tokenizer(local_files_only=True)
