@@ -14,7 +14,7 @@ def run_in_groups(items: Sequence, group: int, run: Callable[[Sequence], None], 
     Returns:
         The group's size in the end, for the next call. Raises what ``run`` raises, out of memory only where a single item does not fit.
     """
-    done = 0
+    done, group = 0, min(group, len(items))
     while done < len(items):
         comfy.model_management.throw_exception_if_processing_interrupted()
         out_of_memory = False

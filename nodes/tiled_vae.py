@@ -138,7 +138,7 @@ def _choose_tile(tile_size: int, vae, memory_used: Callable[[int, int], int], he
         return side
     free = vae.patcher.get_free_memory(vae.device)
     if whole <= free:
-        return max(height, width)
+        return max(height, width, MIN_TILE)
     tile = MAX_TILE
     while tile > MIN_TILE and memory_used(min(tile, height), min(tile, width)) > free:
         tile -= 8
