@@ -24,6 +24,9 @@ OVERLAP = 8
 MIN_TILE, MAX_TILE = 16, 256
 """Sides of the tiles that are chosen from free memory, in cells."""
 
+MIN_MOSAIC = 32**2
+"""Cells of the reduced pass at least, where tiles are smaller: its statistics are for all of them."""
+
 MAX_GROUP = 4
 """Tiles in one call, so that memory does not grow with the picture or the batch."""
 
@@ -100,9 +103,10 @@ def _run_tiles(vae, network, method: str, source, result, prepare, layout: TileL
     if not whole:  # pictures go together
         run_in_groups([(picture, first) for picture in range(len(source))], group, add, progress)
         return
+    reduced_cells = max(first.height * first.width, MIN_MOSAIC)
     for picture in range(len(source)):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        whole.collect(call, mosaic(source[picture : picture + 1], first.height * first.width, into), layout.height * layout.width)
+        whole.collect(call, mosaic(source[picture : picture + 1], reduced_cells, into), layout.height * layout.width)
         group = run_in_groups([(picture, tile) for tile in layout.tiles], group, add, progress)
 
 

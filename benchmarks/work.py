@@ -1,0 +1,107 @@
+"""Work of both methods against the output's size, tiled as the nodes do it, whole, and as InvSR's own program chops it.
+
+    python benchmarks/work.py            # a Markdown table; needs diffusers, no weights and no memory
+    python benchmarks/work.py --plot docs/work.svg
+
+Multiply-adds are counted on networks of the published sizes without computing anything. One step, CFG 1, tiles of the nodes' defaults with the VAE in
+tiles of 512 pixels.
+"""
+
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sr.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
+from sr.tiled_noise import OVERLAP, WINDOW  # noqa: E402
+from sr.tiled_vae import MAX_KEYS  # noqa: E402
+from sr.tiles import TileLayout  # noqa: E402
+
+UNET, VAE = (96, 24), (64, 8)  # side and overlap in latent cells
+CHOPPED = 648  # InvSR's own program at 4096 x 4096 with its default patches of 128 low-quality pixels
+
+
+@cache
+def networks():
+    import diffusers
+
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )
+    unet = diffusers.UNet2DConditionModel(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
+    return {
+        "encode": lambda n: vae.encode(torch.empty(1, 3, 8 * n, 8 * n)),
+        "decode": lambda n: vae.decode(torch.empty(1, 4, n, n)),
+        "unet": lambda n: unet(torch.empty(1, 4, n, n), torch.empty(1), torch.empty(1, 77, 1024)),
+        "predictor": lambda n, network=NoisePredictor(NoisePredictorConfig()): network(torch.empty(1, 3, 2 * n, 2 * n), 199),
+    }
+
+
+@cache
+def tera_macs(network: str, cells: int) -> float:
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        networks()[network](cells)
+    return counter.get_total_flops() / 2e12
+
+
+def tiled(network: str, cells: int, side: int, overlap: int) -> tuple[float, int]:
+    """Multiply-adds in 10^12 and calls, of a square canvas; the VAE's with the mosaic's pass and the attention to it."""
+    tiles = len(TileLayout(cells, cells, side, overlap).tiles)
+    work = tiles * tera_macs(network, min(side, cells))
+    if tiles > 1 and network in ("encode", "decode"):
+        work += tera_macs(network, side) + tiles * 2 * side**2 * min(MAX_KEYS, side**2) * 512 / 1e12
+        tiles += 1
+    return work, tiles
+
+
+def row(pixels: int) -> dict[str, float | int | str]:
+    cells = pixels // 8
+    parts = {"encode": VAE, "decode": VAE, "unet": UNET, "predictor": (WINDOW, OVERLAP)}
+    work = {name: tiled(name, cells, *tile) for name, tile in parts.items()}
+    osediff = sum(work[name][0] for name in ("encode", "decode", "unet"))
+    whole = {name: tera_macs(name, cells) for name in parts}
+    return {
+        "output": f"{pixels}²",
+        **{f"{name} (calls)": f"{macs:.1f} ({calls})" for name, (macs, calls) in work.items()},
+        "OSEDiff": osediff,
+        "OSEDiff whole": sum(whole[name] for name in ("encode", "decode", "unet")),
+        "InvSR": osediff + work["predictor"][0],
+        "InvSR whole": sum(whole.values()),
+        "InvSR / chopped": f"{(osediff + work['predictor'][0]) / CHOPPED:.1%}" if pixels == 4096 else "",
+    }
+
+
+def plot(rows: list[dict], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    sizes = [int(r["output"][:-1]) for r in rows]
+    for name, style in (("OSEDiff", "C0-"), ("OSEDiff whole", "C0--"), ("InvSR", "C1-"), ("InvSR whole", "C1--")):
+        axes.plot(sizes, [r[name] for r in rows], style, marker="o", label=name if "whole" in name else f"{name} tiled")
+    axes.plot([4096], [CHOPPED], "C1x", markersize=9, label="InvSR's own program")
+    axes.set(xscale="log", yscale="log", xlabel="output, pixels a side", ylabel="multiply-adds, 10¹²", xticks=sizes, xticklabels=sizes)
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--plot", help="write the plot here (needs matplotlib)")
+    args = parser.parse_args()
+    rows = [row(size) for size in args.sizes]
+    print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
+    for r in rows:
+        print("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()) + " |")
+    if args.plot:
+        plot(rows, args.plot)
