@@ -17,7 +17,7 @@ _UPSCALE = """\
 examples:
   python -m pipelines upscale photos -o restored --method invsr --download
   python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
-  accelerate launch -m pipelines upscale photos -o restored --method invsr      (all GPUs of this machine share the folder)
+  accelerate launch --multi_gpu --num_processes 4 -m pipelines upscale photos -o restored --method invsr      (GPUs share the folder)
 
 A run that was cut goes on where it stopped: pictures whose results exist are not done again. One bad file does not stop the
 others; it is reported at the end, and the exit status is 1.
