@@ -25,7 +25,7 @@ MIN_TILE, MAX_TILE = 16, 256
 """Sides of the tiles that are chosen from free memory, in cells."""
 
 MIN_MOSAIC = 32**2
-"""Cells of the reduced pass at least, where tiles are smaller: its statistics are for all of them."""
+"""Cells of the reduced pass at least, where tiles are smaller and memory allows."""
 
 MAX_GROUP = 4
 """Tiles in one call, so that memory does not grow with the picture or the batch."""
@@ -65,11 +65,11 @@ def _run(vae, network, method: str, source: torch.Tensor, result: torch.Tensor, 
     """Add the network's answer for each picture of ``source`` to ``result``."""
     cells = source.shape[-2:] if method == "decode" else result.shape[-2:]
     memory_used = partial(_memory_used, vae, method)
-    tile = _choose_tile(tile_size, vae, memory_used, *cells)
+    tile, most = _choose_tile(tile_size, vae, memory_used, *cells), MAX_GROUP
     while True:
         out_of_memory = False
         try:
-            return _run_tiles(vae, network, method, source, result, prepare, TileLayout(*cells, tile, OVERLAP), memory_used)
+            return _run_tiles(vae, network, method, source, result, prepare, TileLayout(*cells, tile, OVERLAP), memory_used, most)
         except Exception as error:
             comfy.model_management.raise_non_oom(error)
             if tile <= MIN_TILE:
@@ -77,12 +77,12 @@ def _run(vae, network, method: str, source: torch.Tensor, result: torch.Tensor, 
             out_of_memory = True
         if out_of_memory:  # outside the except block, which keeps the tensors alive
             comfy.model_management.soft_empty_cache()
-            tile = max(MIN_TILE, min(tile, max(cells)) // 2)
+            tile, most = max(MIN_TILE, min(tile, max(cells)) // 2), 1
             logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * PIXELS_PER_CELL)
             result.zero_()
 
 
-def _run_tiles(vae, network, method: str, source, result, prepare, layout: TileLayout, memory_used) -> None:
+def _run_tiles(vae, network, method: str, source, result, prepare, layout: TileLayout, memory_used, most: int) -> None:
     into, out_of = (PIXELS_PER_CELL, 1) if method == "encode" else (1, PIXELS_PER_CELL)
     whole = WholePicture() if len(layout.tiles) > 1 else None
     if whole:
@@ -98,12 +98,13 @@ def _run_tiles(vae, network, method: str, source, result, prepare, layout: TileL
 
     first = layout.tiles[0]
     fitting = int(vae.patcher.get_free_memory(vae.device) // memory_used(first.height, first.width))
-    group = max(1, min(MAX_GROUP, fitting))
+    group = max(1, min(most, fitting))
     progress = comfy.utils.ProgressBar(len(source) * len(layout.tiles))
     if not whole:  # pictures go together
         run_in_groups([(picture, first) for picture in range(len(source))], group, add, progress)
         return
-    reduced_cells = max(first.height * first.width, MIN_MOSAIC)
+    area = first.height * first.width
+    reduced_cells = max(area, min(MIN_MOSAIC, group * area))
     for picture in range(len(source)):
         comfy.model_management.throw_exception_if_processing_interrupted()
         whole.collect(call, mosaic(source[picture : picture + 1], reduced_cells, into), layout.height * layout.width)
