@@ -4,33 +4,27 @@ import comfy.model_sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ..sr.bases import BASES, TEXT_WIDTHS, require_pixel_values, require_text_width
 from ..sr.canvas import VAE_MULTIPLE
 
 LATENT_CHANNELS = 4
 PIXELS_PER_CELL = VAE_MULTIPLE
-_BASES = "SD 2.1-base (sd21-base, 512 pixels) for OSEDiff or SD-Turbo for InvSR"
-_TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1280: "the Stable Diffusion XL refiner", 2048: "Stable Diffusion XL"}
 
 
 def require_stable_diffusion(model) -> None:
-    """Refuse a MODEL that is not a noise-predicting UNet of Stable Diffusion 2.x.
-
-    Narrow networks (under 320 channels) whose text width is no published encoder's are let through: miniatures for trying and testing.
-    """
+    """Refuse a MODEL that is not a noise-predicting UNet of Stable Diffusion 2.x."""
     network = model.model.diffusion_model  # below object patches such as a compiled network
     if not isinstance(network, UNetModel):
-        raise ValueError(f"model: found {type(network).__name__}, expected the UNet of Stable Diffusion 2.x. Load {_BASES}.")
+        raise ValueError(f"model: found {type(network).__name__}, expected the UNet of Stable Diffusion 2.x. Load {BASES}.")
     config = model.model.model_config.unet_config
-    channels, context = config.get("in_channels"), context_dim(model)
+    channels = config.get("in_channels")
     if channels != LATENT_CHANNELS:
-        raise ValueError(f"model: found a UNet with {channels} input channels (inpainting or upscaling), expected {LATENT_CHANNELS}. Load {_BASES}.")
-    if context != 1024 and (context is None or context in _TEXT_WIDTHS or config.get("model_channels", 0) >= 320):
-        base = _TEXT_WIDTHS.get(context, "another model")
-        raise ValueError(f"model: found a text width of {context} ({base}), expected 1024 (Stable Diffusion 2.x). Load {_BASES}.")
+        raise ValueError(f"model: found a UNet with {channels} input channels (inpainting or upscaling), expected {LATENT_CHANNELS}. Load {BASES}.")
+    require_text_width(context_dim(model), config.get("model_channels", 0), "model")
     sampling = model.get_model_object("model_sampling")
     if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.V_PREDICTION):
         kind = "v-prediction (SD 2.1 at 768 pixels)" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else type(sampling).__name__
-        raise ValueError(f"model: found {kind}, expected a model that predicts noise (epsilon). Load {_BASES}.")
+        raise ValueError(f"model: found {kind}, expected a model that predicts noise (epsilon). Load {BASES}.")
 
 
 def context_dim(model) -> int | None:
@@ -43,7 +37,7 @@ def require_conditioning(conditioning, model, name: str) -> None:
     expected = context_dim(model)
     for embedding, _ in conditioning:
         if embedding.shape[-1] != expected:
-            base = _TEXT_WIDTHS.get(embedding.shape[-1], "another model")
+            base = TEXT_WIDTHS.get(embedding.shape[-1], "another model")
             raise ValueError(
                 f"{name}: found text encoded {embedding.shape[-1]} wide ({base}), expected {expected}. "
                 "Use the CLIP output of the checkpoint that the MODEL comes from."
@@ -51,7 +45,7 @@ def require_conditioning(conditioning, model, name: str) -> None:
 
 
 def require_latent(latent: dict, name: str = "latent") -> torch.Tensor:
-    """The LATENT's samples (B, 4, h, w). Refuses latents of other VAEs and values that are not finite."""
+    """The LATENT's samples (B, 4, h, w). Refuses latents of other VAEs."""
     samples = latent["samples"]
     if samples.ndim != 4 or samples.shape[1] != LATENT_CHANNELS:
         raise ValueError(
@@ -79,11 +73,7 @@ def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
     if image.ndim != 4 or 0 in image.shape or image.shape[-1] not in (1, 3, 4):
         raise ValueError(f"{name}: found shape {tuple(image.shape)}, expected (batch, height, width, channels) with 1, 3 or 4 channels.")
     image = image[..., :3].float().movedim(-1, 1)  # BHWC -> BCHW
-    low, high = image.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError(f"{name}: found values that are not numbers (NaN or infinity). Look at the node that made the picture.")
-    if low < -1 or high > 2:
-        raise ValueError(f"{name}: found values from {low:.4g} to {high:.4g}, expected [0, 1]. Scale the picture first (divide 8-bit values by 255).")
+    require_pixel_values(image, name)
     return image.expand(-1, 3, -1, -1)
 
 

@@ -2,28 +2,22 @@
 
 import torch
 
-_BASES = "Stable Diffusion 2.1-base (512 pixels) for OSEDiff or SD-Turbo for InvSR"
-_TEXT_WIDTHS = {768: "Stable Diffusion 1.x", 1280: "the Stable Diffusion XL refiner", 2048: "Stable Diffusion XL"}
+from sr.bases import BASES, require_pixel_values, require_text_width
 
 
 def require_stable_diffusion(unet, vae, scheduler) -> None:
-    """Refuse components that are not those of a noise-predicting Stable Diffusion 2.x.
-
-    Narrow networks (under 320 channels) whose text width is no published encoder's are let through: miniatures for trying and testing.
-    """
+    """Refuse components that are not those of a noise-predicting Stable Diffusion 2.x."""
     config = unet.config
     if config.in_channels != 4:
-        raise ValueError(f"unet: found {config.in_channels} input channels (inpainting or upscaling), expected 4. Load {_BASES}.")
-    width = config.cross_attention_dim
-    if width != 1024 and (width in _TEXT_WIDTHS or config.block_out_channels[0] >= 320):
-        raise ValueError(f"unet: found a text width of {width} ({_TEXT_WIDTHS.get(width, 'another model')}), expected 1024. Load {_BASES}.")
+        raise ValueError(f"unet: found {config.in_channels} input channels (inpainting or upscaling), expected 4. Load {BASES}.")
+    require_text_width(config.cross_attention_dim, config.block_out_channels[0], "unet")
     if scheduler.config.prediction_type != "epsilon":
         raise ValueError(
             f"scheduler: found a base of prediction type {scheduler.config.prediction_type} (Stable Diffusion 2.1 at 768 pixels is one), "
-            f"expected epsilon, a base that predicts noise. Load {_BASES}."
+            f"expected epsilon, a base that predicts noise. Load {BASES}."
         )
     if vae.config.latent_channels != 4:
-        raise ValueError(f"vae: found {vae.config.latent_channels} latent channels, expected 4. Load the VAE of {_BASES}.")
+        raise ValueError(f"vae: found {vae.config.latent_channels} latent channels, expected 4. Load the VAE of {BASES}.")
 
 
 def require_picture(image: torch.Tensor) -> None:
@@ -32,11 +26,7 @@ def require_picture(image: torch.Tensor) -> None:
         raise ValueError(
             f"image: found shape {tuple(image.shape)}, expected (batch, 3, height, width) as a tensor or (batch, height, width, 3) as NumPy."
         )
-    low, high = image.aminmax()
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError("image: found values that are not numbers (NaN or infinity).")
-    if low < -1 or high > 2:
-        raise ValueError(f"image: found values from {low:.4g} to {high:.4g}, expected [0, 1]. Divide 8-bit values by 255.")
+    require_pixel_values(image, "image")
 
 
 def require_finite(tensor: torch.Tensor, what: str) -> torch.Tensor:

@@ -12,6 +12,8 @@ import safetensors
 import safetensors.torch
 import torch
 
+from .bases import TEXT_WIDTHS
+
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -126,18 +128,16 @@ _FAMILIES = (
     (r"^(body\.0\.rdb1|model\.1\.sub\.0\.RDB1|conv_body\.|layers\.0\.residual_group\.)", "a GAN or transformer upscaler, for models/upscale_models"),
 )
 
-_TEXT_WIDTHS = {768: " for Stable Diffusion 1.x", 1024: " for Stable Diffusion 2.x", 2048: " for Stable Diffusion XL"}
-
 
 def _for_base(flat: Mapping, phrase: str) -> str:
     """Which base a LoRA, UNet or checkpoint belongs to, read off the width of its text conditioning; empty where nothing tells."""
     if phrase not in ("a LoRA", "a whole UNet", "a whole checkpoint"):
         return ""
     if any("lora_te2_" in k or "add_embedding" in k for k in flat):
-        return _TEXT_WIDTHS[2048]
+        return f" for {TEXT_WIDTHS[2048]}"
     for key, tensor in flat.items():
         if re.search(r"attn2[._]to_k\.(lora_A\.(\w+\.)?|lora_down\.|lora\.down\.)?weight$", key):
-            return _TEXT_WIDTHS.get(tensor.shape[1], f" for a model with a text width of {tensor.shape[1]}")
+            return f" for {TEXT_WIDTHS.get(tensor.shape[1], f'a model with a text width of {tensor.shape[1]}')}"
     if phrase == "a LoRA" and any(re.search(r"double_blocks|single_blocks|joint_blocks|transformer\.", k) for k in flat):
         return " for a diffusion transformer"
     return ""
