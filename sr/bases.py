@@ -26,4 +26,4 @@ def require_pixel_values(picture: torch.Tensor, name: str) -> None:
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError(f"{name}: found values that are not numbers (NaN or infinity). Look at what made the picture.")
     if low < -1 or high > 2:
-        raise ValueError(f"{name}: found values from {low:.4g} to {high:.4g}, expected [0, 1]. Scale the picture first (divide 8-bit values by 255).")
+        raise ValueError(f"{name}: found values from {low:.4g} to {high:.4g}, expected [0, 1]. Divide 8-bit values by 255.")
