@@ -76,3 +76,13 @@ def test_command_line(ram, tmp_path, capsys):
     assert results[0].size == results[1].size == (32, 32) and results[0].tobytes() != results[1].tobytes()
     assert main([str(word) for word in [*words, "-o", tmp_path / "x.png", "--method", "invsr", "--tagger", ram]]) == 2
     assert "expected --method osediff with a tagger" in capsys.readouterr().err
+
+
+def test_convert_command(ram, tmp_path, capsys):
+    """One compact file replaces the tagger's four; half precision may move tags that lie on their threshold."""
+    compact = tmp_path / "tagger.safetensors"
+    assert main(["convert", str(ram), "--dape", str(DAPE), "-o", str(compact)]) == 0
+    (prompt,) = PromptTagger.from_files(compact)(golden_picture().movedim(-1, 1))
+    assert len(set(prompt.split(", ")) ^ {*golden_tags("dape"), ","}) < 20
+    assert main(["info", str(compact)]) == 0 and "DAPE: DAPE.pth" in capsys.readouterr().out
+    assert main(["convert", str(ram), "-o", str(compact)]) == 2 and "exists" in capsys.readouterr().err
