@@ -74,7 +74,7 @@ class InvSRStartState(io.ComfyNode):
                     "posterior",
                     options=["sample", "mean"],
                     default="sample",
-                    tooltip="sample: a noise map drawn with the seed, as published. mean: the expected noise map, smoother results.",
+                    tooltip="sample: a noise map drawn with the seed, as published. mean: the expected noise map, the same each time.",
                 ),
                 io.Int.Input(
                     "seed",

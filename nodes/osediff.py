@@ -49,7 +49,7 @@ class OSEDiffLoader(io.ComfyNode):
                     min=-10.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="How much of the adapter the VAE encoder gets. 1 is the published method; lower keeps more noise of the input.",
+                    tooltip="How much of the adapter the VAE encoder gets. 1 is the published method; 0 is the base's own encoder.",
                 ),
             ],
             outputs=[

@@ -50,7 +50,7 @@ class FewStepSRVAEEncode(io.ComfyNode):
                     "posterior",
                     options=["mean", "sample"],
                     default="mean",
-                    tooltip="mean: the same latent each time. sample: a draw with the seed, as the published programs do; the difference is small.",
+                    tooltip="mean: the same latent each time. sample: a draw with the seed, as the published programs do.",
                 ),
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="For posterior 'sample' alone."),
                 _tile_size_input("Encode"),

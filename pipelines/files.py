@@ -4,13 +4,12 @@ from pathlib import Path
 
 import torch
 
+from sr.bases import TEXT_WIDTHS
 from sr.checkpoints import LORA_ALPHA, NoisePredictorWeights, OSEDiffAdapter, load_noise_predictor_weights, load_osediff_adapter
 from sr.convert import save_noise_predictor, save_osediff_adapter
 from sr.files import describe, read_weights
 from sr.noise_predictor import NoisePredictorConfig
 from sr.tagger_files import convert_tagger, load_tagger_weights
-
-_BASE_WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x (2.1-base for the published adapters)", 2048: "Stable Diffusion XL"}
 
 
 def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path | None = None) -> str:
@@ -62,7 +61,7 @@ def _adapter(adapter: OSEDiffAdapter) -> list[str]:
     return [
         f"  rank: {ranks}; scale {LORA_ALPHA / adapter.rank_unet:g}",
         "  replaces: the UNet's conv_in",
-        f"  fits: {_BASE_WIDTHS.get(width, 'a base of another kind')}, text width {width}",
+        f"  fits: {TEXT_WIDTHS.get(width, 'a base of another kind')}, text width {width}",
     ]
 
 

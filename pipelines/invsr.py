@@ -69,7 +69,7 @@ class InvSRPipeline(FewStepSRPipeline):
             latents: the same pictures, enlarged and encoded.
             size: (height, width) of the enlarged pictures, before padding.
             timestep: index of the noise table, counted from 0.
-            posterior: ``"sample"`` draws the noise map, as published; ``"mean"`` is smoother.
+            posterior: ``"sample"`` draws the noise map, as published; ``"mean"`` is the same each time.
 
         Returns:
             The start state and the predicted noise map, both (B, 4, h, w).

@@ -74,10 +74,6 @@ class TileLayout:
         columns = _windows(tuple(self.lefts), tile.width, scale)[self.lefts.index(tile.left)]
         return rows[:, None] * columns
 
-    def blank(self, like: torch.Tensor, scale: int = 1) -> torch.Tensor:
-        """Zeros (1, C, H, W) on the CPU, float32, for a result with the channels of ``like`` and ``scale`` elements for each cell."""
-        return torch.zeros(1, like.shape[1], self.height * scale, self.width * scale)
-
 
 def _windows(starts: tuple[int, ...], side: int, scale: int) -> torch.Tensor:
     """Windows along one axis, (tiles, side * scale): products of these blend a grid, because its weights' sum is a product, too."""
