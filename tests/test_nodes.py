@@ -404,6 +404,19 @@ def test_one_step_with_control_net_and_lora(comfy, osediff):
     assert relative_error(step(model, conditioning(SEED)), plain) < 1e-5
 
 
+def test_one_step_with_hooks(comfy, osediff):
+    """A LoRA that a hook puts on for one conditioning alone."""
+    from comfy import hooks
+
+    model, latent = osediff[0], {"samples": torch.randn(1, 4, 8, 8)}
+    step = lambda positive: comfy.run("OSEDiffOneStep", model=model, positive=positive, latent=latent)[0]["samples"]  # noqa: E731
+    plain, layer = step(conditioning(SEED)), "diffusion_model.middle_block.1.proj_in"
+    lora = {f"{layer}.lora_up.weight": torch.randn(64, 2), f"{layer}.lora_down.weight": torch.randn(2, 64)}
+    hooked = hooks.set_hooks_for_conditioning(conditioning(SEED), hooks.create_hook_lora(lora, 1.0, 0.0))
+    assert relative_error(step(hooked), plain) > 0.01
+    assert relative_error(step(conditioning(SEED)), plain) < 1e-5
+
+
 def test_start_state_interrupts(comfy, base, predictor):
     from comfy import model_management
 
