@@ -4,7 +4,6 @@ from functools import partial
 
 import comfy.latent_formats
 import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
@@ -14,18 +13,16 @@ from ..sr.noise_predictor import NoisePredictor
 from ..sr.posterior import Posterior, draw_noise
 from ..sr.predictor_picture import fit_picture
 from ..sr.schedule import INVSR_MAX_START, sigma_to_index
-from ..sr.tiled_noise import NoiseCanvas
+from ..sr.streaming import run_in_groups
+from ..sr.tiled_noise import MAX_WINDOWS, NoiseCanvas
 from ..sr.tiles import Tile
 from .checks import require_finite, require_image, require_latent
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise
-from .streaming import run_in_groups
+from .streaming import ComfyUI
 from .vae import picture_size
 
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
-
-MAX_WINDOWS = 8
-"""Windows in one call of the predictor, so that memory does not grow with the picture or the batch."""
 
 
 class InvSRNoisePredictorLoader(io.ComfyNode):
@@ -138,7 +135,8 @@ def predict_noise(predictor: ManagedNetwork, picture: torch.Tensor, timestep: in
         canvas.add(group, predictor.network(predictor.cast(pictures * 2 - 1), timestep))
 
     fitting = int(comfy.model_management.get_free_memory(predictor.device) // per_window)
-    run_in_groups(windows, max(1, min(MAX_WINDOWS, fitting)), predict, comfy.utils.ProgressBar(len(windows)))
+    host = ComfyUI()
+    run_in_groups(windows, max(1, min(MAX_WINDOWS, fitting)), predict, host, host.progress(len(windows)))
     return canvas.posterior
 
 

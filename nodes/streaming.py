@@ -1,36 +1,25 @@
-"""Work that goes through the model in groups that fit into memory."""
+"""ComfyUI's part in work that goes through a network in groups: its memory, its stop button, its progress bar.
 
-from collections.abc import Callable, Sequence
+ComfyUI's own layers look at the stop button, too, so that an interrupt comes within one layer; a compiled network finishes its call.
+"""
+
+from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
 
+from ..sr.streaming import Host
 
-def run_in_groups(items: Sequence, group: int, run: Callable[[Sequence], None], progress: comfy.utils.ProgressBar | None = None) -> int:
-    """Give all ``items`` to ``run``, ``group`` at a time, and halve the group when memory runs out.
 
-    ``run`` changes nothing until it has succeeded, since a group may be given again in two halves.
-
-    Returns:
-        The group's size in the end, for the next call. Raises what ``run`` raises, out of memory only where a single item does not fit.
-    """
-    done, group = 0, min(group, len(items))
-    while done < len(items):
+class ComfyUI(Host):
+    def before_call(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        out_of_memory = False
-        try:
-            run(items[done : done + group])
-        except Exception as error:
-            comfy.model_management.raise_non_oom(error)
-            if group == 1:
-                raise
-            out_of_memory = True
-        if out_of_memory:  # outside the except block, which keeps the tensors alive
-            comfy.model_management.soft_empty_cache()
-            group //= 2
-            continue
-        step = len(items[done : done + group])
-        done += step
-        if progress is not None:
-            progress.update(step)
-    return group
+
+    def raise_unless_out_of_memory(self, error: Exception) -> None:
+        comfy.model_management.raise_non_oom(error)
+
+    def free_memory(self) -> None:
+        comfy.model_management.soft_empty_cache()
+
+    def progress(self, total: int) -> Callable[[int], object]:
+        return comfy.utils.ProgressBar(total).update

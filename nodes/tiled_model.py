@@ -11,8 +11,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
+from ..sr.streaming import run_in_groups
 from ..sr.tiles import Tile, TileLayout
-from .streaming import run_in_groups
+from .streaming import ComfyUI
 
 KEY = "FewStepSRTiledModel"
 Item = tuple[int, Tile]
@@ -102,7 +103,8 @@ class TiledPrediction:
 
         group = self._fitting(model, items, x)
         logging.debug("Tiled model: %d tiles of %d pictures, %d at a time", len(items), x.shape[0], group)
-        run_in_groups(items, group, predict, comfy.utils.ProgressBar(len(items)))
+        host = ComfyUI()
+        run_in_groups(items, group, predict, host, host.progress(len(items)))
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:

@@ -1,38 +1,31 @@
 """ComfyUI's VAE on pictures of any size and number: whole where they fit into memory, else in one pass over tiles."""
 
 import copy
-import logging
 import math
 from collections.abc import Callable
 from functools import partial
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy.ldm.models.autoencoder import DiagonalGaussianRegularizer, EmptyRegularizer
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock
 from einops import rearrange
 
-from ..sr.tiled_vae import WholePicture, mosaic, share_whole_picture
-from ..sr.tiles import Tile, TileLayout
+from ..sr.canvas import pad_for_vae, padded_side
+from ..sr.tiled_coder import MIN_TILE, OVERLAP, TiledCoder
+from ..sr.tiled_vae import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
-from .streaming import run_in_groups
+from .streaming import ComfyUI
 
-OVERLAP = 8
-"""Cells that tiles share at least."""
-
-MIN_TILE, MAX_TILE = 16, 256
-"""Sides of the tiles that are chosen from free memory, in cells."""
-
-MIN_MOSAIC = 32**2
-"""Cells of the reduced pass at least, where tiles are smaller and memory allows."""
+MAX_TILE = 256
+"""Side of the largest tiles that are chosen from free memory, in cells."""
 
 MAX_GROUP = 4
 """Tiles in one call, so that memory does not grow with the picture or the batch."""
 
 
 def encode_moments(vae, pictures: torch.Tensor, tile_size: int = 0) -> torch.Tensor:
-    """Mean and log-variance (B, 8, h, w) of pictures (B, 3, 8h, 8w) in [0, 1], float32 on the CPU.
+    """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1], float32 on the CPU. Sides are padded to what the VAE needs.
 
     Args:
         tile_size: side of the tiles in pixels; 0 chooses from free memory, the whole picture where it fits.
@@ -47,78 +40,43 @@ def encode_moments(vae, pictures: torch.Tensor, tile_size: int = 0) -> torch.Ten
         )
     unregularized = copy.copy(network)
     unregularized._modules = {**network._modules, "regularization": EmptyRegularizer()}
-    moments = torch.zeros(len(pictures), 2 * LATENT_CHANNELS, *(side // PIXELS_PER_CELL for side in pictures.shape[-2:]))
-    _run(vae, unregularized, "encode", pictures, moments, vae.process_input, tile_size)
+    moments = torch.zeros(len(pictures), 2 * LATENT_CHANNELS, *(padded_side(side) // PIXELS_PER_CELL for side in pictures.shape[-2:]))
+    _run(vae, unregularized, "encode", lambda i: pad_for_vae(pictures[i : i + 1]), moments, vae.process_input, tile_size)
     return moments
 
 
 def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0) -> torch.Tensor:
     """Pictures (B, 3, 8h, 8w) in [0, 1] of latents (B, 4, h, w), float32 on the CPU; ``tile_size`` as in :func:`encode_moments`."""
     pictures = torch.zeros(len(latents), 3, *(side * PIXELS_PER_CELL for side in latents.shape[-2:]))
-    _run(vae, vae.first_stage_model, "decode", latents, pictures, lambda x: x, tile_size)
+    _run(vae, vae.first_stage_model, "decode", lambda i: latents[i : i + 1], pictures, lambda x: x, tile_size)
     for picture in pictures:
         picture.copy_(vae.process_output(picture))
     return pictures
 
 
-def _run(vae, network, method: str, source: torch.Tensor, result: torch.Tensor, prepare: Callable, tile_size: int) -> None:
+def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], result: torch.Tensor, prepare: Callable, tile_size: int) -> None:
     """Add the network's answer for each picture of ``source`` to ``result``."""
-    cells = source.shape[-2:] if method == "decode" else result.shape[-2:]
-    memory_used = partial(_memory_used, vae, method)
-    tile, most = _choose_tile(tile_size, vae, memory_used, *cells), MAX_GROUP
-    while True:
-        out_of_memory = False
-        try:
-            return _run_tiles(vae, network, method, source, result, prepare, TileLayout(*cells, tile, OVERLAP), memory_used, most)
-        except Exception as error:
-            comfy.model_management.raise_non_oom(error)
-            if tile <= MIN_TILE:
-                raise
-            out_of_memory = True
-        if out_of_memory:  # outside the except block, which keeps the tensors alive
-            comfy.model_management.soft_empty_cache()
-            tile, most = max(MIN_TILE, min(tile, max(cells)) // 2), 1
-            logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * PIXELS_PER_CELL)
-            result.zero_()
-
-
-def _run_tiles(vae, network, method: str, source, result, prepare, layout: TileLayout, memory_used, most: int) -> None:
     into, out_of = (PIXELS_PER_CELL, 1) if method == "encode" else (1, PIXELS_PER_CELL)
-    whole = WholePicture() if len(layout.tiles) > 1 else None
-    if whole:
-        network = share_whole_picture(network, whole, _share_attention)
+    memory_used = partial(_memory_used, vae, method)
+    tile = _choose_tile(tile_size, vae, memory_used, *(side // out_of for side in result.shape[-2:]))
 
-    def call(part: torch.Tensor) -> torch.Tensor:
-        return getattr(network, method)(prepare(part).to(vae.device, vae.vae_dtype))
+    def call(network, part: torch.Tensor) -> torch.Tensor:
+        return getattr(network, method)(prepare(part).to(vae.device, vae.vae_dtype)).float()
 
-    def add(group: list[tuple[int, Tile]]) -> None:
-        answers = call(torch.cat([tile.cut(source[picture : picture + 1], into) for picture, tile in group])).float().to(result.device)
-        for (picture, tile), answer in zip(group, answers, strict=True):
-            tile.cut(result[picture], out_of).add_(answer * layout.window(tile, out_of))
+    def fitting(height: int, width: int) -> int:
+        return min(MAX_GROUP, int(vae.patcher.get_free_memory(vae.device) // memory_used(height, width)))
 
-    first = layout.tiles[0]
-    fitting = int(vae.patcher.get_free_memory(vae.device) // memory_used(first.height, first.width))
-    group = max(1, min(most, fitting))
-    progress = comfy.utils.ProgressBar(len(source) * len(layout.tiles))
-    if not whole:  # pictures go together
-        run_in_groups([(picture, first) for picture in range(len(source))], group, add, progress)
-        return
-    area = first.height * first.width
-    reduced_cells = max(area, min(MIN_MOSAIC, group * area))
-    for picture in range(len(source)):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        whole.collect(call, mosaic(source[picture : picture + 1], reduced_cells, into), layout.height * layout.width)
-        group = run_in_groups([(picture, tile) for tile in layout.tiles], group, add, progress)
+    TiledCoder(network, call, _share_attention, into, out_of, fitting, ComfyUI()).run(source, result, tile)
 
 
-def _share_attention(block, whole: WholePicture) -> None:
+def _share_attention(copied, block, whole: WholePicture) -> None:
     if isinstance(block, AttnBlock):
 
         def attend(q, k, v):  # BCHW
             attended = whole.attend(block, *(rearrange(t, "b c h w -> b (h w) c") for t in (q, k, v)))
             return rearrange(attended, "b (h w) c -> b c h w", h=q.shape[-2])
 
-        block.optimized_attention = attend
+        copied.optimized_attention = attend
 
 
 def _memory_used(vae, method: str, height: int, width: int) -> int:

@@ -3,7 +3,7 @@
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..sr.canvas import pad_for_vae, padded_side
+from ..sr.canvas import padded_side
 from ..sr.posterior import Posterior, draw_noise
 from .checks import PIXELS_PER_CELL, require_finite, require_image, require_latent, require_vae
 from .tiled_vae import decode_pictures, encode_moments
@@ -62,8 +62,7 @@ class FewStepSRVAEEncode(io.ComfyNode):
     def execute(cls, pixels, vae, posterior="mean", seed=0, tile_size=0) -> io.NodeOutput:
         require_vae(vae)
         picture = require_image(pixels, "pixels")
-        padded = pad_for_vae(picture)
-        samples = encode_moments(vae, padded, tile_size)
+        samples = encode_moments(vae, picture, tile_size)
         samples = require_finite(samples, "VAE Encode (Few-Step SR)", "--fp32-vae or --bf16-vae")
         distribution = Posterior.from_moments(samples)
         latent = distribution.mean if posterior == "mean" else distribution.sample(draw_noise(distribution.mean.shape, seed))

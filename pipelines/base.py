@@ -10,13 +10,13 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin
 
-from sr.canvas import VAE_MULTIPLE, pad_for_vae
+from sr.canvas import VAE_MULTIPLE
 from sr.color import fix_color
 from sr.posterior import Posterior, draw_noise
 
 from .checks import require_finite, require_picture, require_stable_diffusion
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
-from .tiling import UNetTiling
+from .tiling import Tiling
 
 Pictures = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -39,7 +39,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         require_stable_diffusion(components["unet"], components["vae"], components["scheduler"])
         self.register_modules(**components)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
-        self._unet_tiling: UNetTiling | None = None
+        self._tiling = Tiling()
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
@@ -97,9 +97,8 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
             posterior: ``"mean"`` gives the same latents each time, ``"sample"`` draws as the published programs do.
             generator: for ``"sample"``.
         """
-        padded = pad_for_vae(image) * 2 - 1
-        moments = self.vae.encode(padded.to(self._execution_device, self.vae.dtype)).latent_dist.parameters
-        return self.vae.config.scaling_factor * self._draw(moments.float(), posterior, generator)
+        moments = self._tiling.encode(self.vae, image, self._execution_device)
+        return self.vae.config.scaling_factor * self._draw(moments, posterior, generator)
 
     def _draw(self, moments: torch.Tensor, posterior: str, generator: Generators) -> torch.Tensor:
         return draw(Posterior.from_moments(moments), posterior, generator)
@@ -107,41 +106,38 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1] on the CPU, cropped to ``size`` (height, width) where it is given."""
-        latents = latents.to(self._execution_device, self.vae.dtype) / self.vae.config.scaling_factor
-        image = require_finite(self.vae.decode(latents).sample.float().cpu(), "the VAE")
-        height, width = size or image.shape[-2:]
-        return (image[..., :height, :width] / 2 + 0.5).clamp(0, 1)
+        decoded = self._tiling.decode(self.vae, latents / self.vae.config.scaling_factor, self._execution_device)
+        height, width = size or decoded.shape[-2:]
+        for image in decoded:  # in place, one at a time: video batches are long
+            require_finite(image, "the VAE").div_(2).add_(0.5).clamp_(0, 1)
+        return decoded[..., :height, :width]
 
     def predict_noise(self, latents, timestep, prompt_embeds, negative_prompt_embeds=None, guidance_scale: float = 1.0) -> torch.Tensor:
         """The UNet's noise prediction, float32, with classifier-free guidance where there are negative embeddings."""
+        positive = self._unet(latents, timestep, prompt_embeds)
         if negative_prompt_embeds is None:
-            return self._unet(latents, timestep, prompt_embeds)
-        both = torch.cat([negative_prompt_embeds, prompt_embeds])
-        negative, positive = self._unet(torch.cat([latents, latents]), timestep, both).chunk(2)
+            return positive
+        negative = self._unet(latents, timestep, negative_prompt_embeds)
         return negative + guidance_scale * (positive - negative)
 
     def _unet(self, latents, timestep, prompt_embeds) -> torch.Tensor:
         device, dtype = self._execution_device, self.unet.dtype
-        latents, embeds = latents.to(device, dtype), prompt_embeds.to(device, dtype)
+        embeds = prompt_embeds.to(device, dtype).expand(len(latents), -1, -1)
 
-        def network(part: torch.Tensor) -> torch.Tensor:
-            return self.unet(part, timestep, encoder_hidden_states=embeds).sample
+        def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
+            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds[pictures]).sample
 
-        noise_pred = self._unet_tiling.run(network, latents) if self._unet_tiling else network(latents)
-        return require_finite(noise_pred.float(), "the UNet")
+        return require_finite(self._tiling.predict(network, latents.to(device)), "the UNet")
 
     def enable_tiling(self, tile: int = 1024) -> None:
         """VAE and UNet in overlapping tiles of ``tile`` pixels of the result, a multiple of 64 from 256 on; smaller pictures stay whole."""
         if tile < 256 or tile % 64:
             raise ValueError(f"tile: found {tile}, expected a multiple of 64 from 256 on.")
         cells = tile // VAE_MULTIPLE
-        self.vae.enable_tiling()
-        self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile, cells
-        self._unet_tiling = UNetTiling(tile=cells, overlap=cells // 4)
+        self._tiling = Tiling(tile=cells, overlap=cells // 4)
 
     def disable_tiling(self) -> None:
-        self.vae.disable_tiling()
-        self._unet_tiling = None
+        self._tiling = Tiling()
 
     def _call_back(self, callback, names: list[str], step: int, timestep, tensors: dict) -> dict:
         """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""
@@ -154,9 +150,13 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
 
     def _finish(self, image: torch.Tensor, reference: torch.Tensor, color_fix: str | None, output_type: str, return_dict: bool):
         if color_fix is not None:
-            image = fix_color(image, reference, color_fix)
+            for picture, own in zip(image.split(1), reference.split(1), strict=True):
+                picture.copy_(fix_color(picture, own, color_fix))
         self.maybe_free_model_hooks()
-        images = self.image_processor.postprocess(image, output_type, do_denormalize=[False] * image.shape[0])
+        if output_type == "pil":  # one at a time: the way there goes through several copies
+            images = [pil for picture in image.split(1) for pil in self.image_processor.postprocess(picture, "pil", do_denormalize=[False])]
+        else:
+            images = self.image_processor.postprocess(image, output_type, do_denormalize=[False] * image.shape[0])
         return ImagePipelineOutput(images) if return_dict else (images,)
 
 

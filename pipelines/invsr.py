@@ -10,7 +10,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sr.posterior import Posterior
 from sr.predictor_picture import fit_picture
 from sr.schedule import few_step_indices
-from sr.tiled_noise import NoiseCanvas
+from sr.streaming import Host, run_in_groups
+from sr.tiled_noise import MAX_WINDOWS, NoiseCanvas
+from sr.tiles import Tile
 
 from .base import FewStepSRPipeline, Generators, Pictures, draw
 from .checks import require_finite
@@ -86,9 +88,13 @@ class InvSRPipeline(FewStepSRPipeline):
     def _predict(self, picture: torch.Tensor, timestep: int, cell: int) -> Posterior:
         """The noise map's posterior for pictures in [-1, 1], window by window as the predictor was trained, float32 on the CPU."""
         canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // cell, picture.shape[-1] // cell)
-        for index, tile in canvas.windows:
-            window = tile.cut(picture[index : index + 1], cell)
-            canvas.add([(index, tile)], self.noise_predictor(window.to(self._execution_device, self.noise_predictor.dtype), timestep))
+        device, dtype = self._execution_device, self.noise_predictor.dtype
+
+        def predict(group: list[tuple[int, Tile]]) -> None:
+            windows = torch.cat([tile.cut(picture[i : i + 1], cell) for i, tile in group])
+            canvas.add(group, self.noise_predictor(windows.to(device, dtype), timestep))
+
+        run_in_groups(canvas.windows, MAX_WINDOWS, predict, Host())
         return canvas.posterior
 
     @torch.no_grad()

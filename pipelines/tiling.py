@@ -1,27 +1,99 @@
-"""A tiled UNet for large pictures: overlapping tiles of the latents, blended."""
+"""Large pictures and batches: the networks on tiles of a canvas, and on a few pictures at a time."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from einops import rearrange
 
+from sr.canvas import VAE_MULTIPLE, pad_for_vae, padded_side
+from sr.streaming import Host, run_in_groups
+from sr.tiled_coder import TiledCoder
+from sr.tiled_vae import WholePicture
 from sr.tiles import TileLayout
+
+GROUP_CELLS = 128**2
+"""Latent cells in one call, where a single tile or picture has no more by itself: memory then does not grow with the batch."""
+
+
+def fitting(height: int, width: int) -> int:
+    """How many tiles or pictures of so many cells go through a network in one call."""
+    return max(1, GROUP_CELLS // (height * width))
 
 
 @dataclass(frozen=True)
-class UNetTiling:
-    """Side and overlap of the tiles in latent cells of 8 pixels. Latents that fit into one tile are not tiled."""
+class Tiling:
+    """Tiles of ``tile`` latent cells a side, those of the UNet with ``overlap``. What fits into one tile is not tiled; without a ``tile`` nothing is."""
 
-    tile: int
-    overlap: int
+    tile: int | None = None
+    overlap: int = 0
 
-    def run(self, network: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
-        """``network`` over the tiles of ``latents`` (B, 4, h, w); the result has their shape."""
-        layout = TileLayout(*latents.shape[-2:], tile=self.tile, overlap=self.overlap)
-        if len(layout.tiles) == 1:
-            return network(latents)
+    def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1] of any size, float32 on the CPU."""
+
+        def call(vae, part):
+            return vae.encode((part * 2 - 1).to(device, vae.dtype)).latent_dist.parameters.float()
+
+        channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
+        moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, Host())
+        coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
+        return moments
+
+    def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Pictures (B, 3, 8h, 8w) in [-1, 1] of the VAE's own latents (B, 4, h, w), float32 on the CPU."""
+
+        def call(vae, part):
+            return vae.decode(part.to(device, vae.dtype)).sample.float()
+
+        pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, Host())
+        coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
+        return pictures
+
+    def predict(self, network: Callable[[torch.Tensor, list[int]], torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+        """The UNet's predictions for ``latents`` (B, 4, h, w), float32: ``network(tiles, pictures)`` is called with the tiles and whose they are."""
+        layout = TileLayout(*latents.shape[-2:], tile=self._side(latents), overlap=self.overlap)
+        items = [(picture, tile) for picture in range(len(latents)) for tile in layout.tiles]
         blended = torch.zeros_like(latents, dtype=torch.float32)
-        for tile in layout.tiles:
-            part = network(tile.cut(latents)).float()
-            tile.cut(blended).add_(part * layout.window(tile).to(part))
+
+        def predict(group) -> None:
+            parts = network(torch.cat([tile.cut(latents[picture : picture + 1]) for picture, tile in group]), [picture for picture, _ in group])
+            for (picture, tile), part in zip(group, parts.float(), strict=True):
+                tile.cut(blended[picture]).add_(part * layout.window(tile).to(part))
+
+        run_in_groups(items, fitting(layout.tiles[0].height, layout.tiles[0].width), predict, Host())
         return blended
+
+    def _side(self, latents: torch.Tensor) -> int:
+        return self.tile or max(latents.shape[-2:])
+
+    def _untiled(self, vae: AutoencoderKL) -> AutoencoderKL:
+        """The VAE, without the tiles and slices of its own that a user may have switched on where it is tiled here."""
+        if self.tile is None:
+            return vae
+        untiled = copy.copy(vae)
+        untiled.use_tiling = untiled.use_slicing = False
+        return untiled
+
+
+class _SharedAttention:
+    """A processor for the attention in the middle of diffusers' VAE: one head, normalised before, added to what came in."""
+
+    def __init__(self, block: Attention, whole: WholePicture):
+        self.block, self.whole = block, whole
+
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        x = rearrange(hidden_states, "b c h w -> b (h w) c")
+        normalized = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        attended = self.whole.attend(self.block, attn.to_q(normalized), attn.to_k(normalized), attn.to_v(normalized))
+        out = rearrange(attn.to_out[0](attended), "b (h w) c -> b c h w", h=hidden_states.shape[-2])
+        return (out + hidden_states) / attn.rescale_output_factor
+
+
+def _share_attention(copied, block, whole: WholePicture) -> None:
+    if isinstance(block, Attention):
+        copied.processor = _SharedAttention(block, whole)

@@ -11,6 +11,9 @@ WINDOW = 64
 OVERLAP = 8
 """Cells that windows share at least."""
 
+MAX_WINDOWS = 8
+"""Windows in one call of the predictor, so that memory does not grow with the picture or the batch."""
+
 
 class NoiseCanvas:
     """The noise map's posterior for ``pictures`` pictures of ``height`` x ``width`` cells, blended from windows, float32 on the CPU.

@@ -90,10 +90,11 @@ class _SharedNorm(nn.Module):
         return self.whole.normalize(self.norm, x)
 
 
-def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Callable[[nn.Module, WholePicture], None]) -> nn.Module:
+def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Callable[[nn.Module, nn.Module, WholePicture], None]) -> nn.Module:
     """A shallow copy of ``network`` whose normalisations and attention use ``whole``.
 
-    ``attention(block, whole)`` is called with each copied module, to replace the attention of those that have one.
+    ``attention(copied, block, whole)`` is called with each copied module and its original, to replace the attention of those that have one.
+    What the copy gets may hold the original, but not the copy: without circles all is gone with the last reference to the network.
     """
     if isinstance(network, nn.GroupNorm):
         return _SharedNorm(network, whole)
@@ -101,7 +102,7 @@ def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Call
         return network
     shared = copy.copy(network)
     shared._modules = {name: share_whole_picture(child, whole, attention) for name, child in network._modules.items()}
-    attention(shared, whole)
+    attention(shared, network, whole)
     return shared
 
 

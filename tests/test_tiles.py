@@ -86,7 +86,7 @@ def test_mosaic():
 
 
 def shared(network, whole):
-    return share_whole_picture(network, whole, lambda block, whole: None)
+    return share_whole_picture(network, whole, lambda copied, block, whole: None)
 
 
 def test_statistics_of_the_whole_picture():

@@ -1,0 +1,53 @@
+"""Work that goes through a network in groups that fit into memory."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+class Host:
+    """What the program around a network does at its calls. This is a plain PyTorch program's part; another one has memory, progress and a stop button of its own."""
+
+    def before_call(self) -> None:
+        """Raises where the user wants to stop."""
+
+    def raise_unless_out_of_memory(self, error: Exception) -> None:
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            raise error
+
+    def free_memory(self) -> None:
+        """Give back what is cached, after memory ran out."""
+        torch.cuda.empty_cache()
+
+    def progress(self, total: int) -> Callable[[int], object]:
+        """A function that is told how many more of ``total`` are done."""
+        return lambda done: None
+
+
+def run_in_groups(items: Sequence, group: int, run: Callable[[Sequence], None], host: Host, update: Callable[[int], object] | None = None) -> int:
+    """Give all ``items`` to ``run``, ``group`` at a time, and halve the group when memory runs out.
+
+    ``run`` changes nothing until it has succeeded, since a group may be given again in two halves.
+
+    Returns:
+        The group's size in the end, for the next call. Raises what ``run`` raises, out of memory only where a single item does not fit.
+    """
+    done, group = 0, min(group, len(items))
+    while done < len(items):
+        host.before_call()
+        part, out_of_memory = items[done : done + group], False
+        try:
+            run(part)
+        except Exception as error:
+            host.raise_unless_out_of_memory(error)
+            if group == 1:
+                raise
+            out_of_memory = True
+        if out_of_memory:  # outside the except block, which keeps the tensors alive
+            host.free_memory()
+            group //= 2
+            continue
+        done += len(part)
+        if update is not None:
+            update(len(part))
+    return group

@@ -1,0 +1,96 @@
+"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in one pass over tiles."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .streaming import Host, run_in_groups
+from .tiled_vae import WholePicture, mosaic, share_whole_picture
+from .tiles import Tile, TileLayout
+
+OVERLAP = 8
+"""Cells that tiles share at least."""
+
+MIN_TILE = 16
+"""Side of the smallest tiles, in cells."""
+
+MIN_MOSAIC = 32**2
+"""Cells of the reduced pass at least, where tiles are smaller and memory allows."""
+
+
+@dataclass(frozen=True)
+class TiledCoder:
+    """An encoder or a decoder.
+
+    Args:
+        network: the VAE.
+        call: what it makes of a part (n, C, h, w), float32: ``call(network, part)``, with a copy of the network where there are tiles.
+        attention: see :func:`sr.tiled_vae.share_whole_picture`.
+        into, out_of: elements for each latent cell along a side, of what goes in and of what comes out.
+        fitting: how many tiles of (height, width) cells go through it in one call.
+        host: see :class:`sr.streaming.Host`.
+    """
+
+    network: nn.Module
+    call: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+    attention: Callable[[nn.Module, nn.Module, WholePicture], None]
+    into: int
+    out_of: int
+    fitting: Callable[[int, int], int]
+    host: Host
+
+    def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
+        """Code every picture, with smaller tiles where memory runs out.
+
+        Args:
+            source: ``source(i)`` is picture i (1, C, H, W), asked for when it is its turn.
+            result: zeros (B, C, h, w), to which the answers are added.
+            tile: side of the tiles in cells.
+        """
+        cells = tuple(side // self.out_of for side in result.shape[-2:])
+        most = None
+        while True:
+            out_of_memory = False
+            try:
+                return self._run(source, result, TileLayout(*cells, tile, min(OVERLAP, tile // 2)), most)
+            except Exception as error:
+                self.host.raise_unless_out_of_memory(error)
+                if tile <= MIN_TILE:
+                    raise
+                out_of_memory = True
+            if out_of_memory:  # outside the except block, which keeps the tensors alive
+                self.host.free_memory()
+                tile, most = max(MIN_TILE, min(tile, max(cells)) // 2), 1
+                logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * max(self.into, self.out_of))
+                result.zero_()
+
+    def _run(self, source, result: torch.Tensor, layout: TileLayout, most: int | None) -> None:
+        first = layout.tiles[0]
+        group = most or max(1, self.fitting(first.height, first.width))
+        update = self.host.progress(len(result) * len(layout.tiles))
+        if len(layout.tiles) == 1:  # pictures go together
+
+            def code_whole(pictures: range) -> None:
+                answers = self.call(self.network, torch.cat([source(i) for i in pictures]))
+                result[pictures.start : pictures.stop] = answers.to(result)
+
+            run_in_groups(range(len(result)), group, code_whole, self.host, update)
+            return
+        whole = WholePicture()
+        network = share_whole_picture(self.network, whole, self.attention)
+        area = first.height * first.width
+        reduced_cells = max(area, min(MIN_MOSAIC, group * area))
+        for i, blended in enumerate(result):
+            canvas = source(i)
+
+            def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
+                answers = self.call(network, torch.cat([tile.cut(canvas, self.into) for tile in tiles])).to(result)
+                for tile, answer in zip(tiles, answers, strict=True):
+                    tile.cut(blended, self.out_of).add_(answer * layout.window(tile, self.out_of))
+
+            self.host.before_call()
+            whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.into), layout.height * layout.width)
+            group = run_in_groups(layout.tiles, group, code_tiles, self.host, update)
