@@ -1,4 +1,4 @@
-"""The command line, ``python -m pipelines``: upscale, convert, info."""
+"""The command line, ``python -m pipelines``: upscale, convert, info, train, synthesize."""
 
 import argparse
 import logging
@@ -12,6 +12,7 @@ from sr.schedule import parse_timesteps
 
 from .files import convert, describe_file
 from .pictures import FORMATS
+from .training.cli import add_commands as add_training
 
 _UPSCALE = """\
 examples:
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", parents=[common], help="say what a weight file is, its rank, its size, and what it fits", **_RAW)
     command.add_argument("file", type=Path, nargs="+", metavar="FILE")
     command.set_defaults(run=_info)
+    add_training(commands, common)
     return parser
 
 

@@ -1,0 +1,91 @@
+"""Training of a small VAE of Stable Diffusion's shape: 8 x 8 pixels to one latent cell of 4 channels."""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import nn
+
+SCALING_FACTOR = 0.18215
+"""Stable Diffusion's: latents times this have deviation 1."""
+
+
+def small_vae(channels: tuple[int, ...] = (32, 32, 64, 128), layers: int = 1, groups: int = 8) -> AutoencoderKL:
+    """A VAE with random weights. Groups of several channels let normalisation keep the tone, which it would take from single ones."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=layers,
+        latent_channels=4,
+        norm_num_groups=groups,
+        scaling_factor=SCALING_FACTOR,
+    )
+    nn.init.constant_(vae.quant_conv.bias.data[4:], -6.0)  # a posterior so narrow that the decoder hears the encoder from the first step on
+    return vae
+
+
+class AutoencoderTask:
+    """Reconstruction (L1 and L1 of differences at three scales) and a weak pull of the posterior to the standard normal.
+
+    ``decoder_only`` leaves the latents as they are, so that what was trained on them stays good.
+    """
+
+    def __init__(self, vae: AutoencoderKL, kl_weight: float = 1e-4, gradient_weight: float = 1.0, decoder_only: bool = False):
+        self.vae, self.kl_weight, self.gradient_weight, self.decoder_only = vae, kl_weight, gradient_weight, decoder_only
+        vae.requires_grad_(True)
+        if decoder_only:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+        self.phases: dict[str, nn.Module] = {"autoencoder": vae}
+
+    def loss(self, phase, batch, generator):
+        hq = batch["hq"] * 2 - 1
+        vae = self.phases[phase]
+        noise = torch.randn(len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8, generator=generator).to(hq)
+        reconstruction, kl = _autoencode(vae, hq, noise)
+        l1, gradient = (reconstruction - hq).abs().mean(), gradient_loss(reconstruction, hq)
+        loss = l1 + self.gradient_weight * gradient + (0 if self.decoder_only else self.kl_weight * kl)
+        return loss, {"l1": l1.detach(), "differences": gradient.detach(), "kl": kl.detach()}
+
+    def sample(self, batch):
+        hq = batch["hq"]
+        reconstruction = self.vae.decode(self.vae.encode(hq * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+        return torch.cat([torch.cat(list(hq), -1), torch.cat(list(reconstruction), -1)], -2)
+
+    def save(self, folder: Path) -> None:
+        self.vae.save_pretrained(folder / "vae")
+
+
+def _autoencode(vae: nn.Module, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstruction from a sample of the posterior, and the posterior's mean divergence from the standard normal."""
+    inner = getattr(vae, "module", vae)
+    posterior = inner.encode(pictures).latent_dist
+    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+    return inner.decode(posterior.mean + posterior.std * noise).sample, kl
+
+
+def gradient_loss(a: torch.Tensor, b: torch.Tensor, scales: int = 3) -> torch.Tensor:
+    """Mean absolute error of the differences between neighbours, summed over rows and columns and ``scales`` halvings: edges count, not tone alone."""
+    loss = a.new_zeros(())
+    for _ in range(scales):
+        for dim in (-2, -1):
+            loss = loss + (a.diff(dim=dim) - b.diff(dim=dim)).abs().mean()
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return loss
+
+
+@torch.no_grad()
+def normalize_latents(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Shift and scale the latents, in the convolutions around them, so that over ``pictures`` (B, 3, H, W) in [0, 1] each channel, times the
+    scaling factor, has mean 0 and deviation 1, as a diffusion model wants. Reconstructions stay what they are.
+    """
+    means = torch.cat([vae.encode(picture[None] * 2 - 1).latent_dist.mean for picture in pictures])
+    shift, scale = means.mean((0, 2, 3)), 1 / (vae.config.scaling_factor * means.std((0, 2, 3)))
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += (post.weight * shift[None, :, None, None]).sum((1, 2, 3))
+    post.weight /= scale[None, :, None, None]
+    quant.weight[:4] *= scale[:, None, None, None]
+    quant.bias[:4] = (quant.bias[:4] - shift) * scale
+    quant.bias[4:] += 2 * scale.log()

@@ -1,0 +1,113 @@
+"""The base that a method is trained on, and the prompts that it is trained with."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..checks import require_stable_diffusion
+from ..osediff import OSEDiffPipeline
+from ..single_file import find_tokenizer
+from ..tagger import PromptTagger
+
+PROMPT_FILE = "prompt_embeds.safetensors"
+"""Beside a base without a text encoder: ``prompt_embeds`` (1, n, width), and ``negative_prompt_embeds`` where it has one."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class Base:
+    """Stable Diffusion's networks, float32, frozen. Text encoder and tokenizer may be missing."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel | None = None
+    tokenizer: CLIPTokenizer | None = None
+    prompt_file: Path | None = None
+
+
+def load_base(name: str, download: bool = False, comfyui: Path | None = None) -> Base:
+    """Read a base in one file (.safetensors, .ckpt), in a folder or on the hub.
+
+    Raises:
+        OSError, ValueError: it is not there, or not a noise-predicting Stable Diffusion 2.x.
+    """
+    offline = {"local_files_only": not download}
+    if Path(name).is_file():
+        pipeline = OSEDiffPipeline.from_single_file(name, tokenizer=find_tokenizer(comfyui=comfyui, **offline), **offline)
+        base = Base(pipeline.unet, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer)
+    else:
+        base = _load_folder(name, offline)
+    for network in (base.unet, base.vae, base.text_encoder):
+        if network is not None:
+            network.float().requires_grad_(False)
+    return base
+
+
+def _load_folder(name: str, offline: dict) -> Base:
+    unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **offline)
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae", **offline)
+    require_stable_diffusion(unet, vae, DDIMScheduler.from_pretrained(name, subfolder="scheduler", **offline))
+    base = Base(unet, vae)
+    if not Path(name).is_dir() or (Path(name) / "text_encoder").is_dir():
+        base.text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **offline)
+        base.tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **offline)
+    if (Path(name) / PROMPT_FILE).is_file():
+        base.prompt_file = Path(name) / PROMPT_FILE
+    return base
+
+
+class Prompts:
+    """Prompt embeddings of pictures: from a file, of a fixed text, or of the tags that a tagger reads off the high-quality pictures (OSEDiff).
+
+    ``networks`` are those that it still needs.
+    """
+
+    def __init__(self, base: Base, text: str = "", negative: str = "", tagger: PromptTagger | None = None, file: Path | None = None):
+        self._base, self._text, self._tagger = base, text, tagger
+        file = file or (None if base.text_encoder else base.prompt_file)
+        self.networks: list[torch.nn.Module] = []
+        self._fixed, self._negative = None, None
+        if file:
+            self._read(file)
+        elif base.text_encoder is None:
+            raise ValueError(f"prompt: the base has no text encoder and no {PROMPT_FILE}. Give embeddings with --prompt-embeds, or another base.")
+        else:
+            self._negative = self._encode([negative])
+            self._fixed = None if tagger else self._encode([text])
+            self.networks = [base.text_encoder, tagger.network] if tagger else []
+
+    def _read(self, file: Path) -> None:
+        tensors = load_file(file)
+        width = self._base.unet.config.cross_attention_dim
+        found = tensors.get("prompt_embeds", torch.empty(0))
+        if found.ndim != 3 or found.shape[-1] != width:
+            raise ValueError(f"{file.name}: found prompt_embeds of shape {tuple(found.shape)}, expected (1, tokens, {width}), as the base has it.")
+        if self._tagger:
+            raise ValueError("tagger: a tagger's tags need a text encoder, but the prompt is given as embeddings. Give one or the other.")
+        self._fixed, self._negative = found.float(), tensors.get("negative_prompt_embeds")
+
+    @torch.no_grad()
+    def _encode(self, texts: list[str]) -> torch.Tensor:
+        encoder, tokenizer = self._base.text_encoder, self._base.tokenizer
+        length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return encoder(tokens.input_ids.to(encoder.device))[0].float()
+
+    def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, n, width) for high-quality pictures (B, 3, H, W) in [0, 1]."""
+        embeds = self._encode(self._tagger(pictures, self._text)) if self._fixed is None else self._fixed
+        return embeds.to(pictures.device).expand(len(pictures), -1, -1)
+
+    def negative(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Embeddings of the negative prompt, as many as pictures."""
+        return self._negative.to(pictures.device).expand(len(pictures), -1, -1)
+
+    @property
+    def has_negative(self) -> bool:
+        return self._negative is not None

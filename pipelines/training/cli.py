@@ -1,0 +1,125 @@
+"""``python -m pipelines train`` and ``python -m pipelines synthesize``."""
+
+import argparse
+from pathlib import Path
+
+RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+
+_SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
+
+
+def add_commands(commands, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser("synthesize", parents=[common], help="draw synthetic pictures to train on", description=_SYNTHESIZE, **RAW)
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--count", type=int, default=400, help="default: %(default)s")
+    command.add_argument("--size", type=int, default=512, help="side in pixels (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
+    command.set_defaults(run=_synthesize)
+
+    trainings = commands.add_parser("train", help="train a method, or a small base model to try it on").add_subparsers(required=True, metavar="WHAT")
+    command = trainings.add_parser("vae", parents=[common], help="a small VAE of Stable Diffusion's shape", **RAW)
+    add_common(command, lr=7e-4)
+    command.add_argument("--init", type=Path, help="go on from this VAE (a diffusers folder) instead of random weights")
+    command.add_argument("--channels", type=int, nargs="+", default=[32, 32, 64, 128], help="of each resolution (default: 32 32 64 128)")
+    command.add_argument("--kl-weight", type=float, default=1e-4, help="pull of the posterior to the standard normal (default: %(default)g)")
+    command.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it the latents")
+    command.set_defaults(run=_vae)
+
+    command = trainings.add_parser("base", parents=[common], help="a small UNet of Stable Diffusion's shape, on a VAE", **RAW)
+    add_common(command, lr=5e-4)
+    command.add_argument("--vae", type=Path, required=True, help="the VAE (a diffusers folder)")
+    command.add_argument("--channels", type=int, nargs="+", default=[64, 96, 128], help="of each resolution (default: 64 96 128)")
+    command.add_argument("--width", type=int, default=64, help="of the prompt embedding (default: %(default)s)")
+    command.set_defaults(run=_base)
+
+
+def add_common(command: argparse.ArgumentParser, lr: float) -> None:
+    """What every training understands."""
+    command.add_argument(
+        "--data",
+        action="append",
+        required=True,
+        metavar="SOURCE[=SHARE]",
+        help="folder, text list or picture; with a share, how often it is taken (default: 1 a picture)",
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="results, checkpoint, logs and samples")
+    command.add_argument("--steps", type=int, required=True)
+    command.add_argument("--batch", type=int, default=4, help="samples a step, of each process (default: %(default)s)")
+    command.add_argument("--patch", type=int, default=512, help="side of the crops in pixels (default: %(default)s)")
+    command.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)g)")
+    command.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises (default: %(default)s)")
+    command.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 along half a cosine")
+    command.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights, 0 for none (default: %(default)g)")
+    command.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
+    command.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are added up for a step (default: %(default)s)")
+    command.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="default: %(default)s")
+    command.add_argument("--workers", type=int, default=0, help="processes that read and degrade pictures (default: %(default)s)")
+    command.add_argument("--threads", type=int, help="CPU threads of the networks")
+    command.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
+    command.add_argument("--sample-every", type=int, default=500, help="steps between sample grids (default: %(default)s)")
+    command.add_argument("--max-minutes", type=float, default=float("inf"), help="save and stop after so long; --resume goes on")
+    command.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
+
+
+def loop_options(arguments: argparse.Namespace):
+    """The part of the command line that the loop reads; seeds what draws from torch's own generator."""
+    import torch
+    from accelerate.utils import set_seed
+
+    from .loop import LoopOptions
+
+    set_seed(arguments.seed)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    return LoopOptions(**{name: getattr(arguments, name) for name in LoopOptions.__dataclass_fields__ if hasattr(arguments, name)})
+
+
+def training_pictures(arguments: argparse.Namespace, degradation=None):
+    """The data sets of ``--data``, as one."""
+    from .data import TrainingPictures, find_pictures
+
+    paths, weights = [], []
+    for source in arguments.data:
+        name, separator, share = source.rpartition("=")
+        found = find_pictures([Path(name if separator else source)])
+        paths += found
+        weights += [float(share) / len(found) if separator else 1.0] * len(found)
+    return TrainingPictures(paths, arguments.patch, 0, arguments.seed, degradation, weights)
+
+
+def _synthesize(arguments: argparse.Namespace) -> int:
+    from .synthetic import write_pictures
+
+    write_pictures(arguments.output, arguments.count, arguments.size, arguments.seed)
+    return 0
+
+
+def _vae(arguments: argparse.Namespace) -> int:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from .autoencoder import AutoencoderTask, normalize_latents, small_vae
+    from .loop import train
+
+    options = loop_options(arguments)
+    vae = AutoencoderKL.from_pretrained(arguments.init) if arguments.init else small_vae(tuple(arguments.channels))
+    pictures = training_pictures(arguments)
+    train(AutoencoderTask(vae, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, options)
+    if not arguments.decoder_only:
+        normalize_latents(vae.cpu(), torch.stack([pictures[i]["hq"] for i in range(min(256, len(pictures)))]))
+        vae.save_pretrained(options.output / "vae")
+    return 0
+
+
+def _base(arguments: argparse.Namespace) -> int:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from .base_unet import BaseUNetTask, small_unet
+    from .loop import train
+
+    options = loop_options(arguments)
+    prompt_embeds = torch.randn(1, 8, arguments.width)
+    task = BaseUNetTask(small_unet(tuple(arguments.channels), arguments.width), AutoencoderKL.from_pretrained(arguments.vae), prompt_embeds)
+    train(task, training_pictures(arguments), options)
+    return 0

@@ -1,0 +1,147 @@
+"""Training of InvSR's noise predictor (Yue et al., CVPR 2025) against a frozen diffusion model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sr.checkpoints import NoisePredictorWeights
+from sr.convert import save_noise_predictor
+from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
+from sr.predictor_picture import fit_picture
+from sr.schedule import sigmas
+
+from .bases import Base, Prompts
+from .discriminator import CHANNELS, LatentDiscriminator
+from .grids import sample_grid
+from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, hinge_loss
+from .osediff import denoiser, enlarge
+
+TIMESTEPS = (250, 200, 150, 100)
+"""Counted from 1, as InvSR publishes them."""
+
+PREDICTOR_FILE = "noise_predictor.safetensors"
+
+
+@dataclass(frozen=True)
+class InvSROptions:
+    """Mode and weights of the losses, those of the published training where nothing is said.
+
+    ``start`` trains on states of the low-quality picture (eq. 8); otherwise on states of the high-quality one (eq. 10), with the Gaussian constraint.
+    ``adversarial_from`` is the number of steps in which the discriminator learns alone.
+    """
+
+    start: bool = True
+    timesteps: tuple[int, ...] = TIMESTEPS
+    latent: float = 1.0
+    perceptual: float = 2.0
+    gaussian: float = 0.0
+    adversarial: float = 0.0
+    adversarial_from: int = 10_000
+    discriminator_channels: tuple[int, ...] = CHANNELS
+
+
+class InvSRTask:
+    """InvSR's losses and its learners, the noise predictor and, where there is an adversarial loss, the discriminator.
+
+    Args:
+        predictor: its dimensions; those published without.
+        perceptual: distance of latents (:class:`pipelines.training.perceptual.LatentLPIPS`); None where its weights are not at hand.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        prompts: Prompts,
+        options: InvSROptions,
+        predictor: NoisePredictorConfig | None = None,
+        perceptual: nn.Module | None = None,
+        gradient_checkpointing: bool = False,
+    ):
+        self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
+        self.step = 0
+        self.frozen: list[nn.Module] = [*prompts.networks, base.unet, base.vae, *([perceptual] if perceptual else [])]
+        for network in self.frozen:
+            network.requires_grad_(False)
+        if gradient_checkpointing:
+            base.unet.train().enable_gradient_checkpointing()  # which diffusers does in training alone; nothing in it draws
+        self.predictor = NoisePredictor(predictor or NoisePredictorConfig())
+        self.phases: dict[str, nn.Module] = {"predictor": self.predictor}
+        if options.adversarial:
+            self.discriminator = LatentDiscriminator(base.unet.config.cross_attention_dim, options.discriminator_channels)
+            self.phases["discriminator"] = self.discriminator
+
+    @property
+    def optimizers(self):
+        """The discriminator's is the published one, and not the loop's."""
+        return {"discriminator": lambda parameters, options: torch.optim.Adam(parameters, options.lr, weight_decay=1e-3)}
+
+    def loss(self, phase, batch, generator):
+        return self._predict(batch, generator) if phase == "predictor" else self._discriminate()
+
+    def _predict(self, batch, generator):
+        options, hq, lq = self.options, batch["hq"], batch["lq"]
+        embeds = self.prompts(hq)
+        shape = (len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8)
+        draw = lambda: torch.randn(shape, generator=generator).to(hq)  # noqa: E731
+        which = torch.randint(len(options.timesteps), (len(hq),), generator=generator)
+        timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device)
+
+        target = self.encode(hq, draw())
+        clean = self.encode(enlarge(lq, hq.shape[-2:]), draw()) if options.start else target
+        posterior = self.phases["predictor"](self._fit(lq, hq), timesteps)
+        x0 = self.restore(clean, posterior.sample(draw()).float(), timesteps, embeds)
+        self._x0, self._seen = x0.detach(), (target, timesteps, embeds)
+        losses = {"latent": options.latent * F.mse_loss(x0, target)}
+        if options.perceptual and self.perceptual:
+            losses["perceptual"] = options.perceptual * self.perceptual(x0, target)
+        if options.gaussian:
+            losses["gaussian"] = options.gaussian * gaussian_constraint(posterior)
+        if options.adversarial and self.step >= options.adversarial_from:
+            self.discriminator.requires_grad_(False)  # its own gradients come from its own phase
+            logits = self.discriminator(x0.clamp(-LATENT_BOUND, LATENT_BOUND), timesteps, embeds)
+            self.discriminator.requires_grad_(True)
+            losses["adversarial"] = options.adversarial * adversarial_loss(logits)
+        return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents, times the scaling factor, of pictures in [0, 1]: a sample with standard normal ``noise``, else the mean."""
+        vae = self.base.vae
+        posterior = vae.encode((pictures * 2 - 1).to(vae.dtype)).latent_dist
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        return (vae.config.scaling_factor * latents).float()
+
+    def _fit(self, lq: torch.Tensor, hq: torch.Tensor) -> torch.Tensor:
+        size = tuple(hq.shape[-2:])
+        return fit_picture(lq, size, (size[0] // 8, size[1] // 8), self.predictor.config.pixels_per_cell) * 2 - 1
+
+    def restore(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """x0 of one model call on the state ``clean + sigma * noise`` (eqs. 8 and 10 on the scale of an Euler sampler)."""
+        sigma = sigmas().to(clean.device)[timesteps].view(-1, 1, 1, 1)
+        state = clean + sigma * noise
+        noise_pred = denoiser(self.base.unet)(state / (sigma**2 + 1).sqrt(), timesteps, embeds)
+        return state - sigma * noise_pred
+
+    def _discriminate(self):
+        target, timesteps, embeds = self._seen
+        both = torch.cat([target, self._x0.clamp(-LATENT_BOUND, LATENT_BOUND)])
+        logits = self.phases["discriminator"](both, timesteps.repeat(2), embeds.repeat(2, 1, 1))
+        real, fake = zip(*(level.float().chunk(2) for level in logits), strict=True)
+        return hinge_loss(real, fake), {"real": real[-1].mean().detach(), "fake": fake[-1].mean().detach()}
+
+    def sample(self, batch):
+        """Restored in one step from the published start, from the posterior's means."""
+        lq, hq, vae = batch["lq"], batch["hq"], self.base.vae
+        timesteps = torch.full((len(lq),), min(200, max(self.options.timesteps)) - 1, device=lq.device)
+        latents = self.encode(enlarge(lq, hq.shape[-2:]))
+        noise = self.predictor(self._fit(lq, hq), timesteps).mean.float()
+        x0 = self.restore(latents, noise, timesteps, self.prompts(hq))
+        pictures = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()
+        return sample_grid(lq, (pictures / 2 + 0.5).clamp(0, 1), hq)
+
+    def save(self, folder: Path) -> None:
+        state = {name: tensor.detach().float().cpu().clone() for name, tensor in self.predictor.state_dict().items()}
+        save_noise_predictor(NoisePredictorWeights(self.predictor.config, state), folder / PREDICTOR_FILE)

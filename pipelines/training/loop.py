@@ -1,0 +1,215 @@
+"""The training loop that all trainings share: accelerate, EMA, schedules, checkpoints, TensorBoard, sample grids."""
+
+import logging
+import math
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from .data import TrainingPictures, load_batches
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"
+"""Folder below the output in which a run keeps what it needs to go on."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long, how fast, how often. ``batch`` is of one process; ``max_minutes`` ends a run early, as if it had been cut, but saved."""
+
+    output: Path
+    steps: int
+    batch: int = 4
+    lr: float = 5e-5
+    warmup: int = 0
+    cosine: bool = False
+    seed: int = 0
+    ema: float = 0.0
+    accumulate: int = 1
+    mixed_precision: str = "no"
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    workers: int = 0
+    save_every: int = 500
+    sample_every: int = 500
+    log_every: int = 10
+    max_minutes: float = math.inf
+    resume: bool = False
+
+
+class Task(Protocol):
+    """What is trained.
+
+    ``phases`` names the alternating updates of a step, and what learns in each. ``loss`` gives the loss of one phase, and figures to log; random
+    draws come from ``generator``, on the CPU. The EMA is of the first phase's module. ``sample`` gives a picture for people to look at, (3, H, W) in [0, 1]. ``save`` writes the result.
+    """
+
+    phases: dict[str, nn.Module]
+    """Replaced by the loop with what accelerate makes of the modules: call these."""
+
+    def loss(self, phase: str, batch: dict[str, torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]: ...
+
+    def sample(self, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[dict[str, float]]:
+    """Train and save. Returns what was logged, one entry every ``log_every`` steps.
+
+    Raises:
+        ValueError: the output holds another run's checkpoint and ``resume`` was not asked for.
+        RuntimeError: a loss is not a finite number.
+    """
+    checkpoint = options.output / CHECKPOINT
+    if checkpoint.exists() and not options.resume:
+        raise ValueError(
+            f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to go on with it, or another --output."
+        )
+    options.output.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=options.accumulate,
+        mixed_precision=options.mixed_precision,
+        log_with="tensorboard" if _has_tensorboard() else None,
+        project_dir=options.output,
+    )
+    accelerator.init_trackers("logs")
+    state, schedulers, optimizers = _Progress(), [], {}
+    for phase, module in task.phases.items():
+        optimizer = torch.optim.AdamW(_learning(module), options.lr, betas=options.betas, weight_decay=options.weight_decay)
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options)))
+        task.phases[phase], optimizers[phase] = accelerator.prepare(module, optimizer)
+    averaged = next(iter(task.phases.values()))
+    ema = EMAModel(_learning(averaged), decay=options.ema) if options.ema else None
+    accelerator.register_for_checkpointing(state, *schedulers, *([ema] if ema else []))
+    if options.resume and (checkpoint.exists() or checkpoint.with_name("checkpoint.old").exists()):
+        accelerator.load_state(checkpoint if checkpoint.exists() else checkpoint.with_name("checkpoint.old"))
+        _log.info("going on from step %d", state.step)
+
+    samples = options.batch * accelerator.num_processes * options.accumulate
+    pictures.length = options.steps * samples
+    loader = accelerator.prepare(load_batches(pictures, options.batch, state.step * samples, options.workers))
+    example = torch.utils.data.default_collate([pictures[i] for i in range(min(4, options.batch))])
+    began, history = time.monotonic(), []
+    sums: dict[str, float] = {}
+    bar = tqdm(total=options.steps, initial=state.step, disable=not accelerator.is_main_process, desc=options.output.name)
+    for number, batch in enumerate(loader, state.step * options.accumulate):
+        generator = torch.Generator().manual_seed(hash((options.seed, number, accelerator.process_index)) % 2**63)
+        with accelerator.accumulate(*task.phases.values()):
+            for phase, module in task.phases.items():
+                loss, figures = task.loss(phase, batch, generator)
+                if not torch.isfinite(loss):
+                    raise RuntimeError(
+                        f"{phase}: the loss is {loss.item()} at step {state.step}. Lower lr or train in float32; the last checkpoint is whole."
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    figures["gradient"] = accelerator.clip_grad_norm_(_learning(module), options.max_grad_norm)
+                optimizers[phase].step()
+                optimizers[phase].zero_grad()
+                for name, value in {phase: loss.detach(), **{f"{phase}/{name}": value for name, value in figures.items()}}.items():
+                    sums[name] = sums.get(name, 0.0) + float(value) / options.log_every / (1 if name.endswith("/gradient") else options.accumulate)
+        if not accelerator.sync_gradients:
+            continue
+        for scheduler in schedulers:
+            scheduler.step()
+        if ema:
+            ema.step(_learning(averaged))
+        state.step += 1
+        bar.update()
+        if state.step % options.log_every == 0:
+            history.append({"step": state.step, **sums})
+            accelerator.log({**sums, "lr": schedulers[0].get_last_lr()[0]}, step=state.step)
+            bar.set_postfix({phase: f"{sums[phase]:.4f}" for phase in task.phases})
+            sums = {}
+        late = time.monotonic() - began > 60 * options.max_minutes
+        last = late or state.step == options.steps
+        if last or state.step % options.save_every == 0:
+            _save_checkpoint(accelerator, checkpoint)
+        if accelerator.is_main_process and (last or state.step % options.sample_every == 0):
+            with _averaged(ema, averaged), torch.no_grad():
+                _save_picture(task.sample(_to(example, accelerator.device)), options.output / "samples" / f"{state.step:07d}.png")
+        if last:
+            break
+    bar.close()
+    if accelerator.is_main_process:
+        with _averaged(ema, averaged):
+            task.save(options.output)
+    accelerator.end_training()
+    return history
+
+
+class _Progress:
+    """The number of steps that were made, kept in the checkpoint."""
+
+    step = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def _learning(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _rate(step: int, options: LoopOptions) -> float:
+    """The learning rate at a step, relative to ``lr``: a linear rise, then constant or half a cosine down to zero."""
+    if step < options.warmup:
+        return (step + 1) / options.warmup
+    if not options.cosine:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup)))
+
+
+@contextmanager
+def _averaged(ema: EMAModel | None, module: nn.Module):
+    """Inside, the module has the averaged weights."""
+    if ema:
+        ema.store(_learning(module))
+        ema.copy_to(_learning(module))
+    try:
+        yield
+    finally:
+        if ema:
+            ema.restore(_learning(module))
+
+
+def _save_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Write beside the last checkpoint, then take its place: a run that is killed meanwhile has one that is whole."""
+    part, old = checkpoint.with_name("checkpoint.part"), checkpoint.with_name("checkpoint.old")
+    accelerator.save_state(part)
+    if accelerator.is_main_process:
+        if checkpoint.exists():
+            checkpoint.rename(old)
+        part.rename(checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
+    accelerator.wait_for_everyone()
+
+
+def _save_picture(picture: torch.Tensor, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray((picture.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()).save(path)
+
+
+def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _has_tensorboard() -> bool:
+    return find_spec("tensorboard") is not None

@@ -1,0 +1,177 @@
+"""Training of OSEDiff (Wu et al., NeurIPS 2024): a base becomes a one-step restorer, held to pictures by score distillation."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import nn
+
+from sr.convert import save_osediff_adapter
+from sr.schedule import OSEDIFF_TIMESTEP
+
+from ..osediff import ADAPTER_FILE
+from . import distillation
+from .adapters import adapt_unet, adapt_vae, extract_adapter
+from .autoencoder import gradient_loss
+from .bases import Base, Prompts
+from .grids import sample_grid
+
+
+@dataclass(frozen=True)
+class OSEDiffOptions:
+    """``rank`` and weights of the losses, those of the published training where nothing is said.
+
+    ``latent`` is of a distance (L2, or L1) to the high-quality picture's latents, and ``gradients`` of one between the pictures' differences at
+    three scales: neither is part of the method; they are cheap where there is no GPU, or no LPIPS.
+    """
+
+    rank: int = 4
+    mse: float = 1.0
+    lpips: float = 2.0
+    vsd: float = 1.0
+    regulariser: float = 1.0
+    guidance: float = distillation.GUIDANCE
+    latent: float = 0.0
+    latent_l1: bool = False
+    gradients: float = 0.0
+
+
+class Generator(nn.Module):
+    """Low-quality pictures to restored latents and pictures, by the networks that learn."""
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL):
+        super().__init__()
+        self.unet, self.vae = unet, vae
+
+    def forward(
+        self, enlarged: torch.Tensor, prompt_embeds: torch.Tensor, noise: torch.Tensor | None = None, decode: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            enlarged: low-quality pictures (B, 3, H, W) in [0, 1], enlarged to the result's size.
+            prompt_embeds: (B, n, width).
+            noise: standard normal (B, 4, H / 8, W / 8) for a sample of the encoder's posterior, as published; None takes its mean.
+            decode: whether pictures are wanted.
+
+        Returns:
+            Restored latents (B, 4, H / 8, W / 8), times the scaling factor, and pictures (B, 3, H, W) in [-1, 1], or None.
+        """
+        scale = self.vae.config.scaling_factor
+        posterior = self.vae.encode(enlarged * 2 - 1).latent_dist
+        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
+        latents = (latents * scale).float()
+        timesteps = torch.full((len(latents),), OSEDIFF_TIMESTEP, device=latents.device)
+        noise_pred = self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds).sample.float()
+        restored = distillation.predict_x0(latents, noise_pred, timesteps)
+        return restored, self.vae.decode(restored / scale).sample.float().clamp(-1, 1) if decode else None
+
+
+class OSEDiffTask:
+    """OSEDiff's losses and its two learners, the generator and, where there is distillation, the regulariser.
+
+    Args:
+        lpips: distance of pictures in [-1, 1]; None where its weights are not at hand.
+    """
+
+    def __init__(self, base: Base, prompts: Prompts, options: OSEDiffOptions, lpips: Callable | None = None, gradient_checkpointing: bool = False):
+        if options.vsd and options.guidance != 1 and not prompts.has_negative:
+            raise ValueError(
+                "negative prompt: found none beside the prompt's embeddings, but distillation with guidance wants one. Give it, or guidance 1."
+            )
+        self.prompts, self.options, self.lpips = prompts, options, lpips
+        self.step = 0
+        self.frozen: list[nn.Module] = [*prompts.networks, *([lpips] if isinstance(lpips, nn.Module) else [])]
+        self.phases: dict[str, nn.Module] = {}
+        learners = [base.unet]
+        if options.vsd:
+            self.judge, self.regulariser = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
+            self.frozen.append(self.judge)
+            adapt_unet(self.regulariser, options.rank)
+            learners += [self.judge, self.regulariser]
+        if options.latent:
+            self.target = copy.deepcopy(base.vae)
+            self.target.decoder = None
+            self.frozen.append(self.target)
+        adapt_unet(base.unet, options.rank, conv_in=True)
+        adapt_vae(base.vae, options.rank)
+        self.generator = self.phases["generator"] = Generator(base.unet, base.vae).train()
+        if options.vsd:
+            self.phases["regulariser"] = self.regulariser.train()
+        if gradient_checkpointing:
+            for network in (*learners, base.vae):
+                network.enable_gradient_checkpointing()
+
+    def loss(self, phase, batch, generator):
+        return self._restore(batch, generator) if phase == "generator" else self._regularise(generator)
+
+    def _restore(self, batch, generator):
+        options, hq = self.options, batch["hq"] * 2 - 1
+        embeds = self.prompts(batch["hq"])
+        noise = _draw((len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8), generator, hq)
+        decode = bool(options.mse or options.gradients or (options.lpips and self.lpips))
+        latents, pictures = self.phases["generator"](enlarge(batch["lq"], hq.shape[-2:]), embeds, noise, decode)
+        self._latents, self._embeds = latents.detach(), embeds
+        losses = {}
+        if options.mse:
+            losses["mse"] = options.mse * F.mse_loss(pictures, hq)
+        if options.lpips and self.lpips:
+            losses["lpips"] = options.lpips * self.lpips(pictures, hq).mean()
+        if options.gradients:
+            losses["gradients"] = options.gradients * gradient_loss(pictures, hq)
+        if options.latent:
+            target = self.target.config.scaling_factor * self._target(hq)
+            losses["latent"] = options.latent * (F.l1_loss if options.latent_l1 else F.mse_loss)(latents, target)
+        if options.vsd:
+            losses["vsd"] = options.vsd * self._distil(latents, embeds, batch["hq"], generator)
+        return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def _target(self, hq: torch.Tensor) -> torch.Tensor:
+        return self.target.encode(hq.to(self.target.dtype)).latent_dist.mean.float()
+
+    def _distil(self, latents, embeds, hq, generator):
+        timesteps = distillation.draw_timesteps(len(latents), generator, distillation.MIN_TIMESTEP, distillation.MAX_TIMESTEP)
+        guidance = self.options.guidance
+        return distillation.distillation_loss(
+            latents,
+            _draw(latents.shape, generator, latents),
+            timesteps.to(latents.device),
+            denoiser(self.judge),
+            denoiser(self.regulariser),
+            embeds,
+            self.prompts.negative(hq) if guidance != 1 else None,
+            guidance,
+        )
+
+    def _regularise(self, generator):
+        timesteps = distillation.draw_timesteps(len(self._latents), generator).to(self._latents.device)
+        noise = _draw(self._latents.shape, generator, self._latents)
+        loss = distillation.regulariser_loss(self._latents, noise, timesteps, denoiser(self.phases["regulariser"]), self._embeds)
+        return self.options.regulariser * loss, {}
+
+    def sample(self, batch):
+        enlarged = enlarge(batch["lq"], batch["hq"].shape[-2:])
+        _, pictures = self.generator(enlarged, self.prompts(batch["hq"]))
+        return sample_grid(batch["lq"], pictures / 2 + 0.5, batch["hq"])
+
+    def save(self, folder: Path) -> None:
+        save_osediff_adapter(extract_adapter(self.generator.unet, self.generator.vae), folder / ADAPTER_FILE)
+
+
+def enlarge(lq: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Low-quality pictures in the result's size, as the pipelines and 'Upscale Image By' enlarge them."""
+    return F.interpolate(lq, size=tuple(size), mode="bicubic", align_corners=False)
+
+
+def denoiser(unet: nn.Module) -> distillation.Denoiser:
+    """The UNet as a function of tensors, in its own precision."""
+    dtype = next(unet.parameters()).dtype
+    return lambda latents, timesteps, embeds: unet(latents.to(dtype), timesteps, encoder_hidden_states=embeds.to(dtype)).sample.float()
+
+
+def _draw(shape: tuple[int, ...], generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(like)
