@@ -15,6 +15,7 @@ from ..sr.schedule import OSEDIFF_TIMESTEP
 from .adapter import adapt_model, adapt_vae
 from .checks import require_conditioning, require_finite, require_latent, require_stable_diffusion, require_vae
 from .noise import PredictedNoise
+from .tiled_model import stream_pictures
 
 
 class OSEDiffLoader(io.ComfyNode):
@@ -119,7 +120,7 @@ class OSEDiffOneStep(io.ComfyNode):
 
         sampling = model.get_model_object("model_sampling")
         sigmas = torch.cat([sampling.sigma(torch.tensor([timestep])), torch.zeros(1)])
-        guider = comfy.samplers.CFGGuider(model)
+        guider = comfy.samplers.CFGGuider(stream_pictures(model))
         guider.inner_set_conds(conds)
         guider.set_cfg(cfg)
         restored = guider.sample(

@@ -15,8 +15,8 @@ class ComfyUI(Host):
     def before_call(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def raise_unless_out_of_memory(self, error: Exception) -> None:
-        comfy.model_management.raise_non_oom(error)
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return comfy.model_management.is_oom(error)
 
     def free_memory(self) -> None:
         comfy.model_management.soft_empty_cache()

@@ -86,7 +86,7 @@ class _SharedAttention:
     def __init__(self, block: Attention, whole: WholePicture):
         self.block, self.whole = block, whole
 
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, attn: Attention, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, temb=None) -> torch.Tensor:
         x = rearrange(hidden_states, "b c h w -> b (h w) c")
         normalized = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         attended = self.whole.attend(self.block, attn.to_q(normalized), attn.to_k(normalized), attn.to_v(normalized))

@@ -11,9 +11,8 @@ class Host:
     def before_call(self) -> None:
         """Raises where the user wants to stop."""
 
-    def raise_unless_out_of_memory(self, error: Exception) -> None:
-        if not isinstance(error, torch.cuda.OutOfMemoryError):
-            raise error
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, torch.cuda.OutOfMemoryError)
 
     def free_memory(self) -> None:
         """Give back what is cached, after memory ran out."""
@@ -39,8 +38,7 @@ def run_in_groups(items: Sequence, group: int, run: Callable[[Sequence], None], 
         try:
             run(part)
         except Exception as error:
-            host.raise_unless_out_of_memory(error)
-            if group == 1:
+            if group == 1 or not host.is_out_of_memory(error):
                 raise
             out_of_memory = True
         if out_of_memory:  # outside the except block, which keeps the tensors alive

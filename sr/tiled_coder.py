@@ -57,8 +57,7 @@ class TiledCoder:
             try:
                 return self._run(source, result, TileLayout(*cells, tile, min(OVERLAP, tile // 2)), most)
             except Exception as error:
-                self.host.raise_unless_out_of_memory(error)
-                if tile <= MIN_TILE:
+                if tile <= MIN_TILE or not self.host.is_out_of_memory(error):
                     raise
                 out_of_memory = True
             if out_of_memory:  # outside the except block, which keeps the tensors alive

@@ -7,7 +7,7 @@ from toys import conditioning, picture, relative_error
 
 SEED = 5
 SIGMAS = torch.tensor([2.0, 0.7, 0.0])
-PLACED = ["text", "text of each picture", "area", "area in a corner", "mask", "mask and the rest", "ControlNets"]
+PLACED = ["text", "text of each picture", "area", "area in a corner", "mask", "mask and the rest", "ControlNets", "GLIGEN"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def local(model):
         calls.append(args["input"].shape)
         x, c = args["input"], args["c"]
         hint = c["control"]["output"][0] if c.get("control") else 0
-        return x.sin() + c["c_crossattn"].mean(dim=(1, 2))[:, None, None, None] * 10 + hint
+        boxes = sum(c["transformer_options"].get("patches", {}).get("middle_patch", []))
+        return x.sin() + c["c_crossattn"].mean(dim=(1, 2))[:, None, None, None] * 10 + hint + boxes
 
     patched.set_model_unet_function_wrapper(answer)
     return patched, calls
@@ -73,6 +74,25 @@ class LocalControl:
         return control.set_previous_controlnet(previous)
 
 
+def painted_boxes():
+    """A GLIGEN without context: its patch is the boxes, painted on the canvas."""
+    import comfy.gligen
+    import comfy.model_patcher
+
+    class Boxes(comfy.gligen.Gligen):
+        def set_position(self, shape, boxes, device):
+            canvas = torch.zeros(shape, device=device)
+            for text, height, width, y, x in boxes:
+                canvas[..., y : y + height, x : x + width] += text.mean()
+            return canvas
+
+        def set_empty(self, shape, device):
+            return torch.zeros(shape, device=device)
+
+    boxes = [(torch.ones(1, 768), 9, 30, 3, 12), (2 * torch.ones(1, 768), 41, 2, 0, 20)]
+    return "position", comfy.model_patcher.CoreModelPatcher(Boxes([], torch.nn.Identity(), 768), torch.device("cpu"), torch.device("cpu")), boxes
+
+
 def with_options(cond, **options):
     return [[embedding, {**extra, **options}] for embedding, extra in cond]
 
@@ -94,6 +114,7 @@ def conditionings():
         "mask": plain + with_options(other, mask=mask, mask_strength=0.6),
         "mask and the rest": with_options(other, mask=mask) + with_options(plain, default=True),
         "ControlNets": with_options(plain, control=control, control_apply_to_uncond=True),
+        "GLIGEN": with_options(plain, gligen=painted_boxes()) + area,
     }
 
 
@@ -132,6 +153,17 @@ def test_pictures_stream_through_in_groups(comfy, base):
 def test_unusable_tiles_are_refused(comfy, base, inputs, message):
     with pytest.raises(ValueError, match=message):
         comfy.run("FewStepSRTiledModel", model=base[0], **inputs)
+
+
+def test_patches_that_cannot_be_cut_are_named(comfy, base, caplog):
+    model, latent = local(base[0])[0], torch.randn(1, 4, 40, 40)
+    sample(comfy, tiled(comfy, model), conditioning(SEED), latent)
+    assert "attention patches" not in caplog.text
+    model.set_model_attn2_patch(lambda q, k, v, options: (q, k, v))
+    sample(comfy, tiled(comfy, model, tile_size=40), conditioning(SEED), latent)
+    assert "attention patches" not in caplog.text  # one tile is the picture
+    sample(comfy, tiled(comfy, model), conditioning(SEED), latent)
+    assert "attention patches of other nodes (attn2_patch)" in caplog.text
 
 
 class OutOfMemory:
@@ -179,15 +211,14 @@ def test_interrupt_within_one_call(comfy, base):
 def test_noise_is_predicted_in_windows(comfy, predictor):
     from sr.tiled_noise import NoiseCanvas
 
-    latent = {"samples": torch.zeros(2, 4, 70, 100)}
-    image = picture(2, 140, 200, batch=2)
+    latent = {"samples": torch.zeros(2, 4, 70, 20)}
+    image = picture(2, 140, 40, batch=2)
     inputs = {"noise_predictor": predictor, "sigmas": torch.tensor([0.5, 0.0]), "posterior": "mean", "latent": latent}
     noise = comfy.run("InvSRStartState", image=image, **inputs)[0].generate_noise(latent)
-    windows = NoiseCanvas(2, 70, 100).windows
-    assert len(windows) == 2 * 4
-    small = {"samples": torch.zeros(1, 4, 64, 64)}
-    corner = comfy.run("InvSRStartState", **(inputs | {"latent": small}), image=image[1:, :128, :128])[0].generate_noise(small)
-    assert relative_error(noise[1:, :, :6, :36], corner[:, :, :6, :36]) < 1e-4  # where no other window reaches
+    assert len(NoiseCanvas(2, 70, 20).windows) == 2 * 2
+    small = {"samples": torch.zeros(1, 4, 64, 20)}
+    top = comfy.run("InvSRStartState", **(inputs | {"latent": small}), image=image[1:, :128])[0].generate_noise(small)
+    assert relative_error(noise[1:, :, :6], top[:, :, :6]) < 1e-4  # where the other window does not reach
 
 
 def vae_round(comfy, vae, image, tile_size=0):
@@ -211,6 +242,21 @@ def test_tiled_vae_keeps_the_whole_pictures_tone(comfy, base):
     assert shared.shape == separate.shape == (1, 256, 392, 3)
     assert tone_shift(shared, whole) < 0.7 * tone_shift(separate, whole)
     assert relative_error(shared, whole) < relative_error(separate, whole)
+
+
+def test_adapter_acts_in_tiles(comfy, base):
+    """OSEDiff's adapter on the encoder: tiles are as near to the whole picture with it as they are without it."""
+    torch.save(toys.osediff_checkpoint(SEED, 4), comfy.folder("osediff") / "tiled.pkl")
+    adapted = comfy.run("OSEDiffLoader", model=base[0], vae=base[1], osediff_name="tiled.pkl", strength_vae=2.0)[1]
+    image = picture(SEED, 270, 401)
+
+    def encode(vae, tile_size):
+        return comfy.run("FewStepSRVAEEncode", pixels=image, vae=vae, tile_size=tile_size)[0]["samples"]
+
+    tiled, whole = encode(adapted, 256), encode(adapted, 512)
+    tiled_base, whole_base = encode(base[1], 256), encode(base[1], 512)
+    assert relative_error(tiled, whole) < 1.3 * relative_error(tiled_base, whole_base) < 0.25
+    assert relative_error(tiled, whole_base) > 3 * relative_error(tiled, whole)
 
 
 def test_tiled_batch_equals_singles(comfy, base):

@@ -1,0 +1,152 @@
+"""Large pictures and batches in the pipelines: tiles against the whole, a batch against single pictures."""
+
+import copy
+
+import pipeline_toys
+import pytest
+import torch
+import toys
+from toys import gaussian, picture, relative_error
+
+from pipelines import InvSRPipeline, OSEDiffPipeline
+from pipelines.tiling import GROUP_CELLS
+
+SEED, TILE = 5, 256
+EMBEDS = gaussian(SEED, "prompt_embeds", (1, 77, 64))
+
+
+def make(kind, tmp_path, **strengths):
+    pipeline = kind(**pipeline_toys.components(SEED))
+    if kind is OSEDiffPipeline:
+        torch.save(toys.osediff_checkpoint(SEED, 4), tmp_path / "adapter.pkl")
+        pipeline.load_osediff(tmp_path / "adapter.pkl", **strengths)
+    else:
+        torch.save(toys.predictor_state_dict(SEED), tmp_path / "predictor.pth")
+        pipeline.load_noise_predictor(tmp_path / "predictor.pth")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(height: int, width: int, batch: int = 1) -> torch.Tensor:
+    return picture(SEED, height, width, batch).movedim(-1, 1)
+
+
+def restore(pipeline, image, **kwargs) -> torch.Tensor:
+    return pipeline(image, **{"prompt_embeds": EMBEDS, "scale": 1.5, "output_type": "pt", "color_fix": None} | kwargs).images
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes of all that goes into the networks."""
+    from diffusers.models import AutoencoderKL, UNet2DConditionModel
+
+    from pipelines import InvSRNoisePredictor
+
+    seen = []
+    for kind, name in ((AutoencoderKL, "encode"), (AutoencoderKL, "decode"), (UNet2DConditionModel, "forward"), (InvSRNoisePredictor, "forward")):
+
+        def call(self, x, *args, original=getattr(kind, name), **kwargs):
+            seen.append(tuple(x.shape))
+            return original(self, x, *args, **kwargs)
+
+        monkeypatch.setattr(kind, name, call)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+def test_any_size_in_tiles(kind, tmp_path, calls):
+    pipeline = make(kind, tmp_path)
+    image = pixels(229, 187)
+    whole = restore(pipeline, image)
+    calls.clear()
+    pipeline.enable_tiling(TILE)
+    tiled = restore(pipeline, image)
+    assert tiled.shape == whole.shape == (1, 3, 344, 280)
+    assert max(shape[-2] * shape[-1] for shape in calls) < 1.2 * TILE**2
+    pipeline.disable_tiling()
+    assert torch.equal(restore(pipeline, image), whole)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adapter_acts_in_tiles(tmp_path, fused):
+    """The tiles' encoder is the adapted one: nearer to the whole picture with the adapter than without it."""
+    pipeline, image = make(OSEDiffPipeline, tmp_path, strength_vae=2.0), pixels(270, 401)
+    if fused:
+        pipeline.fuse()
+    whole = pipeline.encode(image)
+    pipeline.enable_tiling(TILE)
+    tiled = pipeline.encode(image)
+    pipeline.unload_osediff()
+    tiled_base = pipeline.encode(image)
+    pipeline.disable_tiling()
+    whole_base = pipeline.encode(image)
+    of_tiles = relative_error(tiled_base, whole_base)
+    assert relative_error(tiled, whole) < 1.3 * of_tiles < 0.25
+    assert relative_error(tiled, whole_base) > 3 * relative_error(tiled, whole)
+
+
+def test_vae_of_others_is_left_alone(tmp_path):
+    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(270, 300)
+    vae, plain = pipeline.vae, pipeline.vae.encode(pixels(64, 64)).latent_dist.parameters
+    before = [(name, module, dict(vars(module))) for name, module in vae.named_modules()]
+    pipeline.enable_tiling(TILE)
+    pipeline.decode(pipeline.encode(image))
+    after = list(vae.named_modules())
+    assert pipeline.vae is vae and [m for _, m in after] == [m for _, m, _ in before]
+    assert all(vars(module).keys() == attributes.keys() for _, module, attributes in before)
+    assert all(vars(module)[k] is attributes[k] for _, module, attributes in before for k in attributes)
+    assert torch.equal(vae.encode(pixels(64, 64)).latent_dist.parameters, plain)
+
+
+def test_tiles_keep_the_whole_pictures_tone(tmp_path):
+    """Better than diffusers' own tiles, of which each has its own statistics."""
+    pipeline = make(OSEDiffPipeline, tmp_path)
+    latents = pipeline.encode(pixels(280, 400))
+    whole = pipeline.decode(latents)
+    pipeline.vae.enable_tiling()
+    pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = TILE, TILE // 8
+    separate = pipeline.decode(latents)
+    pipeline.enable_tiling(TILE)
+    shared = pipeline.decode(latents)
+    assert relative_error(shared, whole) < 0.6 * relative_error(separate, whole)
+
+
+@pytest.mark.parametrize("tile", [0, TILE])
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+def test_batch_equals_singles(kind, tmp_path, tile):
+    pipeline, images = make(kind, tmp_path), pixels(180 if tile else 50, 44, batch=3)
+    if tile:
+        pipeline.enable_tiling(tile)
+    settings = {"posterior": "sample", "color_fix": "wavelet"}
+    together = restore(pipeline, images, generator=torch.Generator().manual_seed(7), **settings)
+    for i in range(3):
+        single = restore(pipeline, images[i : i + 1], generator=torch.Generator().manual_seed(7), **settings)
+        assert relative_error(together[i : i + 1], single) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
+    monkeypatch.setattr("pipelines.tiling.GROUP_CELLS", 4 * 9)
+    pipeline, sizes = make(kind, tmp_path), []
+    for pictures in (8, 24):
+        calls.clear()
+        restore(pipeline, pixels(16, 16, pictures), guidance_scale=2.0, negative_prompt_embeds=EMBEDS)
+        sizes.append(max(shape[0] * shape[2] * shape[3] for shape in calls))
+    assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
+
+
+def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog):
+    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(200, 300)
+    whole = pipeline.encode(image)
+    vae = copy.copy(pipeline.vae)
+
+    class Short(type(vae)):
+        def _encode(self, x):
+            if x.shape[-1] * x.shape[-2] * x.shape[0] > 160**2:
+                raise torch.cuda.OutOfMemoryError("out of memory, for this test")
+            return super()._encode(x)
+
+    vae.__class__ = Short
+    pipeline.register_modules(vae=vae)
+    assert relative_error(pipeline.encode(image), whole) < 0.25
+    assert "tiles of 152 pixels" in caplog.text
