@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
 
 SCALING_FACTOR = 0.18215
@@ -12,7 +14,7 @@ SCALING_FACTOR = 0.18215
 
 
 def small_vae(channels: tuple[int, ...] = (32, 32, 64, 128), layers: int = 1, groups: int = 8) -> AutoencoderKL:
-    """A VAE with random weights. Groups of several channels let normalisation keep the tone, which it would take from single ones."""
+    """A VAE with random weights, whose residual blocks add nothing yet. Groups of several channels let normalisation keep the tone, which it would take from single ones."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -23,7 +25,30 @@ def small_vae(channels: tuple[int, ...] = (32, 32, 64, 128), layers: int = 1, gr
         scaling_factor=SCALING_FACTOR,
     )
     nn.init.constant_(vae.quant_conv.bias.data[4:], -6.0)  # a posterior so narrow that the decoder hears the encoder from the first step on
+    for module in vae.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+            if module.conv_shortcut is not None:
+                _pass_on(module.conv_shortcut)
+        elif isinstance(module, Downsample2D | Upsample2D):
+            _pass_on(module.conv)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.to_out[0].weight)
     return vae
+
+
+@torch.no_grad()
+def _pass_on(conv: nn.Conv2d) -> None:
+    """Begin as little more than a pass through: the mean of 2 x 2 pixels where the convolution halves the size, each pixel itself elsewhere."""
+    rows, columns = conv.weight.shape[:2]
+    channels = torch.eye(rows) if rows == columns else nn.init.orthogonal_(torch.empty(rows, columns))
+    conv.weight.mul_(0.1)
+    if conv.kernel_size == (1, 1):
+        conv.weight.copy_(channels[..., None, None])
+    elif conv.stride == (2, 2):
+        conv.weight[:, :, :2, :2] += channels[..., None, None] / 4
+    else:
+        conv.weight[:, :, 1, 1] += channels
 
 
 class AutoencoderTask:

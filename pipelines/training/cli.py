@@ -47,6 +47,7 @@ def add_common(command: argparse.ArgumentParser, lr: float) -> None:
     command.add_argument("--batch", type=int, default=4, help="samples a step, of each process (default: %(default)s)")
     command.add_argument("--patch", type=int, default=512, help="side of the crops in pixels (default: %(default)s)")
     command.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)g)")
+    command.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for networks that start from random weights")
     command.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises (default: %(default)s)")
     command.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 along half a cosine")
     command.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights, 0 for none (default: %(default)g)")

@@ -75,10 +75,10 @@ class Degradation:
                 x = jpeg(x, rng.uniform(*order.jpeg_quality))
         ringing = self._final_kernel(rng)
         quality = rng.uniform(*self.second.jpeg_quality)
-        if rng.random() < 0.5:
-            x = jpeg(_filter(_resize(x, size, rng), ringing), quality)
-        else:
-            x = _filter(_resize(jpeg(x, quality), size, rng), ringing)
+        jpeg_last = rng.random() < 0.5
+        x = _filter(_resize(x if jpeg_last else jpeg(x, quality), size, rng), ringing)
+        if jpeg_last:
+            x = jpeg(x, quality)
         return (x[0].clamp(0, 1) * 255).round() / 255
 
     def _kernel(self, rng: np.random.Generator, sigma: Range) -> torch.Tensor:

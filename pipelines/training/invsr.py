@@ -14,10 +14,9 @@ from sr.predictor_picture import fit_picture
 from sr.schedule import sigmas
 
 from .bases import Base, Prompts
+from .common import cells, denoiser, draw, enlarge, sample_grid
 from .discriminator import CHANNELS, LatentDiscriminator
-from .grids import sample_grid
 from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, hinge_loss
-from .osediff import denoiser, enlarge
 
 TIMESTEPS = (250, 200, 150, 100)
 """Counted from 1, as InvSR publishes them."""
@@ -62,7 +61,7 @@ class InvSRTask:
     ):
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
         self.step = 0
-        self.frozen: list[nn.Module] = [*prompts.networks, base.unet, base.vae, *([perceptual] if perceptual else [])]
+        self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
         for network in self.frozen:
             network.requires_grad_(False)
         if gradient_checkpointing:
@@ -84,15 +83,13 @@ class InvSRTask:
     def _predict(self, batch, generator):
         options, hq, lq = self.options, batch["hq"], batch["lq"]
         embeds = self.prompts(hq)
-        shape = (len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8)
-        draw = lambda: torch.randn(shape, generator=generator).to(hq)  # noqa: E731
         which = torch.randint(len(options.timesteps), (len(hq),), generator=generator)
         timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device)
 
-        target = self.encode(hq, draw())
-        clean = self.encode(enlarge(lq, hq.shape[-2:]), draw()) if options.start else target
+        target = self.encode(hq, draw(hq, generator))
+        clean = self.encode(enlarge(lq, hq.shape[-2:]), draw(hq, generator)) if options.start else target
         posterior = self.phases["predictor"](self._fit(lq, hq), timesteps)
-        x0 = self.restore(clean, posterior.sample(draw()).float(), timesteps, embeds)
+        x0 = self.restore(clean, posterior.sample(draw(hq, generator)).float(), timesteps, embeds)
         self._x0, self._seen = x0.detach(), (target, timesteps, embeds)
         losses = {"latent": options.latent * F.mse_loss(x0, target)}
         if options.perceptual and self.perceptual:
@@ -115,8 +112,7 @@ class InvSRTask:
         return (vae.config.scaling_factor * latents).float()
 
     def _fit(self, lq: torch.Tensor, hq: torch.Tensor) -> torch.Tensor:
-        size = tuple(hq.shape[-2:])
-        return fit_picture(lq, size, (size[0] // 8, size[1] // 8), self.predictor.config.pixels_per_cell) * 2 - 1
+        return fit_picture(lq, tuple(hq.shape[-2:]), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
 
     def restore(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """x0 of one model call on the state ``clean + sigma * noise`` (eqs. 8 and 10 on the scale of an Euler sampler)."""
@@ -140,7 +136,7 @@ class InvSRTask:
         noise = self.predictor(self._fit(lq, hq), timesteps).mean.float()
         x0 = self.restore(latents, noise, timesteps, self.prompts(hq))
         pictures = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-        return sample_grid(lq, (pictures / 2 + 0.5).clamp(0, 1), hq)
+        return sample_grid(lq, pictures / 2 + 0.5, hq)
 
     def save(self, folder: Path) -> None:
         state = {name: tensor.detach().float().cpu().clone() for name, tensor in self.predictor.state_dict().items()}

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import TrainingPictures, load_batches
+from .optimizers import Muon
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class LoopOptions:
     mixed_precision: str = "no"
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     betas: tuple[float, float] = (0.9, 0.999)
     workers: int = 0
     save_every: int = 500
@@ -89,7 +91,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
     accelerator.init_trackers("logs")
     state, schedulers, optimizers = _Progress(), [], {}
     for phase, module in task.phases.items():
-        optimizer = torch.optim.AdamW(_learning(module), options.lr, betas=options.betas, weight_decay=options.weight_decay)
+        optimizer = _optimizer(_learning(module), options)
         schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options)))
         task.phases[phase], optimizers[phase] = accelerator.prepare(module, optimizer)
     averaged = next(iter(task.phases.values()))
@@ -166,6 +168,12 @@ class _Progress:
 
 def _learning(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _optimizer(parameters: list[nn.Parameter], options: LoopOptions) -> torch.optim.Optimizer:
+    if options.optimizer == "muon":
+        return Muon(parameters, options.lr, betas=options.betas)
+    return torch.optim.AdamW(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
 
 
 def _rate(step: int, options: LoopOptions) -> float:

@@ -1,7 +1,6 @@
 """Training of OSEDiff (Wu et al., NeurIPS 2024): a base becomes a one-step restorer, held to pictures by score distillation."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from . import distillation
 from .adapters import adapt_unet, adapt_vae, extract_adapter
 from .autoencoder import gradient_loss
 from .bases import Base, Prompts
-from .grids import sample_grid
+from .common import denoiser, draw, enlarge, sample_grid
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,14 @@ class OSEDiffTask:
         lpips: distance of pictures in [-1, 1]; None where its weights are not at hand.
     """
 
-    def __init__(self, base: Base, prompts: Prompts, options: OSEDiffOptions, lpips: Callable | None = None, gradient_checkpointing: bool = False):
+    def __init__(self, base: Base, prompts: Prompts, options: OSEDiffOptions, lpips: nn.Module | None = None, gradient_checkpointing: bool = False):
         if options.vsd and options.guidance != 1 and not prompts.has_negative:
             raise ValueError(
                 "negative prompt: found none beside the prompt's embeddings, but distillation with guidance wants one. Give it, or guidance 1."
             )
         self.prompts, self.options, self.lpips = prompts, options, lpips
         self.step = 0
-        self.frozen: list[nn.Module] = [*prompts.networks, *([lpips] if isinstance(lpips, nn.Module) else [])]
+        self.frozen, self.measures = list(prompts.networks), [lpips] if lpips else []
         self.phases: dict[str, nn.Module] = {}
         learners = [base.unet]
         if options.vsd:
@@ -111,10 +110,9 @@ class OSEDiffTask:
     def _restore(self, batch, generator):
         options, hq = self.options, batch["hq"] * 2 - 1
         embeds = self.prompts(batch["hq"])
-        noise = _draw((len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8), generator, hq)
         decode = bool(options.mse or options.gradients or (options.lpips and self.lpips))
-        latents, pictures = self.phases["generator"](enlarge(batch["lq"], hq.shape[-2:]), embeds, noise, decode)
-        self._latents, self._embeds = latents.detach(), embeds
+        latents, pictures = self.phases["generator"](enlarge(batch["lq"], hq.shape[-2:]), embeds, draw(hq, generator), decode)
+        self._latents, self._seen = latents.detach(), (hq, embeds)
         losses = {}
         if options.mse:
             losses["mse"] = options.mse * F.mse_loss(pictures, hq)
@@ -134,11 +132,11 @@ class OSEDiffTask:
         return self.target.encode(hq.to(self.target.dtype)).latent_dist.mean.float()
 
     def _distil(self, latents, embeds, hq, generator):
-        timesteps = distillation.draw_timesteps(len(latents), generator, distillation.MIN_TIMESTEP, distillation.MAX_TIMESTEP)
+        timesteps = distillation.draw_timesteps(len(hq), generator, distillation.MIN_TIMESTEP, distillation.MAX_TIMESTEP)
         guidance = self.options.guidance
         return distillation.distillation_loss(
             latents,
-            _draw(latents.shape, generator, latents),
+            draw(hq, generator),
             timesteps.to(latents.device),
             denoiser(self.judge),
             denoiser(self.regulariser),
@@ -148,9 +146,9 @@ class OSEDiffTask:
         )
 
     def _regularise(self, generator):
-        timesteps = distillation.draw_timesteps(len(self._latents), generator).to(self._latents.device)
-        noise = _draw(self._latents.shape, generator, self._latents)
-        loss = distillation.regulariser_loss(self._latents, noise, timesteps, denoiser(self.phases["regulariser"]), self._embeds)
+        hq, embeds = self._seen
+        timesteps = distillation.draw_timesteps(len(hq), generator).to(hq.device)
+        loss = distillation.regulariser_loss(self._latents, draw(hq, generator), timesteps, denoiser(self.phases["regulariser"]), embeds)
         return self.options.regulariser * loss, {}
 
     def sample(self, batch):
@@ -160,18 +158,3 @@ class OSEDiffTask:
 
     def save(self, folder: Path) -> None:
         save_osediff_adapter(extract_adapter(self.generator.unet, self.generator.vae), folder / ADAPTER_FILE)
-
-
-def enlarge(lq: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Low-quality pictures in the result's size, as the pipelines and 'Upscale Image By' enlarge them."""
-    return F.interpolate(lq, size=tuple(size), mode="bicubic", align_corners=False)
-
-
-def denoiser(unet: nn.Module) -> distillation.Denoiser:
-    """The UNet as a function of tensors, in its own precision."""
-    dtype = next(unet.parameters()).dtype
-    return lambda latents, timesteps, embeds: unet(latents.to(dtype), timesteps, encoder_hidden_states=embeds.to(dtype)).sample.float()
-
-
-def _draw(shape: tuple[int, ...], generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
-    return torch.randn(shape, generator=generator).to(like)

@@ -1,0 +1,165 @@
+"""``python -m pipelines train osediff`` and ``train invsr``."""
+
+import argparse
+import os
+from pathlib import Path
+
+from .cli import RAW, add_common, loop_options, training_pictures
+
+_OSEDIFF = """\
+examples:
+  python -m pipelines train osediff --base sd-2-1-base --data photos -o run --steps 100000 --mixed-precision bf16 --gradient-checkpointing
+  accelerate launch --multi_gpu --num_processes 4 -m pipelines train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
+
+The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'OSEDiff Loader' read.
+"""
+_INVSR = """\
+examples:
+  python -m pipelines train invsr --base sd-turbo --data photos -o run --steps 100000 --mixed-precision fp16 --gradient-checkpointing
+  python -m pipelines train invsr --base sd-turbo --data photos -o run2 --steps 100000 --mode middle --init run/noise_predictor.safetensors
+
+The result, noise_predictor.safetensors in the output folder, is what upscale --weights and the node 'InvSR Noise Predictor Loader' read.
+"""
+
+
+def add_methods(trainings, common: argparse.ArgumentParser) -> None:
+    command = trainings.add_parser("osediff", parents=[common], help="OSEDiff: an adapter for Stable Diffusion 2.1-base", epilog=_OSEDIFF, **RAW)
+    add_common(command, lr=5e-5)
+    _add_base(command, prompt="none")
+    command.add_argument("--negative-prompt", default="", help="for guidance (default: none)")
+    command.add_argument("--rank", type=int, default=4, help="of the low-rank updates (default: %(default)s)")
+    command.add_argument("--mse-weight", type=float, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
+    command.add_argument("--lpips-weight", type=float, default=2.0, help="of LPIPS, where its weights are at hand (default: %(default)g)")
+    command.add_argument("--vsd-weight", type=float, default=1.0, help="of score distillation; 0 also saves its two UNets (default: %(default)g)")
+    command.add_argument("--regulariser-weight", type=float, default=1.0, help="of the regulariser's own loss (default: %(default)g)")
+    command.add_argument("--guidance", type=float, default=7.5, help="of the frozen base in the distillation (default: %(default)g)")
+    command.add_argument("--latent-weight", type=float, default=0.0, help="not in the paper: of the latents' distance (default: %(default)g)")
+    command.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="that distance (default: %(default)s)")
+    command.add_argument("--gradient-weight", type=float, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
+    command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
+    command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
+    command.set_defaults(run=_osediff, weight_decay=1e-2)
+
+    command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
+    add_common(command, lr=5e-5)
+    _add_base(command, prompt="the published one")
+    command.add_argument(
+        "--mode", choices=["start", "middle"], default="start", help="states of low-quality pictures, or of high-quality ones (default: start)"
+    )
+    command.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="counted from 1 (default: 250 200 150 100, without 250 in the middle)")
+    command.add_argument("--latent-weight", type=float, default=1.0, help="of the latents' squared distance (default: %(default)g)")
+    command.add_argument(
+        "--perceptual", type=Path, metavar="FILE", help="InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth; without it there is no such loss"
+    )
+    command.add_argument("--perceptual-weight", type=float, default=2.0, help="of that loss (default: %(default)g)")
+    command.add_argument("--gaussian-weight", type=float, help="of the Gaussian constraint (default: 0.1 in the middle, else 0)")
+    command.add_argument("--adversarial-weight", type=float, default=0.0, help="of the latent discriminator; 0.1 as published (default: none)")
+    command.add_argument("--adversarial-from", type=int, default=10_000, help="steps in which the discriminator learns alone (default: %(default)s)")
+    command.add_argument("--discriminator-channels", type=int, nargs="+", default=[128, 256, 512], help="default: 128 256 512")
+    command.add_argument("--predictor-channels", type=int, nargs="+", default=[256, 512], help="multiples of 64 (default: 256 512)")
+    command.add_argument("--predictor-layers", type=int, nargs="+", default=[3, 3], help="of each level (default: 3 3)")
+    command.add_argument("--predictor-time", type=int, nargs=2, default=[256, 512], help="widths of the timestep's embedding (default: 256 512)")
+    command.add_argument("--init", type=Path, metavar="FILE", help="go on from this noise predictor; its dimensions count")
+    command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0)
+
+
+def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
+    command.add_argument(
+        "--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id (default: the published one)"
+    )
+    command.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI folder to look in (default: COMFYUI_PATH)")
+    command.add_argument("--download", action="store_true", help="fetch a base that is missing; its licence is shown")
+    command.add_argument("--prompt", help=f"one text for all pictures (default: {prompt})")
+    command.add_argument(
+        "--prompt-embeds",
+        type=Path,
+        metavar="FILE",
+        help="in place of text: safetensors with prompt_embeds (default: the base's own, if it has no text encoder)",
+    )
+    command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+
+
+def _base(arguments: argparse.Namespace, method: str):
+    from ..find import BASES, find
+    from .bases import load_base
+
+    comfyui = Path(arguments.comfyui).expanduser() if arguments.comfyui else None
+    return load_base(find(BASES[method], arguments.base, comfyui, arguments.download), arguments.download, comfyui)
+
+
+def _pairs(arguments: argparse.Namespace):
+    from .degradation import Degradation
+
+    if arguments.patch % 64:
+        raise ValueError(f"--patch: found {arguments.patch}, expected a multiple of 64, the UNet's coarsest cell.")
+    return training_pictures(arguments, Degradation())
+
+
+def _osediff(arguments: argparse.Namespace) -> int:
+    from ..tagger import PromptTagger
+    from .bases import Prompts
+    from .loop import train
+    from .osediff import OSEDiffOptions, OSEDiffTask
+    from .perceptual import load_lpips
+
+    loop, pictures = loop_options(arguments), _pairs(arguments)
+    base = _base(arguments, "osediff")
+    tagger = PromptTagger.from_files(arguments.tagger, arguments.dape) if arguments.tagger else None
+    prompts = Prompts(base, arguments.prompt or "", arguments.negative_prompt, tagger, arguments.prompt_embeds)
+    options = OSEDiffOptions(
+        rank=arguments.rank,
+        mse=arguments.mse_weight,
+        lpips=arguments.lpips_weight,
+        vsd=arguments.vsd_weight,
+        regulariser=arguments.regulariser_weight,
+        guidance=arguments.guidance,
+        latent=arguments.latent_weight,
+        latent_l1=arguments.latent_loss == "l1",
+        gradients=arguments.gradient_weight,
+    )
+    lpips = load_lpips() if arguments.lpips_weight else None
+    train(OSEDiffTask(base, prompts, options, lpips, arguments.gradient_checkpointing), pictures, loop)
+    return 0
+
+
+def _invsr(arguments: argparse.Namespace) -> int:
+    from sr.checkpoints import load_noise_predictor_weights
+    from sr.noise_predictor import NoisePredictorConfig
+
+    from ..invsr import PROMPT
+    from .bases import Prompts
+    from .invsr import TIMESTEPS, InvSROptions, InvSRTask
+    from .loop import train
+    from .perceptual import LatentLPIPS
+
+    loop, pictures = loop_options(arguments), _pairs(arguments)
+    base = _base(arguments, "invsr")
+    prompts = Prompts(base, PROMPT if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
+    start = arguments.mode == "start"
+    options = InvSROptions(
+        start=start,
+        timesteps=tuple(arguments.timesteps or (TIMESTEPS if start else TIMESTEPS[1:])),
+        latent=arguments.latent_weight,
+        perceptual=arguments.perceptual_weight,
+        gaussian=arguments.gaussian_weight if arguments.gaussian_weight is not None else (0.0 if start else 0.1),
+        adversarial=arguments.adversarial_weight,
+        adversarial_from=arguments.adversarial_from,
+        discriminator_channels=tuple(arguments.discriminator_channels),
+    )
+    weights = load_noise_predictor_weights(arguments.init) if arguments.init else None
+    config = (
+        weights.config
+        if weights
+        else NoisePredictorConfig(
+            block_out_channels=tuple(arguments.predictor_channels),
+            layers_per_block=tuple(arguments.predictor_layers),
+            time_channels=arguments.predictor_time[0],
+            temb_channels=arguments.predictor_time[1],
+        )
+    )
+    perceptual = LatentLPIPS.from_file(arguments.perceptual) if arguments.perceptual else None
+    task = InvSRTask(base, prompts, options, config, perceptual, arguments.gradient_checkpointing)
+    if weights:
+        task.predictor.load_state_dict(weights.state_dict)
+    train(task, pictures, loop)
+    return 0
