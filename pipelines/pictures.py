@@ -107,9 +107,11 @@ def write_picture(restored: Image.Image, picture: Picture, path: Path, quality: 
     if picture.exif:
         options["exif"] = picture.exif
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")  # a run that was killed leaves it, the next one writes over it
+    encoded = BytesIO()  # takes seconds, the file then a moment: a run that is killed leaves nothing
+    restored.save(encoded, kind, **options)
+    partial = path.with_name(f".{path.name}.part")
     try:
-        restored.save(partial, kind, **options)
+        partial.write_bytes(encoded.getbuffer())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -1,11 +1,18 @@
 """Large pictures and batches in the pipelines: tiles against the whole, a batch against single pictures."""
 
 import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pipeline_toys
 import pytest
 import torch
 import toys
+from PIL import Image
 from toys import gaussian, picture, relative_error
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
@@ -150,3 +157,28 @@ def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog):
     pipeline.register_modules(vae=vae)
     assert relative_error(pipeline.encode(image), whole) < 0.25
     assert "tiles of 152 pixels" in caplog.text
+
+
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_stopped_between_tiles(tmp_path, stop):
+    """The command line leaves finished results alone in the folder."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name, side in (("a_small.png", 16), ("b_large.png", 160)):
+        Image.fromarray((picture(SEED, side, side)[0].numpy() * 255).astype("uint8")).save(source / name)
+    OSEDiffPipeline(**pipeline_toys.components(SEED, tmp_path / "clip")).save_pretrained(tmp_path / "base")
+    torch.save(toys.osediff_checkpoint(SEED, 4), tmp_path / "osediff.pkl")
+    words = ["upscale", source, "-o", out, "--base", tmp_path / "base", "--weights", tmp_path / "osediff.pkl", "--device", "cpu", "--tile", TILE]
+    command = [sys.executable, "-m", "pipelines", *map(str, words)]
+    root = Path(__file__).resolve().parent.parent
+    run = subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "a_small.png").exists() and run.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    run.send_signal(stop)
+    _, report = run.communicate(timeout=60)
+    assert run.returncode != 0, report
+    assert [path.name for path in out.rglob("*")] == ["a_small.png"]
+    Image.open(out / "a_small.png").load()
