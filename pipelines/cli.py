@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("Stopped. Give the same command again to go on.", file=sys.stderr)
+        print(f"Stopped. {getattr(arguments, 'stopped', 'Give the same command again to go on.')}", file=sys.stderr)
         return 130
     except (OSError, ValueError, RuntimeError) as error:
         if arguments.verbose:

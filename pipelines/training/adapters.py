@@ -1,5 +1,7 @@
 """OSEDiff's trainable low-rank updates on diffusers' networks (peft), and back into the published form."""
 
+import warnings
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
@@ -13,14 +15,26 @@ UNET_LAYERS = ("conv", "to_k", "to_q", "to_v", "to_out.0", "proj_out", "proj_in"
 VAE_LAYERS = ("conv", "to_k", "to_q", "to_v", "to_out.0")
 
 
-def adapt_unet(unet: UNet2DConditionModel, rank: int, conv_in: bool = False) -> None:
-    """Freeze the UNet but for new low-rank updates in OSEDiff's three groups and, for the generator, the first convolution's own weights."""
+def adapt_generator(unet: UNet2DConditionModel, rank: int) -> None:
+    """Freeze the UNet but for new low-rank updates in OSEDiff's three groups, and the first convolution's own weights."""
+    _adapt(unet, _groups(unet), rank)
+    unet.conv_in.base_layer.requires_grad_(True)
+
+
+def adapt_regulariser(unet: UNet2DConditionModel, rank: int, everywhere: bool = False) -> None:
+    """Freeze the UNet but for new low-rank updates: of the middle alone, or ``everywhere``.
+
+    The published training makes updates everywhere but leaves those of the last group alone active, which is the middle's: peft activates what it adds.
+    """
+    groups = _groups(unet)
+    _adapt(unet, groups if everywhere else {"default_others": groups["default_others"]}, rank)
+
+
+def _groups(unet: UNet2DConditionModel) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for layer in _layers(unet, UNET_LAYERS):
         groups.setdefault(unet_group(layer), []).append(layer)
-    _adapt(unet, groups, rank)
-    if conv_in:
-        unet.conv_in.base_layer.requires_grad_(True)
+    return groups
 
 
 def adapt_vae(vae: AutoencoderKL, rank: int) -> None:
@@ -40,8 +54,9 @@ def _adapt(model: nn.Module, groups: dict[str, list[str]], rank: int) -> None:
     model.requires_grad_(False)
     for name, layers in groups.items():
         config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, init_lora_weights="gaussian", target_modules=layers)
-        # The inner function: the model's add_adapter warns about several adapters and about none else.
-        model.add_adapter(config, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what OSEDiff has
+            model.add_adapter(config, adapter_name=name)
     model.set_adapter(list(groups))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+from .arguments import RAW, add_common, loop_options, training_pictures
+from .methods import add_methods
 
 _SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
 
@@ -31,61 +32,7 @@ def add_commands(commands, common: argparse.ArgumentParser) -> None:
     command.add_argument("--channels", type=int, nargs="+", default=[64, 96, 128], help="of each resolution (default: 64 96 128)")
     command.add_argument("--width", type=int, default=64, help="of the prompt embedding (default: %(default)s)")
     command.set_defaults(run=_base)
-
-
-def add_common(command: argparse.ArgumentParser, lr: float) -> None:
-    """What every training understands."""
-    command.add_argument(
-        "--data",
-        action="append",
-        required=True,
-        metavar="SOURCE[=SHARE]",
-        help="folder, text list or picture; with a share, how often it is taken (default: 1 a picture)",
-    )
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="results, checkpoint, logs and samples")
-    command.add_argument("--steps", type=int, required=True)
-    command.add_argument("--batch", type=int, default=4, help="samples a step, of each process (default: %(default)s)")
-    command.add_argument("--patch", type=int, default=512, help="side of the crops in pixels (default: %(default)s)")
-    command.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)g)")
-    command.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for networks that start from random weights")
-    command.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises (default: %(default)s)")
-    command.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 along half a cosine")
-    command.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights, 0 for none (default: %(default)g)")
-    command.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
-    command.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are added up for a step (default: %(default)s)")
-    command.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="default: %(default)s")
-    command.add_argument("--workers", type=int, default=0, help="processes that read and degrade pictures (default: %(default)s)")
-    command.add_argument("--threads", type=int, help="CPU threads of the networks")
-    command.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    command.add_argument("--sample-every", type=int, default=500, help="steps between sample grids (default: %(default)s)")
-    command.add_argument("--max-minutes", type=float, default=float("inf"), help="save and stop after so long; --resume goes on")
-    command.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-
-
-def loop_options(arguments: argparse.Namespace):
-    """The part of the command line that the loop reads; seeds what draws from torch's own generator."""
-    import torch
-    from accelerate.utils import set_seed
-
-    from .loop import LoopOptions
-
-    set_seed(arguments.seed)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    return LoopOptions(**{name: getattr(arguments, name) for name in LoopOptions.__dataclass_fields__ if hasattr(arguments, name)})
-
-
-def training_pictures(arguments: argparse.Namespace, degradation=None):
-    """The data sets of ``--data``, as one."""
-    from .data import TrainingPictures, find_pictures
-
-    paths, weights = [], []
-    for source in arguments.data:
-        name, separator, share = source.rpartition("=")
-        found = find_pictures([Path(name if separator else source)])
-        paths += found
-        weights += [float(share) / len(found) if separator else 1.0] * len(found)
-    return TrainingPictures(paths, arguments.patch, 0, arguments.seed, degradation, weights)
+    add_methods(trainings, common)
 
 
 def _synthesize(arguments: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
@@ -21,6 +22,8 @@ from .data import TrainingPictures, load_batches
 from .optimizers import Muon
 
 _log = logging.getLogger(__name__)
+
+_HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 CHECKPOINT = "checkpoint"
 """Folder below the output in which a run keeps what it needs to go on."""
@@ -57,6 +60,9 @@ class Task(Protocol):
 
     ``phases`` names the alternating updates of a step, and what learns in each. ``loss`` gives the loss of one phase, and figures to log; random
     draws come from ``generator``, on the CPU. The EMA is of the first phase's module. ``sample`` gives a picture for people to look at, (3, H, W) in [0, 1]. ``save`` writes the result.
+
+    A task may also have ``frozen`` networks, which the loop moves to the device, in the training's precision; ``measures``, moved in float32;
+    ``optimizers`` of phases that want another than AdamW, as functions of parameters and options; and ``step``, the number of steps made, told by the loop.
     """
 
     phases: dict[str, nn.Module]
@@ -91,14 +97,23 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
     accelerator.init_trackers("logs")
     state, schedulers, optimizers = _Progress(), [], {}
     for phase, module in task.phases.items():
-        optimizer = _optimizer(_learning(module), options)
+        optimizer = getattr(task, "optimizers", {}).get(phase, _optimizer)(_learning(module), options)
         schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options)))
         task.phases[phase], optimizers[phase] = accelerator.prepare(module, optimizer)
+    for network in getattr(task, "frozen", ()):
+        network.to(accelerator.device)
+        if accelerator.mixed_precision in _HALF:
+            network.to(_HALF[accelerator.mixed_precision])
+    for network in getattr(task, "measures", ()):
+        network.to(accelerator.device)
+    accelerator.register_save_state_pre_hook(_keep_learning)
     averaged = next(iter(task.phases.values()))
     ema = EMAModel(_learning(averaged), decay=options.ema) if options.ema else None
     accelerator.register_for_checkpointing(state, *schedulers, *([ema] if ema else []))
     if options.resume and (checkpoint.exists() or checkpoint.with_name("checkpoint.old").exists()):
-        accelerator.load_state(checkpoint if checkpoint.exists() else checkpoint.with_name("checkpoint.old"))
+        accelerator.load_state(checkpoint if checkpoint.exists() else checkpoint.with_name("checkpoint.old"), strict=False)
+        if ema:
+            ema.to(accelerator.device)
         _log.info("going on from step %d", state.step)
 
     samples = options.batch * accelerator.num_processes * options.accumulate
@@ -106,9 +121,10 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
     loader = accelerator.prepare(load_batches(pictures, options.batch, state.step * samples, options.workers))
     example = torch.utils.data.default_collate([pictures[i] for i in range(min(4, options.batch))])
     began, history = time.monotonic(), []
-    sums: dict[str, float] = {}
+    sums = state.sums
     bar = tqdm(total=options.steps, initial=state.step, disable=not accelerator.is_main_process, desc=options.output.name)
     for number, batch in enumerate(loader, state.step * options.accumulate):
+        task.step = state.step
         generator = torch.Generator().manual_seed(hash((options.seed, number, accelerator.process_index)) % 2**63)
         with accelerator.accumulate(*task.phases.values()):
             for phase, module in task.phases.items():
@@ -136,8 +152,8 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
             history.append({"step": state.step, **sums})
             accelerator.log({**sums, "lr": schedulers[0].get_last_lr()[0]}, step=state.step)
             bar.set_postfix({phase: f"{sums[phase]:.4f}" for phase in task.phases})
-            sums = {}
-        late = time.monotonic() - began > 60 * options.max_minutes
+            sums.clear()
+        late = bool(broadcast(torch.tensor(time.monotonic() - began > 60 * options.max_minutes, device=accelerator.device)))
         last = late or state.step == options.steps
         if last or state.step % options.save_every == 0:
             _save_checkpoint(accelerator, checkpoint)
@@ -155,15 +171,25 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
 
 
 class _Progress:
-    """The number of steps that were made, kept in the checkpoint."""
+    """The number of steps that were made, and the figures since the last that was logged, kept in the checkpoint."""
 
-    step = 0
+    def __init__(self):
+        self.step, self.sums = 0, {}
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def state_dict(self) -> dict:
+        return {"step": self.step, "sums": self.sums}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.step = state["step"]
+        self.sums.update(state.get("sums", {}))
+
+
+def _keep_learning(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+    """Checkpoints hold what learns, and not once more the frozen base around it."""
+    for model, state in zip(models, weights, strict=True):
+        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for name in [name for name in state if name not in learning]:
+            del state[name]
 
 
 def _learning(module: nn.Module) -> list[nn.Parameter]:
@@ -202,6 +228,7 @@ def _save_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """Write beside the last checkpoint, then take its place: a run that is killed meanwhile has one that is whole."""
     part, old = checkpoint.with_name("checkpoint.part"), checkpoint.with_name("checkpoint.old")
     accelerator.save_state(part)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         if checkpoint.exists():
             checkpoint.rename(old)

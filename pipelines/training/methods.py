@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .cli import RAW, add_common, loop_options, training_pictures
+from .arguments import RAW, add_common, loop_options, training_pictures
 
 _OSEDIFF = """\
 examples:
@@ -32,6 +32,9 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--lpips-weight", type=float, default=2.0, help="of LPIPS, where its weights are at hand (default: %(default)g)")
     command.add_argument("--vsd-weight", type=float, default=1.0, help="of score distillation; 0 also saves its two UNets (default: %(default)g)")
     command.add_argument("--regulariser-weight", type=float, default=1.0, help="of the regulariser's own loss (default: %(default)g)")
+    command.add_argument(
+        "--regulariser-everywhere", action="store_true", help="let it learn in all layers, not in the UNet's middle alone as published"
+    )
     command.add_argument("--guidance", type=float, default=7.5, help="of the frozen base in the distillation (default: %(default)g)")
     command.add_argument("--latent-weight", type=float, default=0.0, help="not in the paper: of the latents' distance (default: %(default)g)")
     command.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="that distance (default: %(default)s)")
@@ -112,6 +115,7 @@ def _osediff(arguments: argparse.Namespace) -> int:
         lpips=arguments.lpips_weight,
         vsd=arguments.vsd_weight,
         regulariser=arguments.regulariser_weight,
+        regulariser_everywhere=arguments.regulariser_everywhere,
         guidance=arguments.guidance,
         latent=arguments.latent_weight,
         latent_l1=arguments.latent_loss == "l1",

@@ -14,7 +14,7 @@ from sr.schedule import OSEDIFF_TIMESTEP
 
 from ..osediff import ADAPTER_FILE
 from . import distillation
-from .adapters import adapt_unet, adapt_vae, extract_adapter
+from .adapters import adapt_generator, adapt_regulariser, adapt_vae, extract_adapter
 from .autoencoder import gradient_loss
 from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
@@ -25,7 +25,8 @@ class OSEDiffOptions:
     """``rank`` and weights of the losses, those of the published training where nothing is said.
 
     ``latent`` is of a distance (L2, or L1) to the high-quality picture's latents, and ``gradients`` of one between the pictures' differences at
-    three scales: neither is part of the method; they are cheap where there is no GPU, or no LPIPS.
+    three scales: neither is part of the method; they are cheap where there is no GPU, or no LPIPS. ``regulariser_everywhere`` lets the regulariser learn
+    in all its layers, as the paper has it, and not in the middle alone, as the published program has it.
     """
 
     rank: int = 4
@@ -33,6 +34,7 @@ class OSEDiffOptions:
     lpips: float = 2.0
     vsd: float = 1.0
     regulariser: float = 1.0
+    regulariser_everywhere: bool = False
     guidance: float = distillation.GUIDANCE
     latent: float = 0.0
     latent_l1: bool = False
@@ -89,13 +91,13 @@ class OSEDiffTask:
         if options.vsd:
             self.judge, self.regulariser = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
             self.frozen.append(self.judge)
-            adapt_unet(self.regulariser, options.rank)
+            adapt_regulariser(self.regulariser, options.rank, options.regulariser_everywhere)
             learners += [self.judge, self.regulariser]
         if options.latent:
             self.target = copy.deepcopy(base.vae)
             self.target.decoder = None
             self.frozen.append(self.target)
-        adapt_unet(base.unet, options.rank, conv_in=True)
+        adapt_generator(base.unet, options.rank)
         adapt_vae(base.vae, options.rank)
         self.generator = self.phases["generator"] = Generator(base.unet, base.vae).train()
         if options.vsd:

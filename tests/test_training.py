@@ -1,0 +1,311 @@
+"""Both trainings on tiny real networks: what learns and what does not, what is written, and that a run that is cut goes on as if it had not been."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import EulerDiscreteScheduler
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from pipelines import InvSRPipeline, OSEDiffPipeline
+from pipelines.cli import main
+from pipelines.training.autoencoder import small_vae
+from pipelines.training.base_unet import small_unet, stable_diffusion_scheduler
+from pipelines.training.bases import Base, Prompts, load_base
+from pipelines.training.common import enlarge
+from pipelines.training.data import TrainingPictures
+from pipelines.training.degradation import Degradation
+from pipelines.training.invsr import PREDICTOR_FILE, InvSROptions, InvSRTask
+from pipelines.training.loop import LoopOptions, train
+from pipelines.training.osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
+from sr.noise_predictor import NoisePredictorConfig
+
+PREDICTOR = NoisePredictorConfig(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=64, temb_channels=64)
+WIDTH = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base without text encoder, in diffusers' layout, and six pictures."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("training")
+    for name, network in (("unet", small_unet((32, 64), WIDTH)), ("vae", small_vae((8, 8, 16, 16)))):
+        for parameter in network.parameters():
+            parameter.data += 0.03 * torch.randn_like(parameter)  # no layer is zero, as some are at the start
+        network.save_pretrained(folder / "base" / name)
+    stable_diffusion_scheduler().save_pretrained(folder / "base" / "scheduler")
+    embeds = {name: torch.randn(1, 8, WIDTH) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    save_file(embeds, folder / "base" / "prompt_embeds.safetensors")
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        small = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        small.resize((96, 96), Image.Resampling.BICUBIC).save(folder / "photos" / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Runs in one process may differ in precision, but accelerate keeps the first one's for the process."""
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.fixture
+def base(folder) -> Base:
+    return load_base(str(folder / "base"))
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    hq = enlarge(torch.rand(2, 3, 8, 8), (64, 64)).clamp(0, 1)
+    return {"hq": hq, "lq": enlarge(hq, (16, 16)).clamp(0, 1)}
+
+
+def pictures(folder) -> TrainingPictures:
+    return TrainingPictures(sorted((folder / "photos").iterdir()), 64, 0, seed=3, degradation=Degradation())
+
+
+def osediff(base: Base, **options) -> OSEDiffTask:
+    torch.manual_seed(2)
+    return OSEDiffTask(base, Prompts(base), OSEDiffOptions(**options))
+
+
+def invsr(base: Base, **options) -> InvSRTask:
+    torch.manual_seed(2)
+    return InvSRTask(base, Prompts(base), InvSROptions(**options, discriminator_channels=(32, 64)), PREDICTOR)
+
+
+def moved(task, batch, networks: dict[str, torch.nn.Module]) -> dict[str, set[str]]:
+    """One step of each phase with a large learning rate. Returns the names of the parameters that changed, for each network."""
+    before = {name: copy.deepcopy(network.state_dict()) for name, network in networks.items()}
+    for phase, module in task.phases.items():
+        for parameter in module.parameters():
+            parameter.grad = None
+        loss, _ = task.loss(phase, batch, torch.Generator().manual_seed(0))
+        loss.backward()
+        others = [p for other, network in task.phases.items() if other != phase for p in network.parameters()]
+        assert all(p.grad is None for p in others), f"{phase} gives gradients to others"
+        torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 0.1).step()
+        for parameter in module.parameters():
+            parameter.grad = None
+    return {
+        name: {key for key, tensor in network.state_dict().items() if not torch.equal(tensor, before[name][key])}
+        for name, network in networks.items()
+    }
+
+
+def low_rank(network) -> set[str]:
+    return {name for name in network.state_dict() if ".lora_B." in name}
+
+
+def test_osediff_learns_what_it_should(base, batch):
+    task = osediff(base, latent=1.0, gradients=1.0)
+    changed = moved(task, batch, {"unet": base.unet, "vae": base.vae, "judge": task.judge, "regulariser": task.regulariser, "target": task.target})
+    # lora_B begins at zero, so that lora_A has no gradient in the first step.
+    assert changed["unet"] == low_rank(base.unet) | {"conv_in.base_layer.weight", "conv_in.base_layer.bias"}
+    assert changed["vae"] == low_rank(base.vae)
+    assert all(name.startswith(("encoder.", "quant_conv.")) for name in changed["vae"])
+    assert changed["regulariser"] == low_rank(task.regulariser) and all("mid_block" in name for name in changed["regulariser"])
+    assert not changed["judge"] and not changed["target"]
+
+
+def test_invsr_learns_what_it_should(base, batch):
+    task = invsr(base, adversarial=0.1, adversarial_from=0, gaussian=0.1)
+    changed = moved(task, batch, {"predictor": task.predictor, "discriminator": task.discriminator, "unet": base.unet, "vae": base.vae})
+    assert changed["predictor"] == set(task.predictor.state_dict())
+    assert changed["discriminator"] == set(task.discriminator.state_dict())
+    assert not changed["unet"] and not changed["vae"]
+
+
+def test_regulariser_everywhere(base):
+    task = osediff(base, regulariser_everywhere=True)
+    assert any("up_blocks" in name for name, p in task.regulariser.named_parameters() if p.requires_grad)
+
+
+def test_invsr_losses_follow_the_formulas(base, batch):
+    """Start mode: the state is the low-quality latents plus sigma times the noise map, x0 the state less sigma times the UNet's noise (eq. 8)."""
+    task = invsr(base, timesteps=(200,), perceptual=0.0)
+    loss, figures = task.loss("predictor", batch, torch.Generator().manual_seed(5))
+
+    generator = torch.Generator().manual_seed(5)
+    torch.randint(1, (2,), generator=generator)
+    target_draw, clean_draw, noise_draw = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
+    with torch.no_grad():
+        target, clean = (
+            base.vae.encode(x * 2 - 1).latent_dist
+            for x in (batch["hq"], torch.nn.functional.interpolate(batch["lq"], scale_factor=4, mode="bicubic"))
+        )
+        target, clean = (0.18215 * (p.mean + p.std * n) for p, n in ((target, target_draw), (clean, clean_draw)))
+        mean, logvar = task.predictor(batch["lq"] * 2 - 1, 199)
+        alpha = stable_diffusion_scheduler().alphas_cumprod[199].item()
+        sigma = math.sqrt((1 - alpha) / alpha)
+        state = clean + sigma * (mean + (logvar / 2).exp() * noise_draw)
+        noise_pred = base.unet(state * math.sqrt(alpha), 199, Prompts(base)(batch["hq"])).sample
+        x0 = state - sigma * noise_pred
+    assert loss.item() == pytest.approx(((x0 - target) ** 2).mean().item(), rel=1e-4)
+    assert figures.keys() == {"latent"}
+
+
+def test_invsr_middle_mode_knows_the_high_quality_picture(base, batch):
+    """The states are those of the high-quality latents (eq. 10): with the true noise in place of the predicted one x0 would be as good as the base."""
+    task = invsr(base, start=False, timesteps=(100,), perceptual=0.0, gaussian=0.5)
+    changed = batch | {"lq": 1 - batch["lq"]}
+    task.predictor.requires_grad_(False)
+    for parameter in task.predictor.encoder.conv_out.parameters():
+        parameter.zero_()
+    same, other = (task.loss("predictor", each, torch.Generator().manual_seed(0))[0].item() for each in (batch, changed))
+    assert same == other, "the low-quality picture reaches the loss by the predictor alone, which is switched off here"
+    assert task.loss("predictor", batch, torch.Generator().manual_seed(0))[1]["gaussian"].item() == 0
+
+
+def test_discriminator_learns_alone_at_first(base, batch):
+    task = invsr(base, adversarial=0.1, adversarial_from=3)
+    task.step = 2
+    assert "adversarial" not in task.loss("predictor", batch, torch.Generator().manual_seed(0))[1]
+    task.step = 3
+    assert "adversarial" in task.loss("predictor", batch, torch.Generator().manual_seed(0))[1]
+
+
+def test_osediff_file_gives_the_same_latents(folder, base, batch, tmp_path):
+    """What is written restores as what was trained, through the pipeline."""
+    task = osediff(base)
+    moved(task, batch, {})
+    task.save(tmp_path)
+    fresh = load_base(str(folder / "base"))
+    pipeline = OSEDiffPipeline(
+        vae=fresh.vae,
+        text_encoder=None,
+        tokenizer=None,
+        unet=fresh.unet,
+        scheduler=EulerDiscreteScheduler.from_config(stable_diffusion_scheduler().config),
+    )
+    pipeline.load_osediff(tmp_path / ADAPTER_FILE)
+    embeds = Prompts(base)(batch["hq"])
+    with torch.no_grad():
+        expected, restored = task.generator(enlarge(batch["lq"], (64, 64)), embeds)
+    _, enlarged = pipeline.preprocess(batch["lq"])
+    latents = pipeline.one_step(pipeline.encode(enlarged), embeds)
+    assert (latents - expected).norm() / expected.norm() < 1e-5
+    images = pipeline(batch["lq"], prompt_embeds=embeds, color_fix=None, output_type="pt").images
+    assert (images - (restored / 2 + 0.5)).abs().max() < 1e-4
+
+
+def test_invsr_file_gives_the_same_latents(base, batch, tmp_path):
+    task = invsr(base)
+    moved(task, batch, {})
+    task.save(tmp_path)
+    pipeline = InvSRPipeline(vae=base.vae, text_encoder=None, tokenizer=None, unet=base.unet, scheduler=stable_diffusion_scheduler())
+    pipeline.load_noise_predictor(tmp_path / PREDICTOR_FILE)
+    pipeline.set_progress_bar_config(disable=True)
+    embeds = Prompts(base)(batch["hq"])
+    with torch.no_grad():
+        clean = task.encode(enlarge(batch["lq"], (64, 64)))
+        noise = task.predictor(batch["lq"] * 2 - 1, 199).mean
+        expected = task.restore(clean, noise, torch.tensor([199, 199]), embeds)
+    _, enlarged = pipeline.preprocess(batch["lq"])
+    state, _ = pipeline.start_state(batch["lq"], pipeline.encode(enlarged), (64, 64), 199, posterior="mean")
+    latents = pipeline.denoise(state, [199], embeds)
+    assert (latents - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "make, options, steps, share",
+    [
+        (osediff, {"vsd": 0.0, "mse": 0.0, "latent": 1.0}, 100, 0.5),
+        (osediff, {"vsd": 0.0}, 60, 0.95),
+        (invsr, {"perceptual": 0.0}, 100, 0.8),
+    ],
+    ids=["osediff on latents", "osediff", "invsr"],
+)
+def test_loss_falls(base, batch, make, options, steps, share):
+    """Some steps on one batch, the draws changing. The loss is compared at draws that were not learned with."""
+    task = make(base, **options)
+    phase, module = next(iter(task.phases.items()))
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 4e-3)
+
+    def loss(seed: int) -> torch.Tensor:
+        _, figures = task.loss(phase, batch, torch.Generator().manual_seed(seed))
+        return figures.get("mse", figures.get("latent"))
+
+    before = loss(-1)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        task.loss(phase, batch, torch.Generator().manual_seed(seed))[0].backward()
+        optimizer.step()
+    assert loss(-1) < share * before
+
+
+def test_regulariser_learns_the_generators_latents(base, batch):
+    task = osediff(base, regulariser_everywhere=True)
+    task.loss("generator", batch, torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam([p for p in task.regulariser.parameters() if p.requires_grad], 4e-3)
+    before = task.loss("regulariser", batch, torch.Generator().manual_seed(-1))[0].item()
+    for seed in range(60):
+        optimizer.zero_grad()
+        task.loss("regulariser", batch, torch.Generator().manual_seed(seed))[0].backward()
+        optimizer.step()
+    assert task.loss("regulariser", batch, torch.Generator().manual_seed(-1))[0].item() < 0.9 * before
+
+
+@pytest.mark.parametrize("make", [osediff, invsr])
+def test_resumed_run_is_the_uncut_one(folder, tmp_path, make):
+    """Six steps, and four steps with two more after a restart: the same losses to the last bit, and the same file."""
+    options = {"lpips": 0.0} if make is osediff else {"adversarial": 0.1, "adversarial_from": 2}
+    settings = {"batch": 2, "lr": 1e-3, "ema": 0.9, "log_every": 4, "seed": 7, "warmup": 3, "cosine": True, "save_every": 3, "accumulate": 2}
+
+    def run(name, **more):
+        task = make(load_base(str(folder / "base")), **options)
+        return train(task, pictures(folder), LoopOptions(output=tmp_path / name, **settings | {"steps": 8} | more))
+
+    uncut = run("uncut")
+    first = run("cut", max_minutes=0)  # stops after the first step, in the middle of what is logged together
+    assert first == []
+    second = run("cut", resume=True)
+    assert second == uncut and [entry["step"] for entry in uncut] == [4, 8]
+    file = ADAPTER_FILE if make is osediff else PREDICTOR_FILE
+    cut, whole = (load_file(tmp_path / name / file) for name in ("cut", "uncut"))
+    assert cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in whole)
+    checkpoint = load_file(tmp_path / "cut" / "checkpoint" / "model.safetensors")
+    assert not any("decoder." in name and ".lora_" not in name for name in checkpoint), "the frozen base is no part of a checkpoint"
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        ["osediff", "--mixed-precision", "bf16", "--rank", "2"],
+        ["invsr", "--mode", "middle", "--predictor-channels", "64", "64", "--predictor-layers", "1", "1"],
+    ],
+)
+def test_command(folder, tmp_path, mode, capfd):
+    """As a newcomer starts it: pictures, samples, a second start that must be meant, an output that ``info`` knows."""
+    out = tmp_path / "run"
+    command = ["train", *mode, "--base", str(folder / "base"), "--data", str(folder / "photos"), "-o", str(out), "--batch", "2", "--patch", "64"]
+    command += ["--gradient-checkpointing", "--steps"]
+    assert main([*command, "2"]) == 0
+    sample = Image.open(out / "samples" / "0000002.png")
+    assert sample.size == (3 * 64, 2 * 64)
+    assert main([*command, "3"]) == 2 and "--resume" in capfd.readouterr().err
+    assert main([*command, "3", "--resume"]) == 0
+    file = out / (ADAPTER_FILE if mode[0] == "osediff" else PREDICTOR_FILE)
+    assert main(["info", str(file)]) == 0
+    assert ("an OSEDiff adapter" if mode[0] == "osediff" else "an InvSR noise predictor") in capfd.readouterr().out
+
+
+def test_what_does_not_fit_is_said(folder, base, tmp_path, capfd):
+    base.prompt_file = None
+    with pytest.raises(ValueError, match="--prompt-embeds"):
+        Prompts(base)
+    save_file({"prompt_embeds": torch.randn(1, 8, 5)}, tmp_path / "narrow.safetensors")
+    with pytest.raises(ValueError, match=r"narrow\.safetensors: found prompt_embeds of shape \(1, 8, 5\), expected \(1, tokens, 32\)"):
+        Prompts(base, file=tmp_path / "narrow.safetensors")
+    save_file({"prompt_embeds": torch.randn(1, 8, WIDTH)}, tmp_path / "alone.safetensors")
+    with pytest.raises(ValueError, match="negative prompt"):
+        OSEDiffTask(base, Prompts(base, file=tmp_path / "alone.safetensors"), OSEDiffOptions())
+    command = ["train", "osediff", "--base", str(folder / "base"), "--data", str(folder / "photos"), "-o", str(tmp_path / "run"), "--steps", "1"]
+    assert main([*command, "--patch", "100"]) == 2 and "multiple of 64" in capfd.readouterr().err

@@ -1,0 +1,133 @@
+"""The losses of both trainings: score distillation against the authors' own code, the others against their formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import toys
+from diffusers import UNet2DConditionModel
+from toys import gaussian, golden, relative_error
+
+from pipelines.training.adapters import adapt_regulariser
+from pipelines.training.common import denoiser
+from pipelines.training.discriminator import LatentDiscriminator
+from pipelines.training.distillation import add_noise, distillation_loss, predict_x0, regulariser_loss
+from pipelines.training.losses import adversarial_loss, gaussian_constraint, hinge_loss
+from pipelines.training.perceptual import _VGG, LatentLPIPS
+from sr.posterior import Posterior
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """The frozen UNet and the regulariser of the golden case, whose updates act in the middle alone, as in the authors' program."""
+    settings, _ = golden("vsd")
+    frozen, regulariser = (UNet2DConditionModel(**settings["unet"]) for _ in range(2))
+    for network in (frozen, regulariser):
+        network.load_state_dict(toys.weights(settings["seed"], "unet", {k: tuple(v.shape) for k, v in network.state_dict().items()}))
+    adapt_regulariser(regulariser, settings["lora_rank"])
+    low_rank = {k: tuple(v.shape) for k, v in regulariser.state_dict().items() if ".lora_" in k}
+    regulariser.load_state_dict(toys.weights(settings["seed"], "regulariser.unet", low_rank), strict=False)
+    return frozen.requires_grad_(False), regulariser
+
+
+@pytest.fixture
+def tensors():
+    settings, arrays = golden("vsd")
+    seed, shape = settings["seed"], arrays["vsd_grad"].shape
+    latents = gaussian(seed, "vsd_latents", shape).requires_grad_()
+    embeds, negative = (gaussian(seed, name, (2, 77, 64)) for name in ("prompt_embeds", "negative_prompt_embeds"))
+    return settings, arrays, latents, embeds, negative
+
+
+def test_distillation(networks, tensors):
+    frozen, regulariser = networks
+    settings, arrays, latents, embeds, negative = tensors
+    noise, timesteps = gaussian(settings["seed"], "vsd_noise", latents.shape), torch.tensor(settings["vsd_timesteps"])
+    loss = distillation_loss(latents, noise, timesteps, denoiser(frozen), denoiser(regulariser), embeds, negative, settings["cfg"])
+    loss.backward()
+    assert relative_error(loss.detach(), arrays["vsd_loss"]) < TOLERANCE
+    assert relative_error(latents.grad, arrays["vsd_grad"]) < TOLERANCE
+    assert all(parameter.grad is None for network in networks for parameter in network.parameters())
+
+
+def test_regulariser(networks, tensors):
+    _, regulariser = networks
+    settings, arrays, latents, embeds, _ = tensors
+    noise, timesteps = gaussian(settings["seed"], "diff_noise", latents.shape), torch.tensor(settings["diff_timesteps"])
+    loss = regulariser_loss(latents, noise, timesteps, denoiser(regulariser), embeds)
+    loss.backward()
+    assert relative_error(loss.detach(), arrays["diff_loss"]) < TOLERANCE
+    assert latents.grad is None
+    assert {name for name, p in regulariser.named_parameters() if p.grad is not None} == {
+        name for name in regulariser.state_dict() if ".lora_" in name
+    }
+    regulariser.zero_grad()
+
+
+def test_distillation_stands_still_where_both_agree(tensors):
+    """Without guidance, and with a regulariser that thinks as the frozen network does, nothing pulls."""
+    _, _, latents, embeds, _ = tensors
+    denoise = lambda noisy, timesteps, embeds: 0.3 * noisy  # noqa: E731
+    loss = distillation_loss(latents, torch.randn_like(latents), torch.tensor([30, 900]), denoise, denoise, embeds, None, guidance=1)
+    loss.backward()
+    assert loss.item() == 0 and latents.grad.abs().max() == 0
+
+
+def test_noise_and_x0_are_each_others_inverse():
+    latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
+    assert torch.allclose(predict_x0(add_noise(latents, noise, timesteps), noise, timesteps), latents, atol=1e-4)
+
+
+def test_gaussian_constraint():
+    """KL of N(m, s^2) to N(0, 1) is (m^2 + s^2 - 1 - ln s^2) / 2: with m = 2 and s^2 = 1 it is 2, with m = 0 and s^2 = e it is (e - 2) / 2."""
+    mean, logvar = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+    assert gaussian_constraint(Posterior(mean, logvar)).item() == pytest.approx((2 + (torch.e - 2) / 2) / 2)
+    assert gaussian_constraint(Posterior(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))).item() == 0
+
+
+def test_hinge_and_adversarial_losses():
+    """Real logits 2 and 0.5 miss 1 by 0 and 0.5, fake ones -3 and 0 miss -1 by 0 and 1; halved, averaged in each map, then over the maps."""
+    real, fake = [torch.tensor([2.0, 0.5]), torch.tensor([1.0])], [torch.tensor([-3.0, 0.0]), torch.tensor([-0.5])]
+    assert hinge_loss(real, fake).item() == pytest.approx((0.5 * (0.25 + 0.5) + 0.5 * 0.5) / 2)
+    assert adversarial_loss(fake).item() == pytest.approx((1.5 + 0.5) / 2)
+
+
+def test_latent_lpips(tmp_path):
+    """A file with the published keys: the distance is the weighted one of unit features, computed here with torch's own functions."""
+    torch.manual_seed(0)
+    state, width = {}, 4
+    for i, group in enumerate(_VGG):
+        for place, channels in group:
+            state[f"net.slice{i + 1}.{place}.weight"] = torch.randn(channels, width, 3, 3) / (3 * width**0.5)
+            state[f"net.slice{i + 1}.{place}.bias"] = 0.1 * torch.randn(channels)
+            width = channels
+        state[f"lin{i}.model.1.weight"] = torch.rand(1, width, 1, 1)
+    torch.save(state, tmp_path / "vgg16_sdturbo_lpips.pth")
+    network = LatentLPIPS.from_file(tmp_path / "vgg16_sdturbo_lpips.pth")
+
+    a, b = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16)
+    expected, features = torch.zeros(2), [a, b]
+    for i, group in enumerate(_VGG):
+        features = [F.max_pool2d(x, 2) if i == 4 else x for x in features]
+        for place, _ in group:
+            features = [
+                F.conv2d(x, state[f"net.slice{i + 1}.{place}.weight"], state[f"net.slice{i + 1}.{place}.bias"], padding=1).relu() for x in features
+            ]
+        difference = (F.normalize(features[0], dim=1) - F.normalize(features[1], dim=1)) ** 2
+        expected += F.conv2d(difference, state[f"lin{i}.model.1.weight"]).mean(dim=(1, 2, 3))
+    assert network(a, b).item() == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert network(a, a).item() == 0
+
+    torch.save({"lin0.model.1.weight": torch.rand(1, 64, 1, 1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth.*vgg16_sdturbo_lpips\.pth"):
+        LatentLPIPS.from_file(tmp_path / "other.pth")
+
+
+def test_discriminator_sees_every_scale():
+    torch.manual_seed(0)
+    network = LatentDiscriminator(text_width=32, channels=(32, 64))
+    logits = network(torch.randn(2, 4, 8, 8), torch.tensor([199, 99]), torch.randn(2, 8, 32))
+    assert [tuple(x.shape) for x in logits] == [(2, 1, 4, 4), (2, 1, 8, 8), (2, 1, 8, 8)]
+    adversarial_loss(logits).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())  # several processes wait for every gradient
