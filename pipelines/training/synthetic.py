@@ -20,7 +20,7 @@ def draw_picture(size: int, seed: int) -> Image.Image:
     palette = _palette(rng)
     picture = _surface(rng, palette, side, side)
     largest = side * rng.uniform(0.1, 0.5)
-    smallest = rng.uniform(4, 16)
+    smallest = rng.uniform(side / 256, side / 64)
     for _ in range(int(rng.integers(20, 300))):
         _leaf(picture, rng, palette, _radius(rng, smallest, largest))
     for draw, chance in ((_hair, 0.5), (_lines, 0.3), (_text, 0.3)):

@@ -1,0 +1,152 @@
+"""What trainings read: synthetic pictures, data sets, the degradation; and the small base models' own parts."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+from pipelines.cli import main
+from pipelines.training.autoencoder import AutoencoderTask, gradient_loss, normalize_latents, small_vae
+from pipelines.training.data import TrainingPictures, find_pictures, load_batches
+from pipelines.training.degradation import Degradation, Order, _blur_kernel, _sinc_kernel, jpeg
+from pipelines.training.optimizers import Muon, orthogonalize
+from pipelines.training.synthetic import draw_picture
+
+
+@pytest.fixture
+def folder(tmp_path):
+    main(["synthesize", "-o", str(tmp_path / "pictures"), "--count", "3", "--size", "96"])
+    return tmp_path / "pictures"
+
+
+def test_a_seed_draws_one_picture():
+    first, again, other = (np.asarray(draw_picture(48, seed)) for seed in (1, 1, 2))
+    assert first.shape == (48, 48, 3) and first.std() > 5
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_a_sample_depends_on_its_number_alone(folder):
+    pictures = TrainingPictures(find_pictures([folder]), 64, 12, seed=3, degradation=Degradation())
+    whole = list(load_batches(pictures, 2))
+    later = list(load_batches(TrainingPictures(find_pictures([folder]), 64, 12, seed=3, degradation=Degradation()), 2, first=4))
+    assert [len(whole), len(later)] == [6, 4]
+    for a, b in zip(whole[2:], later, strict=True):
+        assert torch.equal(a["hq"], b["hq"]) and torch.equal(a["lq"], b["lq"])
+    assert whole[0]["hq"].shape == (2, 3, 64, 64) and whole[0]["lq"].shape == (2, 3, 16, 16)
+    other = TrainingPictures(find_pictures([folder]), 64, 12, seed=4)[0]["hq"]
+    assert not torch.equal(other, pictures[0]["hq"])
+
+
+def test_lists_small_pictures_and_shares(folder, tmp_path):
+    Image.new("RGB", (20, 50), "red").save(tmp_path / "small.png")
+    (tmp_path / "list.txt").write_text("small.png\npictures/000000.png\n")
+    paths = find_pictures([tmp_path / "list.txt"])
+    assert [path.name for path in paths] == ["small.png", "000000.png"]
+    only_small = TrainingPictures(paths, 64, 5, weights=[1, 0])
+    assert all(torch.allclose(only_small[i]["hq"], torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 64, 64)) for i in range(5))
+
+
+def test_data_errors_name_the_source(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.txt").write_text("gone.png\n")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for source, message in (("nowhere", "found nothing at"), ("empty", "found no pictures"), ("list.txt", "gone.png, which is not there")):
+        with pytest.raises(ValueError, match=message):
+            find_pictures([tmp_path / source])
+    with pytest.raises(ValueError, match="broken.png, which can't be read"):
+        TrainingPictures([tmp_path / "broken.png"], 64, 1)[0]
+
+
+def test_degradation_is_seeded_and_a_quarter(folder):
+    picture = TrainingPictures(find_pictures([folder]), 64, 1)[0]["hq"]
+    degradation = Degradation()
+    results = [degradation(picture, seed) for seed in range(20)]
+    assert all(result.shape == (3, 16, 16) and 0 <= result.min() and result.max() <= 1 for result in results)
+    assert torch.equal(results[7], degradation(picture, 7)) and not torch.equal(results[7], results[8])
+    assert torch.allclose(results[3] * 255, (results[3] * 255).round(), atol=1e-4)
+    with pytest.raises(ValueError, match="found 62 x 64 pixels, expected multiples of 4"):
+        degradation(picture[:, :, :62], 0)
+
+
+def test_degradation_without_its_parts_is_a_resize():
+    """Chances at zero and ranges at one leave an enlarged-by-one picture, reduced."""
+    still = Order(0.0, (1, 1), (0, 0, 1), (1, 1), (0, 0), (0, 0), (100, 100))
+    ramp = torch.linspace(0.1, 0.9, 64).expand(3, 64, 64)
+    result = Degradation(first=still, second=still, final_sinc_chance=0.0)(ramp, 0)
+    assert (result - ramp.unflatten(-1, (16, 4)).mean(-1)[:, ::4]).abs().max() < 0.03
+
+
+def test_kernels_and_jpeg():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        assert abs(_blur_kernel(rng, 21, (0.2, 3.0)).sum() - 1) < 1e-5
+    kernel = _sinc_kernel(21, np.pi)
+    assert abs(kernel.sum() - 1) < 1e-5 and kernel.argmax() == 21 * 21 // 2
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    errors = [(jpeg(noise, quality) - noise).abs().mean() for quality in (95, 60, 30)]
+    assert errors == sorted(errors) and errors[0] > 0
+
+
+def test_muon_makes_steps_orthogonal_and_learns():
+    matrix = orthogonalize(torch.randn(12, 30, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(matrix)
+    assert 0.6 < values.min() and values.max() < 1.25
+    torch.manual_seed(0)
+    network, target = torch.nn.Conv2d(8, 8, 3, padding=1), torch.nn.Conv2d(8, 8, 3, padding=1)
+    optimizer, x = Muon(list(network.parameters()), lr=1e-2), torch.randn(4, 8, 8, 8)
+    losses = []
+    for _ in range(100):
+        loss = (network(x) - target(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+
+
+def test_gradient_loss_by_hand():
+    a, b = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    b[..., :2] = 1  # one edge of height 1 between columns 1 and 2
+    assert gradient_loss(a, b, scales=1).item() == pytest.approx(1 / 3)  # of three differences in each row, one is off by 1
+    assert gradient_loss(a, b, scales=2).item() == pytest.approx(1 / 3 + 1)
+    assert gradient_loss(b + 5, b, scales=2).item() == 0
+
+
+def test_normalized_latents_have_deviation_one_and_reconstruct_the_same():
+    torch.manual_seed(0)
+    vae = small_vae().eval()
+    torch.nn.init.normal_(vae.quant_conv.bias)
+    pictures = torch.rand(6, 3, 32, 32)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pictures * 2 - 1).latent_dist.mode()).sample
+        normalize_latents(vae, pictures)
+        posterior = vae.encode(pictures * 2 - 1).latent_dist
+        latents = posterior.mean * vae.config.scaling_factor
+        assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
+        assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3)
+        assert (vae.decode(posterior.mode()).sample - before).norm() < 1e-3 * before.norm()
+
+
+def test_decoder_only_leaves_the_encoder():
+    vae = small_vae()
+    task = AutoencoderTask(vae, decoder_only=True)
+    loss, _ = task.loss("autoencoder", {"hq": torch.rand(2, 3, 32, 32)}, torch.Generator().manual_seed(0))
+    loss.backward()
+    learned = {name.split(".")[0] for name, parameter in vae.named_parameters() if parameter.grad is not None}
+    assert learned == {"decoder", "post_quant_conv"}
+
+
+def test_train_vae_then_base(folder, tmp_path):
+    common = ["--data", str(folder), "--patch", "32", "--batch", "2", "--threads", "1", "--save-every", "2"]
+    assert main(["train", "vae", *common, "-o", str(tmp_path / "vae"), "--steps", "3", "--optimizer", "muon"]) == 0
+    assert (
+        main(
+            ["train", "base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae"), "--channels", "32", "64"]
+        )
+        == 0
+    )
+    for name in ("unet", "vae", "scheduler", "prompt_embeds.safetensors", "samples/0000003.png"):
+        assert (tmp_path / "base" / name).exists(), name
+    assert main(["train", "base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae")]) == 2
