@@ -2,9 +2,7 @@
 
 import logging
 import math
-import shutil
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,15 +16,13 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from .checkpoints import Progress, averaged, find_checkpoint, keep_what_learns, learning, save_checkpoint
 from .data import TrainingPictures, load_batches
 from .optimizers import Muon
 
 _log = logging.getLogger(__name__)
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-CHECKPOINT = "checkpoint"
-"""Folder below the output in which a run keeps what it needs to go on."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class Task(Protocol):
     """What is trained.
 
     ``phases`` names the alternating updates of a step, and what learns in each. ``loss`` gives the loss of one phase, and figures to log; random
-    draws come from ``generator``, on the CPU. The EMA is of the first phase's module. ``sample`` gives a picture for people to look at, (3, H, W) in [0, 1]. ``save`` writes the result.
+    draws come from ``generator``, on the CPU. The EMA is of the first phase's module. ``sample`` gives a picture for people to look at, (3, H, W) in [0, 1]. ``save`` writes the result, beside each checkpoint.
 
     A task may also have ``frozen`` networks, which the loop moves to the device, in the training's precision; ``measures``, moved in float32;
     ``optimizers`` of phases that want another than AdamW, as functions of parameters and options; and ``step``, the number of steps made, told by the loop.
@@ -82,8 +78,8 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         ValueError: the output holds another run's checkpoint and ``resume`` was not asked for.
         RuntimeError: a loss is not a finite number.
     """
-    checkpoint = options.output / CHECKPOINT
-    if checkpoint.exists() and not options.resume:
+    checkpoint = find_checkpoint(options.output)
+    if checkpoint and not options.resume:
         raise ValueError(
             f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to go on with it, or another --output."
         )
@@ -95,9 +91,9 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         project_dir=options.output,
     )
     accelerator.init_trackers("logs")
-    state, schedulers, optimizers = _Progress(), [], {}
+    state, schedulers, optimizers = Progress(), [], {}
     for phase, module in task.phases.items():
-        optimizer = getattr(task, "optimizers", {}).get(phase, _optimizer)(_learning(module), options)
+        optimizer = getattr(task, "optimizers", {}).get(phase, _optimizer)(learning(module), options)
         schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options)))
         task.phases[phase], optimizers[phase] = accelerator.prepare(module, optimizer)
     for network in getattr(task, "frozen", ()):
@@ -106,12 +102,12 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
             network.to(_HALF[accelerator.mixed_precision])
     for network in getattr(task, "measures", ()):
         network.to(accelerator.device)
-    accelerator.register_save_state_pre_hook(_keep_learning)
-    averaged = next(iter(task.phases.values()))
-    ema = EMAModel(_learning(averaged), decay=options.ema) if options.ema else None
+    keep_what_learns(accelerator)
+    first = next(iter(task.phases.values()))
+    ema = EMAModel(learning(first), decay=options.ema) if options.ema else None
     accelerator.register_for_checkpointing(state, *schedulers, *([ema] if ema else []))
-    if options.resume and (checkpoint.exists() or checkpoint.with_name("checkpoint.old").exists()):
-        accelerator.load_state(checkpoint if checkpoint.exists() else checkpoint.with_name("checkpoint.old"), strict=False)
+    if checkpoint:
+        accelerator.load_state(checkpoint)
         if ema:
             ema.to(accelerator.device)
         _log.info("going on from step %d", state.step)
@@ -135,7 +131,8 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
                     )
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    figures["gradient"] = accelerator.clip_grad_norm_(_learning(module), options.max_grad_norm)
+                    accelerator.unscale_gradients(optimizers[phase])  # not the other phase's, which may not be whole yet
+                    figures["gradient"] = nn.utils.clip_grad_norm_(learning(module), options.max_grad_norm)
                 optimizers[phase].step()
                 optimizers[phase].zero_grad()
                 for name, value in {phase: loss.detach(), **{f"{phase}/{name}": value for name, value in figures.items()}}.items():
@@ -145,7 +142,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         for scheduler in schedulers:
             scheduler.step()
         if ema:
-            ema.step(_learning(averaged))
+            ema.step(learning(first))
         state.step += 1
         bar.update()
         if state.step % options.log_every == 0:
@@ -153,47 +150,21 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
             accelerator.log({**sums, "lr": schedulers[0].get_last_lr()[0]}, step=state.step)
             bar.set_postfix({phase: f"{sums[phase]:.4f}" for phase in task.phases})
             sums.clear()
-        late = bool(broadcast(torch.tensor(time.monotonic() - began > 60 * options.max_minutes, device=accelerator.device)))
+        late = bool(broadcast(torch.tensor(int(time.monotonic() - began > 60 * options.max_minutes), device=accelerator.device)))
         last = late or state.step == options.steps
         if last or state.step % options.save_every == 0:
-            _save_checkpoint(accelerator, checkpoint)
+            save_checkpoint(accelerator, options.output)
+            if accelerator.is_main_process:
+                with averaged(ema, first):
+                    task.save(options.output)
         if accelerator.is_main_process and (last or state.step % options.sample_every == 0):
-            with _averaged(ema, averaged), torch.no_grad():
+            with averaged(ema, first), torch.no_grad():
                 _save_picture(task.sample(_to(example, accelerator.device)), options.output / "samples" / f"{state.step:07d}.png")
         if last:
             break
     bar.close()
-    if accelerator.is_main_process:
-        with _averaged(ema, averaged):
-            task.save(options.output)
     accelerator.end_training()
     return history
-
-
-class _Progress:
-    """The number of steps that were made, and the figures since the last that was logged, kept in the checkpoint."""
-
-    def __init__(self):
-        self.step, self.sums = 0, {}
-
-    def state_dict(self) -> dict:
-        return {"step": self.step, "sums": self.sums}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
-        self.sums.update(state.get("sums", {}))
-
-
-def _keep_learning(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-    """Checkpoints hold what learns, and not once more the frozen base around it."""
-    for model, state in zip(models, weights, strict=True):
-        learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        for name in [name for name in state if name not in learning]:
-            del state[name]
-
-
-def _learning(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _optimizer(parameters: list[nn.Parameter], options: LoopOptions) -> torch.optim.Optimizer:
@@ -209,32 +180,6 @@ def _rate(step: int, options: LoopOptions) -> float:
     if not options.cosine:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - options.warmup) / max(1, options.steps - options.warmup)))
-
-
-@contextmanager
-def _averaged(ema: EMAModel | None, module: nn.Module):
-    """Inside, the module has the averaged weights."""
-    if ema:
-        ema.store(_learning(module))
-        ema.copy_to(_learning(module))
-    try:
-        yield
-    finally:
-        if ema:
-            ema.restore(_learning(module))
-
-
-def _save_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Write beside the last checkpoint, then take its place: a run that is killed meanwhile has one that is whole."""
-    part, old = checkpoint.with_name("checkpoint.part"), checkpoint.with_name("checkpoint.old")
-    accelerator.save_state(part)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if checkpoint.exists():
-            checkpoint.rename(old)
-        part.rename(checkpoint)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
 
 
 def _save_picture(picture: torch.Tensor, path: Path) -> None:
