@@ -1,92 +1,144 @@
-"""Wall time, peak memory and seams of the nodes in a real ComfyUI, on small networks with random weights (tests/toys.py).
+"""Wall time and peak memory of both methods against the output's size, tiled and whole, in a real ComfyUI.
 
-    python benchmarks/run.py --sizes 512 1024 2048     # peak memory, each size in a process of its own
-    python benchmarks/run.py --seams                   # tiles against the whole picture
+    python benchmarks/run.py --sizes 512 1024 2048 4096 --whole 512 1024 --plot docs/memory.svg
+    python benchmarks/run.py --frames 20 200          # a batch of small frames
 
-Run it with ComfyUI's Python; ComfyUI is looked for in COMFYUI_PATH, then in ~/comfy/ComfyUI.
+Run it with ComfyUI's Python; ComfyUI is looked for in COMFYUI_PATH, then in ~/comfy/ComfyUI. Networks are small, with random weights; every size runs
+in a process of its own. Peak memory is what the process has at most above what it had before, without the picture that comes out.
 """
 
 import argparse
-import asyncio
-import os
-import resource
+import json
+import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from networks import SEED, load_nodes
 
-ROOT = Path(__file__).resolve().parent.parent
-COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
-SEED, TILE = 5, 256  # pixels
+TILE = 256
+"""Side of the VAE's tiles in pixels; the UNet's are 32 cells."""
 
-
-def load_nodes():
-    """ComfyUI's node classes, the pack's among them, on the CPU."""
-    sys.argv = sys.argv[:1]
-    sys.path[:0] = [str(COMFYUI), str(ROOT / "tests"), str(ROOT / "benchmarks")]
-    from comfy.cli_args import args
-
-    args.cpu = True
-    import nodes
-
-    async def load():
-        await nodes.init_public_apis()
-        await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes")
-
-    asyncio.run(load())
-    sys.path.append(str(ROOT))
-    return nodes.NODE_CLASS_MAPPINGS
+METHODS = {"OSEDiff": ("encode", "one step", "decode"), "InvSR": ("encode", "start state", "sampler", "decode")}
 
 
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident(peak: bool) -> float:
+    """MiB that this process has in memory, or had at most since :func:`forget_peak`."""
+    field = "VmHWM:" if peak else "VmRSS:"
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
 
 
-def run_once(size: int) -> None:
-    """Encode, one tiled OSEDiff step, decode; prints the time and the peak above what was there before, pictures and latents included."""
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def run_once(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
+    """Seconds and MiB of every stage."""
     nodes = load_nodes()
+    import networks
     import toys
+    from comfy_extras import nodes_custom_sampler as core
 
-    model, vae = toys.comfy_model(SEED), toys.comfy_vae(SEED)
-    picture = torch.rand(1, size, size, 3)
-    before, start = peak_mib(), time.perf_counter()
+    from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
+
+    pack = sys.modules[nodes["InvSRStartState"].__module__]
+    config = NoisePredictorConfig(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=128, temb_channels=64)
+    shapes = {k: tuple(v.shape) for k, v in NoisePredictor(config).state_dict().items()}
+    predictor = pack.manage(lambda **kwargs: NoisePredictor(config, **kwargs), toys.weights(SEED, "predictor", shapes))
+    vae, model, prompt = networks.comfy_vae(), toys.comfy_model(SEED), toys.conditioning(SEED)
+    if tiled:
+        model = nodes["FewStepSRTiledModel"].execute(model, tile_size=32, overlap=8)[0]
+    tile_size = TILE if tiled else max(256, size)
+    sigmas = torch.tensor([0.6, 0.0])
+    picture, low_quality = torch.rand(frames, size, size, 3), torch.rand(frames, size // 4, size // 4, 3)
+    results = {}
+
+    def sample():
+        guider = core.BasicGuider.execute(model, prompt)[0]
+        euler = core.KSamplerSelect.execute("euler")[0]
+        return core.SamplerCustomAdvanced.execute(results["start state"][0], guider, euler, sigmas, results["encode"][0])
+
+    stages = {
+        "encode": lambda: nodes["FewStepSRVAEEncode"].execute(picture, vae, tile_size=tile_size),
+        "one step": lambda: nodes["OSEDiffOneStep"].execute(model, prompt, results["encode"][0]),
+        "start state": lambda: nodes["InvSRStartState"].execute(predictor, low_quality, results["encode"][0], sigmas),
+        "sampler": sample,
+        "decode": lambda: nodes["FewStepSRVAEDecode"].execute(results["sampler"][0], vae, tile_size=tile_size),
+    }
+    measured = {}
     with torch.inference_mode():
-        latent = nodes["FewStepSRVAEEncode"].execute(picture, vae, tile_size=TILE)[0]
-        tiled = nodes["FewStepSRTiledModel"].execute(model, tile_size=32, overlap=8)[0]
-        restored = nodes["OSEDiffOneStep"].execute(tiled, toys.conditioning(SEED), latent)[0]
-        nodes["FewStepSRVAEDecode"].execute(restored, vae, tile_size=TILE)
-    print(f"| {size}² | {time.perf_counter() - start:.0f} s | {peak_mib() - before:.0f} MiB | {12 * size**2 / 2**20:.0f} MiB |", flush=True)
+        for name, stage in stages.items():
+            before, start = resident(peak=False), time.perf_counter()
+            forget_peak()
+            results[name] = stage()
+            of_result = 12 * size**2 * frames / 2**20 if name == "decode" else 0
+            measured[name] = [time.perf_counter() - start, resident(peak=True) - before - of_result]
+    return measured
 
 
-def seams() -> None:
-    nodes = load_nodes()
-    import seams as meter
-    import toys
+def measure(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
+    words = [sys.executable, __file__, "--once", str(size), str(frames), str(int(tiled))]
+    return json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
-    from sr.tiles import TileLayout
 
-    vae, size = toys.comfy_vae(SEED), 512
-    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 4, 4), size=(size, size), mode="bicubic").clamp(0, 1).movedim(1, -1)
-    rows, columns = meter.borders(TileLayout(size // 8, size // 8, TILE // 8, 8), 8)
-    for name, picture in (("smooth", smooth), ("textured", toys.picture(1, size, size))):
-        with torch.inference_mode():
-            latent = nodes["FewStepSRVAEEncode"].execute(picture, vae, tile_size=size)[0]
-            whole, tiled = (nodes["FewStepSRVAEDecode"].execute(latent, vae, tile_size=side)[0].movedim(-1, 1) for side in (size, TILE))
-        found = meter.measure(tiled, whole, rows, columns)
-        print(f"| {name} | {found.gradient_ratio:.3f} | {', '.join(f'{e:.3f}' for e in found.error_by_distance)} |", flush=True)
+def totals(measured: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Seconds of all stages and MiB of the hungriest one, for each method."""
+    return {m: (sum(measured[s][0] for s in stages), max(measured[s][1] for s in stages)) for m, stages in METHODS.items()}
+
+
+def machine() -> str:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.machine()
+    )
+    return f"{model}, {torch.get_num_threads()} threads, CPU, float32, PyTorch {torch.__version__}"
+
+
+def plot(rows: dict[tuple[int, bool], dict], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, both = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for i, (axes, label) in enumerate(zip(both, ("seconds", "peak MiB above the pictures"), strict=True)):
+        for colour, method in enumerate(METHODS):
+            for tiled, style in ((True, "-"), (False, "--")):
+                sizes = [size for size, kind in rows if kind == tiled]
+                values = [totals(rows[size, tiled])[method][i] for size in sizes]
+                axes.plot(sizes, values, f"C{colour}{style}", marker="o", label=f"{method} {'tiled' if tiled else 'whole'}")
+        axes.set(xscale="log", yscale="log", xlabel="output, pixels a side", ylabel=label)
+        axes.set_xticks(sorted({size for size, _ in rows}), labels=sorted({size for size, _ in rows}))
+        axes.minorticks_off()
+    both[0].legend()
+    figure.suptitle(machine(), fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[])
-    parser.add_argument("--once", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--seams", action="store_true")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[], help="outputs in tiles, in pixels a side")
+    parser.add_argument("--whole", type=int, nargs="*", default=[], help="outputs without tiles")
+    parser.add_argument("--frames", type=int, nargs="*", default=[], help="batches of frames of 256 pixels")
+    parser.add_argument("--plot", help="write the plot here (needs matplotlib)")
+    parser.add_argument("--once", type=int, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.once:
-        run_once(arguments.once)
-    for side in arguments.sizes:
-        subprocess.run([sys.executable, __file__, "--once", str(side)], check=True)
-    if arguments.seams:
-        seams()
+        print(json.dumps(run_once(*arguments.once)))
+        sys.exit()
+    print(machine())
+    print(
+        "| output | "
+        + " | ".join(f"{method}: s | MiB" for method in METHODS)
+        + " | MiB of encode, one step, start state, sampler, decode |\n|"
+        + "---|" * 6
+    )
+    rows = {}
+    for size, frames, tiled in (
+        [(s, 1, True) for s in arguments.sizes] + [(s, 1, False) for s in arguments.whole] + [(256, n, True) for n in arguments.frames]
+    ):
+        measured = measure(size, frames, tiled)
+        rows[size, tiled] = measured
+        columns = [f"{value:.0f}" for pair in totals(measured).values() for value in pair]
+        name = f"{frames} frames of {size}²" if arguments.frames else f"{size}² {'tiled' if tiled else 'whole'}"
+        print(f"| {name} | {' | '.join(columns)} | {', '.join(f'{mib:.0f}' for _, mib in measured.values())} |", flush=True)
+    if arguments.plot:
+        plot(rows, arguments.plot)

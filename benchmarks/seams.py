@@ -1,9 +1,16 @@
 """The seam meter: what tiles did to a picture, by the distance to their borders.
 
 It compares with the untiled result, so that it means something for any network: a picture's own edges are in both.
+
+    python benchmarks/seams.py                       # VAE, UNet and noise predictor
+    python benchmarks/seams.py --vae PATH --unet PATH --photo FILE ...
+
+Without paths the networks are the miniature's, where there is one, else random.
 """
 
+import argparse
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -50,3 +57,95 @@ def borders(layout, scale: int = 1) -> tuple[list[int], list[int]]:
         sorted({edge * scale for start in starts for edge in (start, start + side)} - {0, length * scale})
         for starts, side, length in ((layout.tops, tile.height, layout.height), (layout.lefts, tile.width, layout.width))
     )
+
+
+def report(name: str, tiled: torch.Tensor, whole: torch.Tensor, layout, scale: int = 1) -> None:
+    found = measure(tiled, whole, *borders(layout, scale))
+    error = ((tiled - whole).norm() / (whole - whole.mean()).norm()).item()
+    print(f"| {name} | {found.gradient_ratio:.3f} | {error:.3f} | {', '.join(f'{e:.3f}' for e in found.error_by_distance)} |", flush=True)
+
+
+def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
+    """Encoder and decoder in tiles of ``tile`` pixels."""
+    from pipelines.tiling import Tiling
+    from sr.tiled_coder import OVERLAP
+    from sr.tiles import TileLayout
+
+    for name, picture in pictures.items():
+        cells = picture.shape[-1] // 8
+        layout, cpu = TileLayout(cells, cells, tile // 8, OVERLAP), torch.device("cpu")
+        whole, tiled = (coding.encode(vae, picture, cpu) for coding in (Tiling(), Tiling(tile // 8)))
+        report(f"VAE encoder, {name}", tiled, whole, layout)
+        latents = whole[:, :4]
+        whole, tiled = (coding.decode(vae, latents, cpu) for coding in (Tiling(), Tiling(tile // 8)))
+        report(f"VAE decoder, {name}", tiled, whole, layout, 8)
+
+
+def unet_seams(unet, drawn, tile: int, overlaps: list[int]) -> None:
+    """One prediction at the methods' timesteps, on 2 x 2 tiles that overlap by that much; ``drawn(size)`` gives the pictures."""
+    from pipelines.tiling import Tiling
+    from sr.tiles import TileLayout
+
+    text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(0))
+
+    def network(timestep, tiles, owners):
+        return unet(tiles, timestep, encoder_hidden_states=text.expand(len(tiles), -1, -1)).sample
+
+    for timestep in (199, 999):
+        for overlap in overlaps:
+            for name, picture in drawn(2 * tile - overlap).items():
+                state = _state(picture)
+                predict = partial(network, timestep)
+                tiled, layout = Tiling(tile, overlap).predict(predict, state), TileLayout(*state.shape[-2:], tile, overlap)
+                report(f"UNet at {timestep}, overlap {overlap}, {name}", tiled, predict(state, [0]), layout)
+
+
+def _state(picture: torch.Tensor) -> torch.Tensor:
+    """A state (1, 4, h, w) in place of an encoded picture (1, 3, h, w): its deviation is 1, and a little of it is noise."""
+    state = torch.cat([picture, picture.mean(1, keepdim=True)], dim=1)
+    state = (state - state.mean((2, 3), keepdim=True)) / state.std((2, 3), keepdim=True)
+    return state + 0.5 * torch.randn(state.shape, generator=torch.Generator().manual_seed(0))
+
+
+def predictor_seams(predictor, drawn, overlaps: list[int]) -> None:
+    """The expected noise map, on 2 x 2 windows that overlap by that much."""
+    from sr.tiled_noise import WINDOW
+    from sr.tiles import TileLayout
+
+    for overlap in overlaps:
+        for name, picture in drawn(2 * (2 * WINDOW - overlap)).items():
+            whole = predictor(picture * 2 - 1, 199).mean
+            layout, tiled = TileLayout(*whole.shape[-2:], WINDOW, overlap), torch.zeros_like(whole)
+            for tile in layout.tiles:
+                tile.cut(tiled).add_(predictor(tile.cut(picture, 2) * 2 - 1, 199).mean * layout.window(tile))
+            report(f"noise predictor, overlap {overlap}, {name}", tiled, whole, layout)
+
+
+def main() -> None:
+    import networks
+
+    parser = argparse.ArgumentParser(description="What tiles do to pictures, against the same network without tiles.")
+    parser.add_argument("--vae", help="folder of an AutoencoderKL")
+    parser.add_argument("--unet", help="folder of a UNet2DConditionModel")
+    parser.add_argument("--predictor", help="file of a noise predictor")
+    parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the two drawn ones")
+    parser.add_argument("--size", type=int, default=768, help="of the VAE's pictures, in pixels (default: %(default)s)")
+    parser.add_argument("--tile", type=int, default=256, help="of the VAE, in pixels (default: %(default)s)")
+    parser.add_argument("--only", choices=["vae", "unet", "predictor"])
+    arguments = parser.parse_args()
+
+    def pictures(size):
+        return {"smooth": networks.smooth(size), "textured": networks.textured(size)} | {p: networks.photo(p, size) for p in arguments.photo}
+
+    print("| | gradient ratio | error | error from the border to the tile's middle |\n|---|---|---|---|")
+    with torch.no_grad():
+        if arguments.only in (None, "vae"):
+            vae_seams(networks.diffusers_vae(arguments.vae), pictures(arguments.size), arguments.tile)
+        if arguments.only in (None, "unet"):
+            unet_seams(networks.diffusers_unet(arguments.unet), pictures, 96, [8, 16, 24, 32])
+        if arguments.only in (None, "predictor"):
+            predictor_seams(networks.noise_predictor(arguments.predictor), pictures, [8, 16])
+
+
+if __name__ == "__main__":
+    main()

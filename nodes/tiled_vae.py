@@ -1,7 +1,6 @@
 """ComfyUI's VAE on pictures of any size and number: whole where they fit into memory, else in one pass over tiles."""
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -12,7 +11,7 @@ from comfy.ldm.modules.diffusionmodules.model import AttnBlock
 from einops import rearrange
 
 from ..sr.canvas import pad_for_vae, padded_side
-from ..sr.tiled_coder import MIN_TILE, OVERLAP, TiledCoder
+from ..sr.tiled_coder import MIN_TILE, TiledCoder
 from ..sr.tiled_vae import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
 from .streaming import ComfyUI
@@ -89,8 +88,7 @@ def _memory_used(vae, method: str, height: int, width: int) -> int:
 def _choose_tile(tile_size: int, vae, memory_used: Callable[[int, int], int], height: int, width: int) -> int:
     """Side of the tiles in cells, and the VAE on its device with room for one.
 
-    Without a ``tile_size`` it is the whole picture where that fits, else the largest tile that does, evened out so that the tiles overlap no more
-    than they must.
+    Without a ``tile_size`` it is the whole picture where that fits, else the largest tile that does.
     """
     if tile_size and (tile_size < 128 or tile_size % 64):
         raise ValueError(f"tile_size: found {tile_size}, expected 0 or a multiple of 64 from 128 on.")
@@ -105,10 +103,4 @@ def _choose_tile(tile_size: int, vae, memory_used: Callable[[int, int], int], he
     tile = MAX_TILE
     while tile > MIN_TILE and memory_used(min(tile, height), min(tile, width)) > free:
         tile -= 8
-    return max([MIN_TILE, *(_even(length, tile) for length in (height, width) if length > tile)])
-
-
-def _even(length: int, tile: int) -> int:
-    """The smallest tile that covers ``length`` with no more tiles than ``tile`` does."""
-    count = math.ceil((length - OVERLAP) / (tile - OVERLAP))
-    return math.ceil((length + (count - 1) * OVERLAP) / count)
+    return tile

@@ -1,6 +1,7 @@
 """A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in one pass over tiles."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +18,8 @@ OVERLAP = 8
 MIN_TILE = 16
 """Side of the smallest tiles, in cells."""
 
-MIN_MOSAIC = 32**2
-"""Cells of the reduced pass at least, where tiles are smaller and memory allows."""
+MIN_MOSAIC, MAX_MOSAIC = 32**2, 128**2
+"""Cells of the reduced pass, where memory allows: a quarter of the picture within these bounds, one tile at least."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class TiledCoder:
         Args:
             source: ``source(i)`` is picture i (1, C, H, W), asked for when it is its turn.
             result: zeros (B, C, h, w), to which the answers are added.
-            tile: side of the tiles in cells.
+            tile: side of the tiles in cells, or less where as many smaller ones cover the picture.
         """
         cells = tuple(side // self.out_of for side in result.shape[-2:])
         most = None
         while True:
             out_of_memory = False
             try:
-                return self._run(source, result, TileLayout(*cells, tile, min(OVERLAP, tile // 2)), most)
+                return self._run(source, result, TileLayout(*cells, max(_even(side, tile) for side in cells), OVERLAP), most)
             except Exception as error:
                 if tile <= MIN_TILE or not self.host.is_out_of_memory(error):
                     raise
@@ -81,7 +82,8 @@ class TiledCoder:
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
         area = first.height * first.width
-        reduced_cells = max(area, min(MIN_MOSAIC, group * area))
+        quarter = min(max(MIN_MOSAIC, layout.height * layout.width // 4), MAX_MOSAIC)
+        reduced_cells = max(area, min(quarter, group * area))
         for i, blended in enumerate(result):
             canvas = source(i)
 
@@ -93,3 +95,9 @@ class TiledCoder:
             self.host.before_call()
             whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.into), layout.height * layout.width)
             group = run_in_groups(layout.tiles, group, code_tiles, self.host, update)
+
+
+def _even(length: int, tile: int) -> int:
+    """The smallest tile that covers ``length`` with no more tiles than ``tile`` does."""
+    count = max(1, math.ceil((length - OVERLAP) / (tile - OVERLAP)))
+    return max(math.ceil((length + (count - 1) * OVERLAP) / count), MIN_TILE)

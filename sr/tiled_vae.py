@@ -109,14 +109,19 @@ def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Call
 def mosaic(picture: torch.Tensor, cells: int, scale: int = 1) -> torch.Tensor:
     """Blocks from all over (B, C, H, W), which has ``scale`` elements for each cell along a side, put together to about ``cells`` cells.
 
-    Rows and columns of blocks are spread evenly. A picture of no more than ``cells`` cells is its own mosaic.
+    Rows and columns of blocks are spread evenly; each channel gets the whole picture's mean and deviation, of which they are a sample.
+    A picture of no more than ``cells`` cells is its own mosaic.
     """
     height, width = (side // scale for side in picture.shape[-2:])
-    reduction = min(1.0, math.sqrt(cells / (height * width)))
+    reduction = math.sqrt(cells / (height * width))
+    if reduction >= 1:
+        return picture
+    reduced = picture
     for dim, length in ((-2, height), (-1, width)):
-        if reduction < 1:
-            picture = picture.index_select(dim, _spread(length, reduction, scale).to(picture.device))
-    return picture
+        reduced = reduced.index_select(dim, _spread(length, reduction, scale).to(picture.device))
+    (std, mean), (whole_std, whole_mean) = (torch.std_mean(part, dim=(-2, -1), keepdim=True) for part in (reduced, picture))
+    # Where the blocks missed all that happens, what they have is not blown up.
+    return (reduced - mean) * (whole_std / std.clamp(min=1e-6)).clamp(0.5, 2) + whole_mean
 
 
 def _spread(length: int, reduction: float, scale: int) -> torch.Tensor:
