@@ -16,6 +16,7 @@ from .training.cli import add_commands as add_training
 
 _UPSCALE = """\
 examples:
+  python -m pipelines upscale miniature/photo.png --demo
   python -m pipelines upscale photos -o restored --method invsr --download
   python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
   accelerate launch --multi_gpu --num_processes 4 -m pipelines upscale photos -o restored --method invsr      (GPUs share the folder)
@@ -73,7 +74,9 @@ _RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 def _add_upscale(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_upscale)
     command.add_argument("input", nargs="+", metavar="INPUT", help="pictures, folders (with their subfolders) and globs")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder for the results, or a file for one picture")
+    command.add_argument(
+        "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture (default: beside it, cat_x4.png)"
+    )
 
     method = command.add_argument_group("method")
     method.add_argument("--method", choices=["osediff", "invsr"], default="osediff", help="default: %(default)s")
@@ -89,6 +92,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR")
 
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
+    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI folder (default: COMFYUI_PATH)")

@@ -12,7 +12,7 @@ PROMPT_EMBEDS = "prompt_embeds.safetensors"
 """File of a base without text encoder: its only prompt, ``prompt_embeds`` (1, tokens, width)."""
 
 
-def small_unet(channels: tuple[int, ...] = (64, 96, 128), width: int = 64) -> UNet2DConditionModel:
+def small_unet(channels: tuple[int, ...] = (64, 64, 64), width: int = 64) -> UNet2DConditionModel:
     """A UNet with random weights; attention everywhere but at the highest resolution, heads of 32 channels."""
     lower = len(channels) - 1
     return UNet2DConditionModel(

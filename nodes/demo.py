@@ -1,0 +1,104 @@
+"""The miniature that comes with the pack, on the sockets on which a checkpoint's parts come."""
+
+import logging
+from functools import partial
+
+import comfy.model_base
+import comfy.model_detection
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.supported_models
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from ..sr.miniature import UNET_HEAD_DIM, VAE_NORM_GROUPS, find
+from ..sr.noise_predictor import NoisePredictor
+from .adapter import adapt_model, adapt_vae
+from .invsr import NoisePredictorSocket
+from .managed import manage
+
+_UNET = {
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 1, 1],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+}
+_VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 32,
+    "ch_mult": [1, 1, 2, 4],
+    "num_res_blocks": 1,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+class FewStepSRDemoLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FewStepSRDemoLoader",
+            display_name="Load Few-Step SR Demo",
+            category="FewStepSR",
+            description="Loads the miniature that comes with this pack: both methods at work in seconds on a CPU, without a download. "
+            "It is a toy beside Stable Diffusion; for real pictures put Load Checkpoint and the method's loader in its place.",
+            search_aliases=["demo", "miniature", "example", "osediff", "invsr", "super resolution"],
+            inputs=[
+                io.Combo.Input(
+                    "method",
+                    options=["OSEDiff", "InvSR"],
+                    default="OSEDiff",
+                    tooltip="OSEDiff: its adapter is on model and vae, as from Load OSEDiff. InvSR: the base itself, for the noise predictor.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="A UNet of Stable Diffusion's kind, 2 million weights."),
+                io.Vae.Output(tooltip="Its VAE, with Stable Diffusion's 4 channels at an eighth of the size."),
+                io.Conditioning.Output(tooltip="The one prompt it was trained with; it has no text encoder."),
+                NoisePredictorSocket.Output(tooltip="InvSR's noise predictor for this base."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, method="OSEDiff") -> io.NodeOutput:
+        model, vae = _load_model(), _load_vae()
+        if method == "OSEDiff":
+            adapter = load_osediff_adapter(find("osediff.safetensors"))
+            model, vae = adapt_model(model, adapter, 1.0), adapt_vae(vae, adapter, 1.0)
+        weights = load_noise_predictor_weights(find("noise_predictor.safetensors"))
+        predictor = manage(partial(NoisePredictor, weights.config), weights.state_dict)
+        prompt = comfy.utils.load_torch_file(str(find("prompt_embeds.safetensors")))["prompt_embeds"].float()
+        logging.info("Few-Step SR demo: a miniature base with %s", method)
+        return io.NodeOutput(model, vae, [[prompt, {}]], predictor)
+
+
+def _load_model():
+    names = comfy.utils.unet_to_diffusers(_UNET)
+    weights = comfy.utils.load_torch_file(str(find("unet/diffusion_pytorch_model.safetensors")))
+    weights = {names[key]: weight for key, weight in weights.items()}
+    config = comfy.supported_models.SD20(comfy.model_detection.detect_unet_config(weights, ""))
+    config.unet_config |= {"num_head_channels": UNET_HEAD_DIM, "num_heads": -1}
+    device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    dtype = comfy.model_management.unet_dtype(device, sum(w.numel() for w in weights.values()), config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device))
+    model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS)
+    patcher = comfy.model_patcher.CoreModelPatcher(model.eval(), load_device=device, offload_device=offload_device)
+    model.diffusion_model.load_state_dict({key: weight.to(dtype) for key, weight in weights.items()}, assign=patcher.is_dynamic())
+    return patcher
+
+
+def _load_vae():
+    weights = comfy.utils.load_torch_file(str(find("vae/diffusion_pytorch_model.safetensors")))
+    vae = comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": _VAE, "embed_dim": 4}}, dtype=torch.float32)  # its activations overflow in half
+    for module in vae.first_stage_model.modules():
+        if hasattr(module, "num_groups"):
+            module.num_groups = VAE_NORM_GROUPS
+    return vae
