@@ -4,15 +4,18 @@ import copy
 import math
 
 import numpy as np
+import pipeline_toys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tagger_toys import golden_picture, golden_tags, write_ram
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
+from pipelines.tagger import PromptTagger
 from pipelines.training.autoencoder import small_vae
 from pipelines.training.base_unet import small_unet, stable_diffusion_scheduler
 from pipelines.training.bases import Base, Prompts, load_base
@@ -295,6 +298,17 @@ def test_command(folder, tmp_path, mode, capfd):
     file = out / (ADAPTER_FILE if mode[0] == "osediff" else PREDICTOR_FILE)
     assert main(["info", str(file)]) == 0
     assert ("an OSEDiff adapter" if mode[0] == "osediff" else "an InvSR noise predictor") in capfd.readouterr().out
+
+
+def test_prompts_of_a_tagger(tmp_path):
+    """Tags are read off the high-quality pictures; the text encoder's output for them is the prompt."""
+    base = Base(pipeline_toys.unet(5), pipeline_toys.vae(5), pipeline_toys.text_encoder(), pipeline_toys.tokenizer(tmp_path / "tokenizer"))
+    photos = golden_picture().movedim(-1, 1)
+    prompts = Prompts(base, "sharp", "blurry", PromptTagger.from_files(write_ram(tmp_path)))
+    fixed = Prompts(base, ", ".join(golden_tags("ram")) + ", sharp,", "blurry")
+    assert torch.equal(prompts(photos), fixed(photos)) and torch.equal(prompts.negative(photos), fixed.negative(photos))
+    assert not torch.equal(fixed(photos), Prompts(base, "sharp")(photos))
+    assert len(prompts.networks) == 2 and not fixed.networks  # what is not needed again stays where it is
 
 
 def test_what_does_not_fit_is_said(folder, base, tmp_path, capfd):
