@@ -111,4 +111,4 @@ def photo(path: str, size: int) -> torch.Tensor:
     from PIL import Image, ImageOps
 
     image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image)).movedim(-1, 0)[None] / 255
+    return torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 255

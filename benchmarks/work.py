@@ -4,10 +4,11 @@
     python benchmarks/work.py --plot docs/work.svg
 
 Multiply-adds are counted on networks of the published sizes without computing anything. One step, CFG 1, tiles of the nodes' defaults with the VAE in
-tiles of 512 pixels.
+tiles of at most 768 pixels.
 """
 
 import argparse
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,11 +20,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sr.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
+from sr.tiled_coder import MAX_MOSAIC, MIN_MOSAIC, even_tile  # noqa: E402
+from sr.tiled_coder import OVERLAP as VAE_OVERLAP  # noqa: E402
 from sr.tiled_noise import OVERLAP, WINDOW  # noqa: E402
 from sr.tiled_vae import MAX_KEYS  # noqa: E402
 from sr.tiles import TileLayout  # noqa: E402
 
-UNET, VAE = (96, 24), (64, 8)  # side and overlap in latent cells
+UNET, VAE_TILE = (96, 24), 96  # side and overlap in latent cells
 CHOPPED = 648  # InvSR's own program at 4096 x 4096 with its default patches of 128 low-quality pixels
 
 
@@ -58,14 +61,16 @@ def tiled(network: str, cells: int, side: int, overlap: int) -> tuple[float, int
     tiles = len(TileLayout(cells, cells, side, overlap).tiles)
     work = tiles * tera_macs(network, min(side, cells))
     if tiles > 1 and network in ("encode", "decode"):
-        work += tera_macs(network, side) + tiles * 2 * side**2 * min(MAX_KEYS, side**2) * 512 / 1e12
+        mosaic = max(side**2, min(max(MIN_MOSAIC, cells**2 // 4), MAX_MOSAIC))
+        work += tera_macs(network, math.isqrt(mosaic)) + tiles * 2 * side**2 * min(MAX_KEYS, mosaic) * 512 / 1e12
         tiles += 1
     return work, tiles
 
 
 def row(pixels: int) -> dict[str, float | int | str]:
     cells = pixels // 8
-    parts = {"encode": VAE, "decode": VAE, "unet": UNET, "predictor": (WINDOW, OVERLAP)}
+    vae = even_tile(cells, VAE_TILE), VAE_OVERLAP
+    parts = {"encode": vae, "decode": vae, "unet": UNET, "predictor": (WINDOW, OVERLAP)}
     work = {name: tiled(name, cells, *tile) for name, tile in parts.items()}
     osediff = sum(work[name][0] for name in ("encode", "decode", "unet"))
     whole = {name: tera_macs(name, cells) for name in parts}

@@ -56,7 +56,7 @@ class TiledCoder:
         while True:
             out_of_memory = False
             try:
-                return self._run(source, result, TileLayout(*cells, max(_even(side, tile) for side in cells), OVERLAP), most)
+                return self._run(source, result, TileLayout(*cells, max(even_tile(side, tile) for side in cells), OVERLAP), most)
             except Exception as error:
                 if tile <= MIN_TILE or not self.host.is_out_of_memory(error):
                     raise
@@ -97,7 +97,7 @@ class TiledCoder:
             group = run_in_groups(layout.tiles, group, code_tiles, self.host, update)
 
 
-def _even(length: int, tile: int) -> int:
+def even_tile(length: int, tile: int) -> int:
     """The smallest tile that covers ``length`` with no more tiles than ``tile`` does."""
     count = max(1, math.ceil((length - OVERLAP) / (tile - OVERLAP)))
     return max(math.ceil((length + (count - 1) * OVERLAP) / count), MIN_TILE)

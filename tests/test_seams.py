@@ -1,0 +1,42 @@
+"""The seam meter, and what it says of tiles."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from benchmarks.networks import smooth, textured
+from benchmarks.seams import borders, measure
+from pipelines.tiling import Tiling
+from sr.tiled_coder import OVERLAP
+from sr.tiles import TileLayout
+
+PICTURES = pytest.mark.parametrize("draw", [smooth, textured])
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    """Random weights with groups of several channels, as Stable Diffusion's are."""
+    torch.manual_seed(5)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    return AutoencoderKL(block_out_channels=(32, 32, 64, 64), norm_num_groups=8, **blocks).eval()
+
+
+@PICTURES
+def test_the_meter_sees_a_seam(draw):
+    layout = TileLayout(32, 32, 18, 4)
+    picture, (rows, columns) = draw(256), borders(layout, 8)
+    assert measure(picture, picture, rows, columns).gradient_ratio == pytest.approx(1, abs=1e-3)
+    seam = picture.clone()
+    seam[..., rows[0] :, :] += 0.1 * picture.std()
+    found = measure(seam, picture, rows, columns)
+    assert found.gradient_ratio > 1.1
+
+
+@PICTURES
+@torch.no_grad()
+def test_tiles_of_the_vae_show_no_seams(vae, draw):
+    cpu, layout = torch.device("cpu"), TileLayout(24, 24, 16, OVERLAP)
+    tiled, whole = (tiling.encode(vae, draw(192), cpu) for tiling in (Tiling(16), Tiling()))
+    assert measure(tiled, whole, *borders(layout)).gradient_ratio < 1.1
+    tiled, whole = (tiling.decode(vae, whole[:, :4], cpu) for tiling in (Tiling(16), Tiling()))
+    assert 0.9 < measure(tiled, whole, *borders(layout, 8)).gradient_ratio < 1.1
