@@ -52,17 +52,23 @@ def _pass_on(conv: nn.Conv2d) -> None:
 
 
 class AutoencoderTask:
-    """Reconstruction (L1, L1 of differences at three scales, L1 of each latent cell's mean colour, which normalisation would drop) and a weak pull of the
+    """Reconstruction (L1, L1 of differences at three scales, L1 of each latent cell's mean tone and hue, which normalisation would drop) and a weak pull of the
     posterior to the standard normal.
 
     ``decoder_only`` leaves the latents as they are, so that what was trained on them stays good.
     """
 
     def __init__(
-        self, vae: AutoencoderKL, kl_weight: float = 1e-4, gradient_weight: float = 0.5, tone_weight: float = 2.0, decoder_only: bool = False
+        self,
+        vae: AutoencoderKL,
+        kl_weight: float = 1e-4,
+        gradient_weight: float = 0.5,
+        tone_weight: float = 2.0,
+        chroma_weight: float = 8.0,
+        decoder_only: bool = False,
     ):
         self.vae, self.kl_weight, self.decoder_only = vae, kl_weight, decoder_only
-        self.gradient_weight, self.tone_weight = gradient_weight, tone_weight
+        self.gradient_weight, self.tone_weight, self.chroma_weight = gradient_weight, tone_weight, chroma_weight
         vae.requires_grad_(True)
         if decoder_only:
             vae.encoder.requires_grad_(False)
@@ -75,9 +81,16 @@ class AutoencoderTask:
         noise = torch.randn(len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8, generator=generator).to(hq)
         reconstruction, kl = _autoencode(vae, hq, noise)
         l1, gradient = (reconstruction - hq).abs().mean(), gradient_loss(reconstruction, hq)
-        tone = (F.avg_pool2d(reconstruction, 8) - F.avg_pool2d(hq, 8)).abs().mean()
-        loss = l1 + self.gradient_weight * gradient + self.tone_weight * tone + (0 if self.decoder_only else self.kl_weight * kl)
-        return loss, {"l1": l1.detach(), "differences": gradient.detach(), "tone": tone.detach(), "kl": kl.detach()}
+        error = F.avg_pool2d(reconstruction - hq, 8)
+        tone, chroma = error.abs().mean(), (error - error.mean(1, keepdim=True)).abs().mean()
+        loss = (
+            l1
+            + self.gradient_weight * gradient
+            + self.tone_weight * tone
+            + self.chroma_weight * chroma
+            + (0 if self.decoder_only else self.kl_weight * kl)
+        )
+        return loss, {"l1": l1.detach(), "differences": gradient.detach(), "tone": tone.detach(), "chroma": chroma.detach(), "kl": kl.detach()}
 
     def sample(self, batch):
         hq = batch["hq"]
