@@ -44,7 +44,7 @@ def run_once(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
     from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
 
     pack = sys.modules[nodes["InvSRStartState"].__module__]
-    config = NoisePredictorConfig(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=128, temb_channels=64)
+    config = NoisePredictorConfig(block_out_channels=(64,), layers_per_block=(1,), time_channels=128, temb_channels=64)  # its attention is over all pixels
     shapes = {k: tuple(v.shape) for k, v in NoisePredictor(config).state_dict().items()}
     predictor = pack.manage(lambda **kwargs: NoisePredictor(config, **kwargs), toys.weights(SEED, "predictor", shapes))
     vae, model, prompt = networks.comfy_vae(), toys.comfy_model(SEED), toys.conditioning(SEED)
@@ -117,7 +117,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="*", default=[], help="outputs in tiles, in pixels a side")
     parser.add_argument("--whole", type=int, nargs="*", default=[], help="outputs without tiles")
-    parser.add_argument("--frames", type=int, nargs="*", default=[], help="batches of frames of 256 pixels")
+    parser.add_argument("--frames", type=int, nargs="*", default=[], help="batches of so many frames of 128 pixels")
     parser.add_argument("--plot", help="write the plot here (needs matplotlib)")
     parser.add_argument("--once", type=int, nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -133,7 +133,7 @@ if __name__ == "__main__":
     )
     rows = {}
     for size, frames, tiled in (
-        [(s, 1, True) for s in arguments.sizes] + [(s, 1, False) for s in arguments.whole] + [(256, n, True) for n in arguments.frames]
+        [(s, 1, True) for s in arguments.sizes] + [(s, 1, False) for s in arguments.whole] + [(128, n, True) for n in arguments.frames]
     ):
         measured = measure(size, frames, tiled)
         rows[size, tiled] = measured

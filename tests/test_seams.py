@@ -27,7 +27,7 @@ def test_the_meter_sees_a_seam(draw):
     picture, (rows, columns) = draw(256), borders(layout, 8)
     assert measure(picture, picture, rows, columns).gradient_ratio == pytest.approx(1, abs=1e-3)
     seam = picture.clone()
-    seam[..., rows[0] :, :] += 0.1 * picture.std()
+    seam[..., rows[0] :, :] += 0.3 * picture.std()
     found = measure(seam, picture, rows, columns)
     assert found.gradient_ratio > 1.1
 
