@@ -321,5 +321,7 @@ def test_what_does_not_fit_is_said(folder, base, tmp_path, capfd):
     save_file({"prompt_embeds": torch.randn(1, 8, WIDTH)}, tmp_path / "alone.safetensors")
     with pytest.raises(ValueError, match="negative prompt"):
         OSEDiffTask(base, Prompts(base, file=tmp_path / "alone.safetensors"), OSEDiffOptions())
+    with pytest.raises(ValueError, match="from 1 to 1000"):
+        InvSRTask(base, Prompts(base, file=tmp_path / "alone.safetensors"), InvSROptions(timesteps=(0,)))
     command = ["train", "osediff", "--base", str(folder / "base"), "--data", str(folder / "photos"), "-o", str(tmp_path / "run"), "--steps", "1"]
     assert main([*command, "--patch", "100"]) == 2 and "multiple of 64" in capfd.readouterr().err

@@ -11,7 +11,7 @@ from sr.checkpoints import NoisePredictorWeights
 from sr.convert import save_noise_predictor
 from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
 from sr.predictor_picture import fit_picture
-from sr.schedule import sigmas
+from sr.schedule import NUM_TRAIN_TIMESTEPS, sigmas
 
 from .bases import Base, Prompts
 from .common import cells, denoiser, draw, enlarge, sample_grid
@@ -59,6 +59,8 @@ class InvSRTask:
         perceptual: nn.Module | None = None,
         gradient_checkpointing: bool = False,
     ):
+        if not options.timesteps or not all(1 <= timestep <= NUM_TRAIN_TIMESTEPS for timestep in options.timesteps):
+            raise ValueError(f"timesteps: found {options.timesteps}, expected numbers from 1 to {NUM_TRAIN_TIMESTEPS}, such as {TIMESTEPS}.")
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
         self.step = 0
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []

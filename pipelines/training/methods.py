@@ -26,7 +26,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command = trainings.add_parser("osediff", parents=[common], help="OSEDiff: an adapter for Stable Diffusion 2.1-base", epilog=_OSEDIFF, **RAW)
     add_common(command, lr=5e-5)
     _add_base(command, prompt="none")
-    command.add_argument("--negative-prompt", default="", help="for guidance (default: none)")
+    command.add_argument("--negative-prompt", help="for guidance (default: the published one)")
     command.add_argument("--rank", type=int, default=4, help="of the low-rank updates (default: %(default)s)")
     command.add_argument("--mse-weight", type=float, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
     command.add_argument("--lpips-weight", type=float, default=2.0, help="of LPIPS, where its weights are at hand (default: %(default)g)")
@@ -41,7 +41,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--gradient-weight", type=float, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
     command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
     command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
-    command.set_defaults(run=_osediff, weight_decay=1e-2)
+    command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
     add_common(command, lr=5e-5)
@@ -63,7 +63,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--predictor-layers", type=int, nargs="+", default=[3, 3], help="of each level (default: 3 3)")
     command.add_argument("--predictor-time", type=int, nargs=2, default=[256, 512], help="widths of the timestep's embedding (default: 256 512)")
     command.add_argument("--init", type=Path, metavar="FILE", help="go on from this noise predictor; its dimensions count")
-    command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0)
+    command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0, max_grad_norm=float("inf"))
 
 
 def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
@@ -79,6 +79,8 @@ def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
         metavar="FILE",
         help="in place of text: safetensors with prompt_embeds (default: the base's own, if it has no text encoder)",
     )
+    command.add_argument("--max-grad-norm", type=float, help="longer gradients are cut to it (default: %(default)g)")
+    command.add_argument("--weight-decay", type=float, help="default: %(default)g")
     command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
 
 
@@ -102,13 +104,14 @@ def _osediff(arguments: argparse.Namespace) -> int:
     from ..tagger import PromptTagger
     from .bases import Prompts
     from .loop import train
-    from .osediff import OSEDiffOptions, OSEDiffTask
+    from .osediff import NEGATIVE_PROMPT, OSEDiffOptions, OSEDiffTask
     from .perceptual import load_lpips
 
     loop, pictures = loop_options(arguments), _pairs(arguments)
     base = _base(arguments, "osediff")
     tagger = PromptTagger.from_files(arguments.tagger, arguments.dape) if arguments.tagger else None
-    prompts = Prompts(base, arguments.prompt or "", arguments.negative_prompt, tagger, arguments.prompt_embeds)
+    negative = NEGATIVE_PROMPT if arguments.negative_prompt is None else arguments.negative_prompt
+    prompts = Prompts(base, arguments.prompt or "", negative, tagger, arguments.prompt_embeds)
     options = OSEDiffOptions(
         rank=arguments.rank,
         mse=arguments.mse_weight,

@@ -19,6 +19,12 @@ from .autoencoder import gradient_loss
 from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
 
+NEGATIVE_PROMPT = (
+    "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, blurring, dirty, messy, worst quality, "
+    "low quality, frames, watermark, signature, jpeg artifacts, deformed, lowres, over-smooth"
+)
+"""What the frozen base is led away from in the published training (OSEDiff's README)."""
+
 
 @dataclass(frozen=True)
 class OSEDiffOptions:
