@@ -99,5 +99,5 @@ class TiledCoder:
 
 def even_tile(length: int, tile: int) -> int:
     """The smallest tile that covers ``length`` with no more tiles than ``tile`` does."""
-    count = max(1, math.ceil((length - OVERLAP) / (tile - OVERLAP)))
+    count = 1 if length <= tile else math.ceil((length - OVERLAP) / (tile - OVERLAP))
     return max(math.ceil((length + (count - 1) * OVERLAP) / count), MIN_TILE)
