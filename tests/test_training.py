@@ -275,15 +275,33 @@ def test_resumed_run_is_the_uncut_one(folder, tmp_path, make):
     cut, whole = (load_file(tmp_path / name / file) for name in ("cut", "uncut"))
     assert cut.keys() == whole.keys() and all(torch.equal(cut[name], whole[name]) for name in whole)
     checkpoint = load_file(tmp_path / "cut" / "checkpoint" / "model.safetensors")
-    assert not any("decoder." in name and ".lora_" not in name for name in checkpoint), "the frozen base is no part of a checkpoint"
+    learned = ("",) if make is invsr else (".lora_", "unet.conv_in.base_layer.")
+    assert all(any(part in name for part in learned) for name in checkpoint), "the frozen base is no part of a checkpoint"
+
+
+SMALL = ["--predictor-channels", "64", "64", "--predictor-layers", "1", "1"]
 
 
 @pytest.mark.parametrize(
     "mode",
     [
         ["osediff", "--mixed-precision", "bf16", "--rank", "2"],
-        ["invsr", "--mode", "middle", "--predictor-channels", "64", "64", "--predictor-layers", "1", "1"],
+        ["invsr", "--mode", "middle", *SMALL],
+        [
+            "invsr",
+            "--mixed-precision",
+            "bf16",
+            "--adversarial-weight",
+            "0.1",
+            "--adversarial-from",
+            "0",
+            "--discriminator-channels",
+            "32",
+            "64",
+            *SMALL,
+        ],
     ],
+    ids=["osediff", "invsr", "invsr with discriminator"],
 )
 def test_command(folder, tmp_path, mode, capfd):
     """As a newcomer starts it: pictures, samples, a second start that must be meant, an output that ``info`` knows."""

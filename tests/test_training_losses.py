@@ -12,7 +12,7 @@ from pipelines.training.common import denoiser
 from pipelines.training.discriminator import LatentDiscriminator
 from pipelines.training.distillation import add_noise, distillation_loss, predict_x0, regulariser_loss
 from pipelines.training.losses import adversarial_loss, gaussian_constraint, hinge_loss
-from pipelines.training.perceptual import _VGG, LatentLPIPS
+from pipelines.training.perceptual import _VGG, LatentLPIPS, load_lpips
 from sr.posterior import Posterior
 
 TOLERANCE = 1e-4
@@ -122,6 +122,12 @@ def test_latent_lpips(tmp_path):
     torch.save({"lin0.model.1.weight": torch.rand(1, 64, 1, 1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth.*vgg16_sdturbo_lpips\.pth"):
         LatentLPIPS.from_file(tmp_path / "other.pth")
+
+
+def test_lpips_is_not_fetched(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert load_lpips() is None and "without the LPIPS loss" in caplog.text
+    assert not any(tmp_path.rglob("*.pth"))
 
 
 def test_discriminator_sees_every_scale():

@@ -34,7 +34,7 @@ def load_lpips() -> nn.Module | None:
         from lpips import LPIPS
 
         return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-    _log.warning("no LPIPS loss: %s. Results will be less sharp than the published ones.", missing)
+    _log.warning("training goes without the LPIPS loss, which the published one has: %s.", missing)
     return None
 
 
