@@ -222,7 +222,7 @@ def test_invsr_file_gives_the_same_latents(base, batch, tmp_path):
     [
         (osediff, {"vsd": 0.0, "mse": 0.0, "latent": 1.0}, 100, 0.5),
         (osediff, {"vsd": 0.0}, 60, 0.95),
-        (invsr, {"perceptual": 0.0}, 100, 0.8),
+        (invsr, {"perceptual": 0.0}, 200, 0.8),
     ],
     ids=["osediff on latents", "osediff", "invsr"],
 )
@@ -277,6 +277,15 @@ def test_resumed_run_is_the_uncut_one(folder, tmp_path, make):
     checkpoint = load_file(tmp_path / "cut" / "checkpoint" / "model.safetensors")
     learned = ("",) if make is invsr else (".lora_", "unet.conv_in.base_layer.")
     assert all(any(part in name for part in learned) for name in checkpoint), "the frozen base is no part of a checkpoint"
+
+
+def test_figures_for_tensorboard(folder, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    history = train(osediff(load_base(str(folder / "base"))), pictures(folder), LoopOptions(tmp_path, steps=2, batch=1, log_every=1))
+    events = accumulator.EventAccumulator(str(tmp_path / "logs")).Reload()
+    for name in ("generator", "generator/mse", "generator/vsd", "generator/gradient", "regulariser", "lr"):
+        assert [event.step for event in events.Scalars(name)] == [1, 2]
+    assert events.Scalars("generator/vsd")[1].value == pytest.approx(history[1]["generator/vsd"], rel=1e-6)
 
 
 SMALL = ["--predictor-channels", "64", "64", "--predictor-layers", "1", "1"]
