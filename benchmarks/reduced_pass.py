@@ -28,7 +28,7 @@ from run import forget_peak, machine, resident
 
 from pipelines.tiling import _share_attention
 from sr import tiled_vae
-from sr.tiled_coder import OVERLAP
+from sr.tiled_coder import MAX_MOSAIC, MIN_MOSAIC, OVERLAP
 from sr.tiled_vae import WholePicture, mosaic, share_whole_picture
 from sr.tiles import Tile, TileLayout
 
@@ -118,6 +118,7 @@ def tiles(way: str, vae, call, source: torch.Tensor, result: torch.Tensor, layou
 
 def compare(vae, name: str, picture: torch.Tensor, tile: int, ways: list[str]) -> None:
     side = picture.shape[-1] // 8
+    cells = min(max(MIN_MOSAIC, side**2 // 4), MAX_MOSAIC)
     layout = TileLayout(side, side, tile // 8, OVERLAP)
     encode, decode = (lambda vae, x: vae.encode(x).latent_dist.parameters), (lambda vae, x: vae.decode(x).sample)
     latents = encode(vae, picture * 2 - 1)[:, :4]
@@ -125,9 +126,8 @@ def compare(vae, name: str, picture: torch.Tensor, tile: int, ways: list[str]) -
         whole = call(vae, source)
         for way in ways:
             tiled = torch.zeros_like(whole)
-            start, before = time.perf_counter(), resident(peak=False)
-            forget_peak()
-            tiles(way, vae, call, source, tiled, layout, into, out_of, (tile // 8) ** 2)
+            before, start = forget_peak(), time.perf_counter()
+            tiles(way, vae, call, source, tiled, layout, into, out_of, cells)
             seconds, memory = time.perf_counter() - start, resident(peak=True) - before
             error = (tiled - whole).norm() / (whole - whole.mean()).norm()
             tone = F.avg_pool2d(tiled - whole, 4 * out_of).square().mean().sqrt() / whole.std()
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     parser.add_argument("--vae", help="folder of an AutoencoderKL")
     parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the two drawn ones")
     parser.add_argument("--size", type=int, default=768, help="of the pictures, in pixels (default: %(default)s)")
-    parser.add_argument("--tile", type=int, default=256, help="in pixels; the reduced pass has its area (default: %(default)s)")
+    parser.add_argument("--tile", type=int, default=256, help="in pixels (default: %(default)s)")
     parser.add_argument("--ways", nargs="*", default=["own", "exact, in step", *REDUCED])
     arguments = parser.parse_args()
     drawn = {"smooth": networks.smooth(arguments.size), "textured": networks.textured(arguments.size)}

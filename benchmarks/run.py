@@ -8,7 +8,9 @@ in a process of its own. Peak memory is what the process has at most above what 
 """
 
 import argparse
+import ctypes
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -30,8 +32,11 @@ def resident(peak: bool) -> float:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)) / 1024
 
 
-def forget_peak() -> None:
+def forget_peak() -> float:
+    """Start a new peak, with nothing kept that is free; MiB in memory now."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+    return resident(peak=False)
 
 
 def run_once(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
@@ -44,7 +49,9 @@ def run_once(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
     from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
 
     pack = sys.modules[nodes["InvSRStartState"].__module__]
-    config = NoisePredictorConfig(block_out_channels=(64,), layers_per_block=(1,), time_channels=128, temb_channels=64)  # its attention is over all pixels
+    config = NoisePredictorConfig(
+        block_out_channels=(64,), layers_per_block=(1,), time_channels=128, temb_channels=64
+    )  # its attention is over all pixels
     shapes = {k: tuple(v.shape) for k, v in NoisePredictor(config).state_dict().items()}
     predictor = pack.manage(lambda **kwargs: NoisePredictor(config, **kwargs), toys.weights(SEED, "predictor", shapes))
     vae, model, prompt = networks.comfy_vae(), toys.comfy_model(SEED), toys.conditioning(SEED)
@@ -63,24 +70,25 @@ def run_once(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
     stages = {
         "encode": lambda: nodes["FewStepSRVAEEncode"].execute(picture, vae, tile_size=tile_size),
         "one step": lambda: nodes["OSEDiffOneStep"].execute(model, prompt, results["encode"][0]),
+        "decode": lambda: nodes["FewStepSRVAEDecode"].execute(results["one step"][0], vae, tile_size=tile_size),
         "start state": lambda: nodes["InvSRStartState"].execute(predictor, low_quality, results["encode"][0], sigmas),
         "sampler": sample,
-        "decode": lambda: nodes["FewStepSRVAEDecode"].execute(results["sampler"][0], vae, tile_size=tile_size),
     }
     measured = {}
     with torch.inference_mode():
         for name, stage in stages.items():
-            before, start = resident(peak=False), time.perf_counter()
-            forget_peak()
+            before, start = forget_peak(), time.perf_counter()
             results[name] = stage()
             of_result = 12 * size**2 * frames / 2**20 if name == "decode" else 0
             measured[name] = [time.perf_counter() - start, resident(peak=True) - before - of_result]
+            print(f"{size}² {name}: {measured[name][0]:.0f} s, {measured[name][1]:.0f} MiB", file=sys.stderr, flush=True)
     return measured
 
 
 def measure(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
     words = [sys.executable, __file__, "--once", str(size), str(frames), str(int(tiled))]
-    return json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)}  # glibc gives back what is freed, instead of keeping it in pieces
+    return json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout.splitlines()[-1])
 
 
 def totals(measured: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
@@ -128,7 +136,7 @@ if __name__ == "__main__":
     print(
         "| output | "
         + " | ".join(f"{method}: s | MiB" for method in METHODS)
-        + " | MiB of encode, one step, start state, sampler, decode |\n|"
+        + " | MiB of encode, one step, decode, start state, sampler |\n|"
         + "---|" * 6
     )
     rows = {}

@@ -22,7 +22,7 @@ def require_text_width(width: int | None, channels: int, name: str) -> None:
 
 def require_pixel_values(picture: torch.Tensor, name: str) -> None:
     """Refuse pixels that are not finite, or not scaled to [0, 1]. Values a little outside, which bicubic enlargement makes, may be."""
-    low, high = picture.aminmax()
+    low, high = picture.amin(), picture.amax()  # unlike aminmax they make no copy
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ValueError(f"{name}: found values that are not numbers (NaN or infinity). Look at what made the picture.")
     if low < -1 or high > 2:
