@@ -338,6 +338,17 @@ def test_prompts_of_a_tagger(tmp_path):
     assert len(prompts.networks) == 2 and not fixed.networks  # what is not needed again stays where it is
 
 
+def test_base_with_text_encoder(tmp_path):
+    """A folder as the hub has it: prompts are encoded as the pipeline encodes them."""
+    pipeline = OSEDiffPipeline(**pipeline_toys.components(5, text=tmp_path / "tokenizer"))
+    pipeline.save_pretrained(tmp_path / "base")
+    base = load_base(str(tmp_path / "base"))
+    prompts = Prompts(base, "cat, fur", "blurry")
+    assert torch.equal(prompts(torch.zeros(2, 3, 64, 64)), pipeline.encode_prompt(["cat, fur"] * 2))
+    assert torch.equal(prompts.negative(torch.zeros(1, 3, 64, 64)), pipeline.encode_prompt("blurry"))
+    assert not any(parameter.requires_grad for network in (base.unet, base.vae, base.text_encoder) for parameter in network.parameters())
+
+
 def test_what_does_not_fit_is_said(folder, base, tmp_path, capfd):
     base.prompt_file = None
     with pytest.raises(ValueError, match="--prompt-embeds"):
