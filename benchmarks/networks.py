@@ -53,7 +53,9 @@ def comfy_vae():
 
 
 def _found(path: str | None, name: str) -> str | None:
-    """``path``, or the miniature's where there is one."""
+    """``path``, or the miniature's where there is one; None for random weights, which ``path`` may ask for."""
+    if path == "random":
+        return None
     return path or (str(MINIATURE / name) if (MINIATURE / name).exists() else None)
 
 

@@ -7,7 +7,7 @@
 - exact, recorded: the untiled picture's, for which it must run untiled once; what an exact way can reach at most.
 - exact, in step: all tiles at once, waiting for each other at every normalisation, so that all their activations are kept.
 - bicubic: a reduced picture's. matched: one that has the picture's mean and deviation in every channel again.
-- mosaic: blocks from all over the picture at full resolution; of 4 cells, and of 2 and 8. matched, too.
+- mosaic: blocks from all over the picture at full resolution, matched, too; of 4 cells, and of 2 and 8.
 
 Error is relative to the untiled result's deviation; tone is what is left of it in squares of 4 cells.
 """
@@ -93,7 +93,6 @@ REDUCED = {
     "bicubic, matched": lambda picture, cells, scale: matched(bicubic(picture, cells, scale), picture),
     "mosaic of 2": partial(blocks, 2),
     "mosaic of 4": partial(blocks, 4),
-    "mosaic of 4, matched": lambda picture, cells, scale: matched(blocks(4, picture, cells, scale), picture),
     "mosaic of 8": partial(blocks, 8),
 }
 

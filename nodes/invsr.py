@@ -25,6 +25,10 @@ from .vae import picture_size
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
 
 
+MAX_PREVIEWS = 16
+"""Noise maps shown of a batch: enlarged they are larger than small frames."""
+
+
 class InvSRNoisePredictorLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -104,7 +108,7 @@ class InvSRStartState(io.ComfyNode):
 
         latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
         start_state = latent_format.process_out(latent_format.process_in(samples.float()) + sigmas[0] * noise)
-        return io.NodeOutput(PredictedNoise(noise, seed), {**latent, "samples": start_state}, ui=ui.PreviewImage(noise_map_preview(noise), cls=cls))
+        return io.NodeOutput(PredictedNoise(noise, seed), {**latent, "samples": start_state}, ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls))
 
 
 def _start_timestep(sigmas: torch.Tensor) -> int:
