@@ -116,6 +116,7 @@ def plot(rows: dict[tuple[int, bool], dict], path: str) -> None:
         axes.set(xscale="log", yscale="log", xlabel="output, pixels a side", ylabel=label)
         axes.set_xticks(sorted({size for size, _ in rows}), labels=sorted({size for size, _ in rows}))
         axes.minorticks_off()
+        axes.set_ylim(bottom=1)
     both[0].legend()
     figure.suptitle(machine(), fontsize=8)
     figure.savefig(path, metadata={"Date": None})
