@@ -108,7 +108,9 @@ class InvSRStartState(io.ComfyNode):
 
         latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
         start_state = latent_format.process_out(latent_format.process_in(samples.float()) + sigmas[0] * noise)
-        return io.NodeOutput(PredictedNoise(noise, seed), {**latent, "samples": start_state}, ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls))
+        return io.NodeOutput(
+            PredictedNoise(noise, seed), {**latent, "samples": start_state}, ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls)
+        )
 
 
 def _start_timestep(sigmas: torch.Tensor) -> int:
