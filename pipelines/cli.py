@@ -89,7 +89,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--tagger", type=Path, help="OSEDiff: a tagger that reads each picture's prompt off it; --prompt is added at its end")
     method.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR")
+    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
 
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")

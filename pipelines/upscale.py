@@ -116,6 +116,8 @@ class Upscaler:
         settings = {name: value for name, value in settings.items() if value is not None}
         if arguments.color_fix:
             settings["color_fix"] = None if arguments.color_fix == "none" else arguments.color_fix
+        elif arguments.demo:
+            settings["color_fix"] = "wavelet"  # the miniature's VAE is poor in hues
         if arguments.method == "invsr":
             settings |= {"num_inference_steps": arguments.steps, "timesteps": arguments.timesteps}
         restored = self.pipeline(picture.image, **settings).images[0]
