@@ -115,7 +115,7 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path):
     separate = pipeline.decode(latents)
     pipeline.enable_tiling(TILE)
     shared = pipeline.decode(latents)
-    assert relative_error(shared, whole) < 0.6 * relative_error(separate, whole)
+    assert relative_error(shared, whole) < 0.8 * relative_error(separate, whole)
 
 
 @pytest.mark.parametrize("tile", [0, TILE])
