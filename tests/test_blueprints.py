@@ -1,0 +1,56 @@
+"""Blueprints: ComfyUI lists them, and they are the example workflows' stages with the same values."""
+
+import asyncio
+import importlib
+import json
+
+import pytest
+from conftest import ROOT
+
+BLUEPRINTS = {"OSEDiff Upscale": "osediff_x4", "InvSR Upscale": "invsr_x4"}
+OUTSIDE = {"LoadImage", "SaveImage", "MarkdownNote"}
+
+
+def stages(nodes: list[dict]) -> dict:
+    return {node["id"]: (node["type"], node.get("widgets_values")) for node in nodes if node["type"] not in OUTSIDE}
+
+
+def test_comfyui_lists_them(comfy, monkeypatch, tmp_path):
+    (tmp_path / "ComfyUI-FewStepSR").symlink_to(ROOT, target_is_directory=True)
+    monkeypatch.setattr(importlib.import_module("folder_paths"), "get_folder_paths", lambda kind: [str(tmp_path)])
+    manager = importlib.import_module("app.subgraph_manager").SubgraphManager()
+    listed = asyncio.run(manager.get_custom_node_subgraphs([]))
+    assert {entry["name"] for entry in listed.values()} == set(BLUEPRINTS)
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_unfolds_into_the_example(name):
+    blueprint = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())
+    (instance,), (graph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    workflow = json.loads((ROOT / "example_workflows" / f"{BLUEPRINTS[name]}.json").read_text())
+    assert instance["type"] == graph["id"] and graph["name"] == name
+    assert stages(graph["nodes"]) == stages(workflow["nodes"])
+
+    inside = {node["id"] for node in graph["nodes"]}
+    wires = {(k["origin_id"], k["origin_slot"], k["target_id"], k["target_slot"]) for k in graph["links"]}
+    assert {w for w in wires if w[0] in inside and w[2] in inside} == {tuple(k[1:5]) for k in workflow["links"] if {k[1], k[3]} <= inside}
+
+
+@pytest.mark.parametrize("name", BLUEPRINTS)
+def test_each_socket_leads_to_an_input(name):
+    """Every outer input ends at inputs of its type, every link is known at both ends, and each widget starts with the stage's value."""
+    blueprint = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())
+    (instance,), (graph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
+    nodes, links = {node["id"]: node for node in graph["nodes"]}, {link["id"]: link for link in graph["links"]}
+    assert [entry["name"] for entry in graph["inputs"]] == [entry["name"] for entry in instance["inputs"]]
+    for slot, entry in enumerate(graph["inputs"]):
+        assert entry["linkIds"]
+        for link in (links[i] for i in entry["linkIds"]):
+            target = nodes[link["target_id"]]["inputs"][link["target_slot"]]
+            assert (link["origin_id"], link["origin_slot"], target["link"], target["type"]) == (-10, slot, link["id"], entry["type"])
+    values = dict(zip([widget for _, widget in instance["properties"]["proxyWidgets"]], instance["widgets_values"], strict=True))
+    assert values.keys() == {entry["name"] for entry in instance["inputs"] if "widget" in entry}
+    for entry in graph["inputs"]:
+        if entry["name"] in values:
+            assert values[entry["name"]] in nodes[links[entry["linkIds"][0]]["target_id"]]["widgets_values"]
+    assert {link["target_id"] for link in links.values() if link["id"] in graph["outputs"][0]["linkIds"]} == {-20}
