@@ -13,3 +13,12 @@ def test_requirements_are_in_step():
     operators = {spec.operator for line in lines for spec in Requirement(line).specifier}
     assert operators == {">="}, "no upper pins: version conflicts are the first complaint of every pack"
     assert (ROOT / project["license"]["file"]).is_file() and (ROOT / project["readme"]).is_file()
+
+
+def test_the_registrys_pictures_are_here():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    version, comfy = metadata["project"]["version"], metadata["tool"]["comfy"]
+    for picture in (comfy["Icon"], comfy["Banner"]):
+        assert (ROOT / picture.partition("/main/")[2]).is_file(), picture
+    assert f"## {version} " in (ROOT / "CHANGELOG.md").read_text()
