@@ -1,7 +1,6 @@
 """A real ComfyUI server as a process of its own, and its HTTP interface as the web page uses it."""
 
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -62,11 +61,6 @@ class Server:
             body = answer.read()
             return json.loads(body) if "json" in answer.headers.get("Content-Type", "") else body
 
-    def put_input(self, picture: Path, name: str) -> None:
-        """A picture where LoadImage finds it."""
-        (self.base / "input").mkdir(exist_ok=True)
-        shutil.copy(picture, self.base / "input" / name)
-
     def run(self, prompt: dict, timeout: float = 900) -> dict:
         """Queue an API-format prompt and wait. Returns the history entry; fails with the node's own message where a node failed."""
         request = urllib.request.Request(self.url + "/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"})
@@ -111,8 +105,10 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
                 inputs[name] = next(values)
-                if options.get("control_after_generate") or options.get("image_upload"):
+                if options.get("control_after_generate") or options.get("image_upload") or options.get("video_upload"):
                     next(values)
+            if kind == "COMFY_DYNAMICCOMBO_V3":  # a choice, then the widgets that it brings, named "choice.widget"
+                inputs |= {socket: next(values) for socket in sockets if socket.split(".")[0] == name}
             if sockets.get(name) is not None:
                 _, source, slot, *_ = links[sockets[name]]
                 inputs[name] = [str(source), slot]

@@ -1,22 +1,28 @@
-"""The example workflows in a real ComfyUI server, from a real photo to a saved picture four times larger."""
+"""Every template in a real ComfyUI server, from a real photo to a saved picture."""
 
 import json
 import os
+from collections import defaultdict
 from pathlib import Path
 
+import extra_models
+import numpy as np
 import pytest
 import stable_diffusion
 import tagger_toys
+import torch
 from comfy_server import Server, to_prompt
 from conftest import ROOT
+from PIL import Image
 
 PHOTO = Path(__file__).parent / "data" / "chelsea.png"
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+RELEASED = sorted((ROOT / "tests" / "fixtures" / "workflows").glob("*/*.json"))
 
 
 def write_models(models: Path, size: str) -> None:
     """Files under the names that the example workflows ask for."""
-    for folder in ("checkpoints", "osediff", "invsr", "dape"):
+    for folder in ("checkpoints", "osediff", "invsr", "dape", "loras", "controlnet", "upscale_models"):
         (models / folder).mkdir(parents=True)
     base = models / "checkpoints" / "v2-1_512-ema-pruned.safetensors"
     stable_diffusion.write_checkpoint(base, size)
@@ -25,13 +31,29 @@ def write_models(models: Path, size: str) -> None:
     stable_diffusion.write_predictor(models / "invsr" / "noise_predictor_sd_turbo_v5.pth", size)
     # A small tagger that always finds its first eight tags.
     tagger_toys.write_ram(models / "dape", thresholds=[0.0 if i < 8 else 2.0 for i in range(len(tagger_toys.NAMES))])
+    extra_models.write_lora(models / "loras" / "my_lora.safetensors", size)
+    extra_models.write_controlnet(models / "controlnet" / "control_v11p_sd21_canny.safetensors", size)
+    extra_models.write_upscaler(models / "upscale_models" / "RealESRGAN_x4plus.safetensors")
 
 
 def start(comfy, base: Path, size: str) -> Server:
     write_models(base / "models", size)
     server = Server(comfy.path, base)
-    server.put_input(PHOTO, "example.png")
+    (base / "input").mkdir()
+    photo().save(base / "input" / "example.png")
+    extra_models.write_video(base / "input" / "video.mp4", frames())
     return server
+
+
+def photo() -> Image.Image:
+    """50 x 37 pixels; four times that is no multiple of the VAE's 8."""
+    return Image.open(PHOTO).convert("RGB").resize((50, 37), Image.Resampling.BICUBIC)
+
+
+def frames() -> torch.Tensor:
+    """Three pictures of 50 x 36, each a pixel further to the right."""
+    picture = torch.from_numpy(np.asarray(photo())[:36].copy()) / 255
+    return torch.stack([picture.roll(i, dims=1) for i in range(3)])
 
 
 @pytest.fixture(scope="module")
@@ -40,19 +62,28 @@ def server(comfy, tmp_path_factory):
         yield running
 
 
-def check_workflow(server: Server, workflow: dict) -> dict:
-    """Run a saved workflow; the saved picture is four times the photo's size and not constant. Returns the outputs by class."""
-    from PIL import Image
-
+def run(server: Server, workflow: dict) -> dict[str, list[dict]]:
+    """Run a workflow as the page saved it. Returns what its nodes showed or saved, by node class and in the nodes' order."""
     prompt = to_prompt(workflow, server.get("/object_info"))
     outputs = server.run(prompt)["outputs"]
-    by_class = {prompt[node]["class_type"]: output for node, output in outputs.items()}
-    [saved] = by_class["SaveImage"]["images"]
-    assert saved["type"] == "output" and saved["filename"].endswith(".png")
-    picture, photo = server.image(saved), Image.open(PHOTO)
-    assert picture.size == (4 * photo.width, 4 * photo.height)
-    assert min(high - low for low, high in picture.convert("RGB").getextrema()) > 50
+    by_class = defaultdict(list)
+    for node in sorted(outputs, key=int):
+        by_class[prompt[node]["class_type"]].append(outputs[node])
     return by_class
+
+
+def check_saved(server: Server, outputs: dict[str, list[dict]], size: tuple[int, int] = (200, 148)) -> list[bytes]:
+    """The saved pictures have this size and are not constant. Returns their pixels."""
+    pictures = [saved for output in outputs["SaveImage"] for saved in output["images"]]
+    assert pictures and all(saved["type"] == "output" and saved["filename"].endswith(".png") for saved in pictures)
+    pictures = [server.image(saved).convert("RGB") for saved in pictures]
+    assert [picture.size for picture in pictures] == [size] * len(pictures)
+    assert all(min(high - low for low, high in picture.getextrema()) > 50 for picture in pictures)
+    return [picture.tobytes() for picture in pictures]
+
+
+def load(name: str) -> dict:
+    return json.loads((ROOT / "example_workflows" / f"{name}.json").read_text())
 
 
 def test_pack_is_there(server, comfy):
@@ -72,28 +103,78 @@ def test_pack_is_there(server, comfy):
         assert server.get(f"/api/workflow_templates/ComfyUI-FewStepSR/{workflow.name}")["version"] == 0.4
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_example_workflow(server, path):
-    outputs = check_workflow(server, json.loads(path.read_text()))
-    if "tagged" in path.stem:
-        assert outputs["DAPETagger"]["text"] == [", ".join(tagger_toys.NAMES[:8])]
-    if "invsr" in path.stem:
-        [noise_map] = outputs["InvSRStartState"]["images"]
-        assert noise_map["type"] == "temp" and server.image(noise_map).size == (50 * 6, 38 * 6)
+PHOTO_X4 = [
+    "osediff_x4",
+    "osediff_x4_tagged",
+    "invsr_x4",
+    "large_picture_tiled",
+    "osediff_lora_controlnet",
+    "gan_then_osediff",
+    "fidelity_and_detail",
+]
 
 
-@pytest.mark.parametrize("steps", [2, 3, 4, 5])
-def test_invsr_steps(server, steps):
-    workflow = json.loads((ROOT / "example_workflows" / "invsr_x4.json").read_text())
-    [scheduler] = [n for n in workflow["nodes"] if n["type"] == "FewStepScheduler"]
-    scheduler["widgets_values"][1] = steps
-    check_workflow(server, workflow)
+@pytest.mark.parametrize("name", PHOTO_X4)
+def test_template(server, name):
+    outputs = run(server, load(name))
+    check_saved(server, outputs)
+    if name == "osediff_x4_tagged":
+        assert outputs["DAPETagger"] == [{"text": [", ".join(tagger_toys.NAMES[:8])]}]
+    if "InvSRStartState" in outputs:
+        check_noise_map(server, outputs, (25 * 13, 19 * 13))
+    for comparison in outputs["ImageCompare"]:
+        a, b = (server.image(comparison[side][0]) for side in ("a_images", "b_images"))
+        assert a.size == b.size == (200, 148) and a.tobytes() != b.tobytes()
+
+
+def check_noise_map(server, outputs, size):
+    for output in outputs["InvSRStartState"]:
+        [noise_map] = output["images"]
+        assert noise_map["type"] == "temp" and server.image(noise_map).size == size
+
+
+def test_template_invsr_1_to_5_steps(server):
+    """The server runs what five branches share once; every number of steps gives another picture."""
+    pictures = check_saved(server, run(server, load("invsr_1_to_5_steps")))
+    assert len(pictures) == len(set(pictures)) == 5
+
+
+def test_template_text_to_image(server):
+    workflow = load("text_to_image_invsr_x4")
+    [canvas] = [n for n in workflow["nodes"] if n["type"] == "EmptyLatentImage"]
+    assert canvas["widgets_values"] == [512, 512, 1]
+    canvas["widgets_values"] = [64, 64, 1]  # 2048 pixels take minutes here
+    outputs = run(server, workflow)
+    check_saved(server, outputs, (256, 256))
+    check_noise_map(server, outputs, (256, 256))
+
+
+def test_template_video(server):
+    import av
+
+    [output] = run(server, load("video_osediff_x2"))["SaveVideo"]
+    [saved] = output["images"]
+    with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
+        assert video.streams.video[0].average_rate == 8
+        pictures = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    assert [picture.shape for picture in pictures] == [(72, 100, 3)] * 3
+    assert all(picture.std() > 10 for picture in pictures)
+
+
+def test_every_template_is_run():
+    run_here = {*PHOTO_X4, "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2"}
+    assert run_here == {path.stem for path in WORKFLOWS}
+
+
+@pytest.mark.parametrize("path", RELEASED, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_released_workflow(server, path):
+    """What users saved with an earlier version still runs."""
+    check_saved(server, run(server, json.loads(path.read_text())))
 
 
 def test_a_wrong_file_is_named_to_the_user(server):
     (server.base / "models" / "osediff" / "page.pkl").write_text("<!DOCTYPE html><html>sign in</html>")
-    workflow = json.loads((ROOT / "example_workflows" / "osediff_x4.json").read_text())
-    prompt = to_prompt(workflow, server.get("/object_info"))
+    prompt = to_prompt(load("osediff_x4"), server.get("/object_info"))
     [loader] = [n for n in prompt.values() if n["class_type"] == "OSEDiffLoader"]
     loader["inputs"]["osediff_name"] = "page.pkl"
     with pytest.raises(AssertionError, match=r"page\.pkl: this is a web page saved under a weight file's name"):
@@ -103,5 +184,5 @@ def test_a_wrong_file_is_named_to_the_user(server):
 @pytest.mark.skipif(not os.environ.get("FEWSTEP_SR_FULL"), reason="2.6 GB of weights and several minutes: set FEWSTEP_SR_FULL=1")
 def test_full_size_architecture(comfy, tmp_path):
     with start(comfy, tmp_path, "full") as server:
-        for path in WORKFLOWS:
-            check_workflow(server, json.loads(path.read_text()))
+        for name in ("osediff_x4", "osediff_x4_tagged", "invsr_x4"):
+            check_saved(server, run(server, load(name)))
