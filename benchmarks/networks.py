@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", "~/comfy/ComfyUI")).expanduser()
-MINIATURE = ROOT / "miniature"
 SEED = 5
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -52,18 +51,11 @@ def comfy_vae():
     return vae
 
 
-def _found(path: str | None, name: str) -> str | None:
-    """``path``, or the miniature's where there is one; None for random weights, which ``path`` may ask for."""
-    if path == "random":
-        return None
-    return path or (str(MINIATURE / name) if (MINIATURE / name).exists() else None)
-
-
 def diffusers_vae(path: str | None):
-    """The VAE in ``path``, or the miniature's, or one with random weights."""
+    """The VAE in ``path``, or one with random weights."""
     from diffusers import AutoencoderKL
 
-    if path := _found(path, "vae"):
+    if path:
         return AutoencoderKL.from_pretrained(path).eval()
     torch.manual_seed(SEED)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
@@ -71,10 +63,10 @@ def diffusers_vae(path: str | None):
 
 
 def diffusers_unet(path: str | None):
-    """The UNet in ``path``, or the miniature's, or one of the published structure with a tenth of its channels and random weights."""
+    """The UNet in ``path``, or one of the published structure with a tenth of its channels and random weights."""
     from diffusers import UNet2DConditionModel
 
-    if path := _found(path, "unet"):
+    if path:
         return UNet2DConditionModel.from_pretrained(path).eval()
     torch.manual_seed(SEED)
     return UNet2DConditionModel(
@@ -83,10 +75,10 @@ def diffusers_unet(path: str | None):
 
 
 def noise_predictor(path: str | None):
-    """The predictor in ``path``, or the miniature's, or a small one with random weights."""
+    """The predictor in ``path``, or a small one with random weights."""
     from pipelines import InvSRNoisePredictor
 
-    if path := _found(path, "noise_predictor.safetensors"):
+    if path:
         return InvSRNoisePredictor.from_weights(path)
     torch.manual_seed(SEED)
     return InvSRNoisePredictor(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=128, temb_channels=64).eval()

@@ -1,6 +1,6 @@
 """What the tiles of a VAE are normalised with: ways to get it, measured against the untiled picture.
 
-    python benchmarks/reduced_pass.py                     # the miniature's VAE, where there is one, else random weights
+    python benchmarks/reduced_pass.py                     # random weights
     python benchmarks/reduced_pass.py --vae PATH --size 768 --tile 256 --photo FILE ...
 
 - own: each tile by itself.

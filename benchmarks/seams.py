@@ -5,7 +5,7 @@ It compares with the untiled result, so that it means something for any network:
     python benchmarks/seams.py                       # VAE, UNet and noise predictor
     python benchmarks/seams.py --vae PATH --unet PATH --photo FILE ...
 
-Without paths the networks are the miniature's, where there is one, else random; for random ones the path is "random".
+Without paths the networks have random weights.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """The methods' stages as ComfyUI nodes on native sockets."""
 
 from .color import FewStepSRColorFix
-from .demo import FewStepSRDemoLoader
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
 from .scheduler import FewStepScheduler
@@ -22,5 +21,4 @@ NODES = [
     FewStepSRVAEEncode,
     FewStepSRVAEDecode,
     FewStepSRColorFix,
-    FewStepSRDemoLoader,
 ]

@@ -16,7 +16,6 @@ from .training.cli import add_commands as add_training
 
 _UPSCALE = """\
 examples:
-  python -m pipelines upscale miniature/photo.png --demo
   python -m pipelines upscale photos -o restored --method invsr --download
   python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
   accelerate launch --multi_gpu --num_processes 4 -m pipelines upscale photos -o restored --method invsr      (GPUs share the folder)
@@ -89,10 +88,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--tagger", type=Path, help="OSEDiff: a tagger that reads each picture's prompt off it; --prompt is added at its end")
     method.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
+    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR")
 
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
-    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI folder (default: COMFYUI_PATH)")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from comfy_server import Server
 from conftest import ROOT
+from test_server import photo, write_models
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 
@@ -21,10 +22,11 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 @pytest.fixture(scope="module")
 def server(comfyui_path, tmp_path_factory):
-    """No model files: what runs is the miniature, on the picture that ships with ComfyUI."""
+    """Reduced networks with random weights under the names that the templates ask for, and a small photo."""
     base = tmp_path_factory.mktemp("comfyui")
     (base / "input").mkdir()
-    shutil.copy(comfyui_path / "input" / "example.png", base / "input")
+    photo().save(base / "input" / "example.png")
+    write_models(base / "models", "reduced")
     with Server(comfyui_path, base) as running:
         yield running
 
@@ -58,7 +60,7 @@ def test_templates_are_listed_and_open(page):
     dialog.get_by_text("ComfyUI-FewStepSR").first.click()
     for path in TEMPLATES:
         dialog.get_by_text(path.stem, exact=True).first.wait_for()
-    dialog.get_by_text("try_invsr", exact=True).first.click()
+    dialog.get_by_text("invsr_x4", exact=True).first.click()
     page.wait_for_function("() => app.graph._nodes.some(n => n.type === 'InvSRStartState')")
 
 
@@ -83,7 +85,7 @@ def overlap(a: list[float], b: list[float]) -> bool:
 
 
 def test_a_run_shows_progress_noise_map_and_result(page):
-    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / "try_invsr.json").read_text()))
+    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / "invsr_x4.json").read_text()))
     page.evaluate(
         """() => {
             window.progress = {}
@@ -95,13 +97,13 @@ def test_a_run_shows_progress_noise_map_and_result(page):
     for node in ("InvSRStartState", "SaveImage"):
         page.wait_for_function("type => app.graph._nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth > 0", arg=node, timeout=120_000)
     size = page.evaluate("() => { const [i] = app.graph._nodes.find(n => n.type === 'SaveImage').imgs; return [i.naturalWidth, i.naturalHeight] }")
-    assert size == [512, 512]
+    assert size == [200, 148]
     progress = page.evaluate("() => progress")
     assert progress["SamplerCustomAdvanced"] == [1, 1] and "InvSRStartState" in progress
 
 
 def test_help_is_shown(page):
-    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / "try_osediff.json").read_text()))
+    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / "osediff_x4.json").read_text()))
     page.evaluate("() => app.canvas.selectNode(app.graph._nodes.find(n => n.type === 'OSEDiffOneStep'))")
     page.get_by_test_id("info-button").click()
     page.locator(".node-help-content h1", has_text="OSEDiff One Step").wait_for()

@@ -526,7 +526,6 @@ CONTRACT = {
     "FewStepSRColorFix": (["image", "reference", "method", "strength"], ["IMAGE"]),
     "FewStepSRTiledModel": (["model", "tile_size", "overlap", "batch"], ["MODEL"]),
     "DAPETaggerLoader": (["tagger_name", "dape_name"], ["DAPE_TAGGER"]),
-    "FewStepSRDemoLoader": (["method"], ["MODEL", "VAE", "CONDITIONING", "NOISE_PREDICTOR"]),
     "DAPETagger": (["tagger", "image", "threshold", "max_tags", "exclude", "prefix", "suffix"], ["STRING"]),
 }
 
