@@ -21,13 +21,13 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 
 @pytest.fixture(scope="module")
-def server(comfyui_path, tmp_path_factory):
+def server(comfy, tmp_path_factory):
     """Reduced networks with random weights under the names that the templates ask for, and a small photo."""
     base = tmp_path_factory.mktemp("comfyui")
     (base / "input").mkdir()
     photo().save(base / "input" / "example.png")
     write_models(base / "models", "reduced")
-    with Server(comfyui_path, base) as running:
+    with Server(comfy.path, base) as running:
         yield running
 
 
