@@ -84,8 +84,15 @@ def overlap(a: list[float], b: list[float]) -> bool:
     return all(max(a[i], b[i]) < min(a[i] + a[i + 2], b[i] + b[i + 2]) for i in (0, 1))
 
 
+def open_in_view(page, name: str) -> None:
+    """The page fetches pictures of, and has a toolbox for, nodes in view alone."""
+    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / f"{name}.json").read_text()))
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    page.wait_for_timeout(1000)
+
+
 def test_a_run_shows_progress_noise_map_and_result(page):
-    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / "invsr_x4.json").read_text()))
+    open_in_view(page, "invsr_x4")
     page.evaluate(
         """() => {
             window.progress = {}
@@ -103,7 +110,7 @@ def test_a_run_shows_progress_noise_map_and_result(page):
 
 
 def test_help_is_shown(page):
-    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / "osediff_x4.json").read_text()))
+    open_in_view(page, "osediff_x4")
     page.evaluate("() => app.canvas.selectNode(app.graph._nodes.find(n => n.type === 'OSEDiffOneStep'))")
     page.get_by_test_id("info-button").click()
     page.locator(".node-help-content h1", has_text="OSEDiff One Step").wait_for()
