@@ -159,6 +159,11 @@ def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog):
     assert "tiles of 152 pixels" in caplog.text
 
 
+def heed_interrupts():
+    """What a shell starts in the background ignores SIGINT, and so would what the tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_stopped_between_tiles(tmp_path, stop):
     """The command line leaves finished results alone in the folder."""
@@ -171,7 +176,9 @@ def test_stopped_between_tiles(tmp_path, stop):
     words = ["upscale", source, "-o", out, "--base", tmp_path / "base", "--weights", tmp_path / "osediff.pkl", "--device", "cpu", "--tile", TILE]
     command = [sys.executable, "-m", "pipelines", *map(str, words)]
     root = Path(__file__).resolve().parent.parent
-    run = subprocess.Popen(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(
+        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    )
     deadline = time.monotonic() + 600
     while not (out / "a_small.png").exists() and run.poll() is None:
         assert time.monotonic() < deadline
