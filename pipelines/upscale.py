@@ -27,7 +27,7 @@ def upscale(arguments: argparse.Namespace) -> int:
     if arguments.tagger and arguments.method == "invsr":
         raise ValueError("--tagger: InvSR has one prompt for all pictures, expected --method osediff with a tagger.")
     if arguments.output is None:
-        arguments.output = _beside(arguments.input, arguments.scale)
+        arguments.output = _beside(arguments.input, arguments.scale, arguments.format)
     if arguments.method == "invsr":
         few_step_indices("InvSR", arguments.steps, arguments.timesteps)
     state = join(arguments.device)
@@ -46,12 +46,13 @@ def upscale(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _beside(inputs: list[str], scale: float) -> Path:
+def _beside(inputs: list[str], scale: float, kind: str | None) -> Path:
     """Where one picture's result goes without -o: beside it."""
     path = Path(inputs[0]).expanduser()
     if len(inputs) > 1 or not path.is_file():
         raise ValueError(f"-o: found none for {', '.join(inputs)}, expected a folder for the results. Only a single picture's goes beside it.")
-    return path.with_name(f"{path.stem}_x{scale:g}{path.suffix if path.suffix.lower() in FORMATS else '.png'}")
+    suffix = f".{kind}" if kind else path.suffix if path.suffix.lower() in FORMATS else ".png"
+    return path.with_name(f"{path.stem}_x{scale:g}{suffix}")
 
 
 def _find(arguments: argparse.Namespace, state: PartialState) -> tuple[str, str]:

@@ -75,6 +75,19 @@ def test_result_is_the_pipelines(models, tmp_path, method, kind, settings):
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
 
 
+@pytest.mark.parametrize(("words", "name"), [([], "in_x2.png"), (["--format", "webp"], "in_x2.webp")])
+def test_one_picture_goes_beside_itself(models, tmp_path, words, name):
+    photo().save(tmp_path / "in.png")
+    assert upscale(models, tmp_path / "in.png", *words) == 0
+    assert names(tmp_path) == ["in.png", name]
+    assert Image.open(tmp_path / name).format == Path(name).suffix[1:].upper()
+
+
+def test_a_folder_needs_an_output(models, tmp_path, capsys):
+    assert upscale(models, tmp_path) == 2
+    assert "expected a folder for the results" in capsys.readouterr().err
+
+
 def test_formats(models, tmp_path):
     """Every format, with profile, orientation, transparency and greyness; in a folder with a subfolder."""
     source, out = tmp_path / "in", tmp_path / "out"

@@ -209,7 +209,7 @@ def test_invsr_file_gives_the_same_latents(base, batch, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     embeds = Prompts(base)(batch["hq"])
     with torch.no_grad():
-        clean = task.encode(enlarge(batch["lq"], (64, 64)))
+        clean = task.encode_lq(enlarge(batch["lq"], (64, 64))).mean
         noise = task.predictor(batch["lq"] * 2 - 1, 199).mean
         expected = task.restore(clean, noise, torch.tensor([199, 199]), embeds)
     _, enlarged = pipeline.preprocess(batch["lq"])

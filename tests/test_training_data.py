@@ -11,6 +11,7 @@ from pipelines.cli import main
 from pipelines.training.autoencoder import AutoencoderTask, gradient_loss, normalize_latents, small_vae
 from pipelines.training.data import TrainingPictures, find_pictures, load_batches
 from pipelines.training.degradation import Degradation, Order, _blur_kernel, _sinc_kernel, jpeg
+from pipelines.training.latents import Encoder
 from pipelines.training.optimizers import Muon, orthogonalize
 from pipelines.training.synthetic import draw_picture
 
@@ -37,6 +38,20 @@ def test_a_sample_depends_on_its_number_alone(folder):
     assert whole[0]["hq"].shape == (2, 3, 64, 64) and whole[0]["lq"].shape == (2, 3, 16, 16)
     other = TrainingPictures(find_pictures([folder]), 64, 12, seed=4)[0]["hq"]
     assert not torch.equal(other, pictures[0]["hq"])
+
+
+def test_crops_come_again_and_are_encoded_once(folder):
+    torch.manual_seed(0)
+    encoder = Encoder(small_vae((8, 8, 8, 8)).eval())
+    pictures = TrainingPictures(find_pictures([folder]), 64, 7, degradation=Degradation(), crops=3)
+    assert torch.equal(pictures[5]["lq"], pictures[2]["lq"]) and not torch.equal(pictures[1]["lq"], pictures[2]["lq"])
+    first, again = (torch.utils.data.default_collate([pictures[i] for i in rows]) for rows in ((0, 1), (4, 2)))
+    kept = encoder(first["hq"], first["number"])
+    mixed = encoder(torch.cat([torch.zeros_like(again["hq"][:1]), again["hq"][1:]]), again["number"])
+    each = encoder(again["hq"])
+    assert torch.equal(mixed.mean[0], kept.mean[1])
+    torch.testing.assert_close(mixed.mean, each.mean)
+    torch.testing.assert_close(mixed.logvar, each.logvar)
 
 
 def test_lists_small_pictures_and_shares(folder, tmp_path):
@@ -106,6 +121,13 @@ def test_muon_makes_steps_orthogonal_and_learns():
     assert losses[-1] < 0.05 * losses[0]
 
 
+def test_muon_decays_what_gets_no_gradient():
+    weight = torch.nn.Parameter(torch.ones(8, 8))
+    weight.grad = torch.zeros(8, 8)
+    Muon([weight], lr=1.0, matrix_lr=0.1, weight_decay=0.5).step()
+    assert torch.allclose(weight, torch.full((8, 8), 0.95))
+
+
 def test_gradient_loss_by_hand():
     a, b = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
     b[..., :2] = 1  # one edge of height 1 between columns 1 and 2
@@ -131,7 +153,7 @@ def test_normalized_latents_have_deviation_one_and_reconstruct_the_same():
 
 def test_decoder_only_leaves_the_encoder():
     vae = small_vae()
-    task = AutoencoderTask(vae, decoder_only=True)
+    task = AutoencoderTask(vae, torch.rand(1, 3, 32, 32), decoder_only=True)
     loss, _ = task.loss("autoencoder", {"hq": torch.rand(2, 3, 32, 32)}, torch.Generator().manual_seed(0))
     loss.backward()
     learned = {name.split(".")[0] for name, parameter in vae.named_parameters() if parameter.grad is not None}

@@ -57,7 +57,7 @@ def test_noise_predictor(comfy, base, batch):
     task.save(comfy.folder("invsr"))
     (comfy.folder("invsr") / PREDICTOR_FILE).rename(comfy.folder("invsr") / name)
     with torch.no_grad():
-        clean = task.encode(enlarge(batch["lq"], (64, 64)))
+        clean = task.encode_lq(enlarge(batch["lq"], (64, 64))).mean
         noise = task.predictor(batch["lq"] * 2 - 1, 199).mean
         expected = task.restore(clean, noise, torch.tensor([199]), gaussian(SEED, "prompt_embeds", (1, 77, 64)))
 

@@ -1,5 +1,6 @@
 """Training of a small VAE of Stable Diffusion's shape: 8 x 8 pixels to one latent cell of 4 channels."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -8,6 +9,11 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
+
+from sr.posterior import Posterior
+
+from .common import draw
+from .losses import gaussian_constraint
 
 SCALING_FACTOR = 0.18215
 """Stable Diffusion's: latents times this have deviation 1."""
@@ -51,35 +57,49 @@ def _pass_on(conv: nn.Conv2d) -> None:
         conv.weight[:, :, 1, 1] += channels
 
 
+class Autoencoder(nn.Module):
+    """A VAE there and back in one call, which is what accelerate wraps."""
+
+    def __init__(self, vae: AutoencoderKL):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of pictures (B, 3, H, W) in [-1, 1]: the reconstruction from a sample of the posterior, and the posterior's divergence from the standard normal."""
+        posterior = self.vae.encode(pictures).latent_dist
+        kl = gaussian_constraint(Posterior(posterior.mean, posterior.logvar))
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample, kl
+
+
 class AutoencoderTask:
     """Reconstruction (L1, L1 of differences at three scales, L1 of each latent cell's mean tone and hue, which normalisation would drop) and a weak pull of the
     posterior to the standard normal.
 
-    ``decoder_only`` leaves the latents as they are, so that what was trained on them stays good.
+    ``decoder_only`` leaves the latents as they are, so that what was trained on them stays good; otherwise the result's latents are normalised
+    over ``examples`` (B, 3, H, W) in [0, 1], see :func:`normalize_latents`.
     """
 
     def __init__(
         self,
         vae: AutoencoderKL,
+        examples: torch.Tensor,
         kl_weight: float = 1e-4,
         gradient_weight: float = 0.5,
         tone_weight: float = 2.0,
         chroma_weight: float = 8.0,
         decoder_only: bool = False,
     ):
-        self.vae, self.kl_weight, self.decoder_only = vae, kl_weight, decoder_only
+        self.vae, self.examples, self.kl_weight, self.decoder_only = vae, examples, kl_weight, decoder_only
         self.gradient_weight, self.tone_weight, self.chroma_weight = gradient_weight, tone_weight, chroma_weight
         vae.requires_grad_(True)
         if decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        self.phases: dict[str, nn.Module] = {"autoencoder": vae}
+        self.phases: dict[str, nn.Module] = {"autoencoder": Autoencoder(vae)}
 
     def loss(self, phase, batch, generator):
         hq = batch["hq"] * 2 - 1
-        vae = self.phases[phase]
-        noise = torch.randn(len(hq), 4, hq.shape[-2] // 8, hq.shape[-1] // 8, generator=generator).to(hq)
-        reconstruction, kl = _autoencode(vae, hq, noise)
+        reconstruction, kl = self.phases[phase](hq, draw(hq, generator))
         l1, gradient = (reconstruction - hq).abs().mean(), gradient_loss(reconstruction, hq)
         error = F.avg_pool2d(reconstruction - hq, 8)
         tone, chroma = error.abs().mean(), (error - error.mean(1, keepdim=True)).abs().mean()
@@ -98,15 +118,11 @@ class AutoencoderTask:
         return torch.cat([torch.cat(list(hq), -1), torch.cat(list(reconstruction), -1)], -2)
 
     def save(self, folder: Path) -> None:
-        self.vae.save_pretrained(folder / "vae")
-
-
-def _autoencode(vae: nn.Module, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reconstruction from a sample of the posterior, and the posterior's mean divergence from the standard normal."""
-    inner = getattr(vae, "module", vae)
-    posterior = inner.encode(pictures).latent_dist
-    kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
-    return inner.decode(posterior.mean + posterior.std * noise).sample, kl
+        vae = self.vae
+        if not self.decoder_only:
+            vae = copy.deepcopy(vae).cpu()
+            normalize_latents(vae, self.examples)
+        vae.save_pretrained(folder / "vae")
 
 
 def gradient_loss(a: torch.Tensor, b: torch.Tensor, scales: int = 3) -> torch.Tensor:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
 
-PROMPT_EMBEDS = "prompt_embeds.safetensors"
-"""File of a base without text encoder: its only prompt, ``prompt_embeds`` (1, tokens, width)."""
+from . import distillation
+from .bases import PROMPT_FILE
+from .common import denoiser, draw
+from .latents import Encoder
 
 
 def small_unet(channels: tuple[int, ...] = (64, 64, 64), width: int = 64) -> UNet2DConditionModel:
@@ -38,40 +39,33 @@ class BaseUNetTask:
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_embeds: torch.Tensor):
         self.unet, self.vae, self.prompt_embeds = unet, vae.requires_grad_(False).eval(), prompt_embeds
-        self.scheduler = stable_diffusion_scheduler()
+        self.frozen, self._encode = [vae], Encoder(vae)
         self.phases: dict[str, nn.Module] = {"unet": unet}
 
     def loss(self, phase, batch, generator):
-        latents = self._encode(batch["hq"])
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        timesteps = torch.randint(1000, (len(latents),), generator=generator).to(latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        noise_pred = self.phases[phase](noisy, timesteps, self._prompt(latents)).sample
-        return F.mse_loss(noise_pred.float(), noise.float()), {}
+        latents, noise = self._encode(batch["hq"], batch.get("number")).mean, draw(batch["hq"], generator)
+        timesteps = distillation.draw_timesteps(len(latents), generator).to(latents.device)
+        return distillation.regulariser_loss(latents, noise, timesteps, denoiser(self.phases[phase]), self._prompt(latents)), {}
 
     def sample(self, batch):
         """The pictures, and what one step makes of them from timesteps 200, 400 and 600."""
-        latents = self._encode(batch["hq"])
+        latents = self._encode(batch["hq"]).mean
+        noise = draw(batch["hq"], torch.Generator().manual_seed(0))
         rows = [torch.cat(list(batch["hq"]), -1)]
         for timestep in (200, 400, 600):
-            noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents)
-            alpha = self.scheduler.alphas_cumprod[timestep].to(latents)
-            noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-            noise_pred = self.unet(noisy, timestep, self._prompt(latents)).sample
-            x0 = (noisy - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
-            rows.append(torch.cat(list(self.vae.to(x0).decode(x0 / self.vae.config.scaling_factor).sample / 2 + 0.5), -1))
+            timesteps = torch.full((len(latents),), timestep, device=latents.device)
+            noisy = distillation.add_noise(latents, noise, timesteps)
+            x0 = distillation.predict_x0(noisy, denoiser(self.unet)(noisy, timesteps, self._prompt(latents)), timesteps)
+            restored = self.vae.decode((x0 / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+            rows.append(torch.cat(list(restored / 2 + 0.5), -1))
         return torch.cat(rows, -2)
 
     def save(self, folder: Path) -> None:
         """A base in diffusers' layout, without text encoder."""
         self.unet.save_pretrained(folder / "unet")
         self.vae.save_pretrained(folder / "vae")
-        self.scheduler.save_pretrained(folder / "scheduler")
-        save_file({"prompt_embeds": self.prompt_embeds.cpu().contiguous()}, folder / PROMPT_EMBEDS)
+        stable_diffusion_scheduler().save_pretrained(folder / "scheduler")
+        save_file({"prompt_embeds": self.prompt_embeds.cpu().contiguous()}, folder / PROMPT_FILE)
 
     def _prompt(self, latents: torch.Tensor) -> torch.Tensor:
         return self.prompt_embeds.to(latents).expand(len(latents), -1, -1)
-
-    @torch.no_grad()
-    def _encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.vae.to(pictures.device).encode(pictures * 2 - 1).latent_dist.mean * self.vae.config.scaling_factor

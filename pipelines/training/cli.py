@@ -46,16 +46,14 @@ def _vae(arguments: argparse.Namespace) -> int:
     import torch
     from diffusers import AutoencoderKL
 
-    from .autoencoder import AutoencoderTask, normalize_latents, small_vae
+    from .autoencoder import AutoencoderTask, small_vae
     from .loop import train
 
     options = loop_options(arguments)
     vae = AutoencoderKL.from_pretrained(arguments.init) if arguments.init else small_vae(tuple(arguments.channels))
     pictures = training_pictures(arguments)
-    train(AutoencoderTask(vae, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, options)
-    if not arguments.decoder_only:
-        normalize_latents(vae.cpu(), torch.stack([pictures[i]["hq"] for i in range(min(256, len(pictures)))]))
-        vae.save_pretrained(options.output / "vae")
+    examples = torch.stack([pictures[i]["hq"] for i in range(256)])
+    train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, options)
     return 0
 
 

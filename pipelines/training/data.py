@@ -13,9 +13,8 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+from ..pictures import FORMATS
 from .degradation import Degradation
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 CACHE_PIXELS = 300_000_000
 """Pictures are kept in memory while they are together no larger than this; 900 MB."""
@@ -30,8 +29,8 @@ def find_pictures(sources: Sequence[Path]) -> list[Path]:
     found = []
     for source in sources:
         if source.is_dir():
-            pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
-        elif source.suffix.lower() in SUFFIXES and source.is_file():
+            pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in FORMATS)
+        elif source.suffix.lower() in FORMATS and source.is_file():
             pictures = [source]
         elif source.is_file():
             pictures = [source.parent / line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -40,7 +39,7 @@ def find_pictures(sources: Sequence[Path]) -> list[Path]:
         missing = [path for path in pictures if not path.is_file()]
         if missing or not pictures:
             what = f"{missing[0]}, which is not there" if missing else "no pictures"
-            raise ValueError(f"data: found {what} in {source}, expected {', '.join(sorted(SUFFIXES))}.")
+            raise ValueError(f"data: found {what} in {source}, expected {', '.join(sorted(FORMATS))}.")
         found += pictures
     return found
 
@@ -51,11 +50,12 @@ class TrainingPictures(Dataset):
     Args:
         paths: the pictures. Those smaller than a patch are enlarged to it.
         weights: how often each picture is taken, relative to the others; equally often without.
+        crops: how many different samples there are, after which they come again; each new without.
         patch: side of the crops in pixels.
         degradation: makes ``lq``; without it there is ``hq`` alone.
         length: number of samples; a sample's number is all that its crop depends on, besides ``seed``.
 
-    Each sample is a dict of ``hq`` (3, patch, patch) and ``lq`` (3, patch / 4, patch / 4), RGB in [0, 1], float32.
+    Each sample is a dict of ``hq`` (3, patch, patch) and ``lq`` (3, patch / 4, patch / 4), RGB in [0, 1], float32, and ``number`` where samples come again.
     """
 
     def __init__(
@@ -66,9 +66,12 @@ class TrainingPictures(Dataset):
         seed: int = 0,
         degradation: Degradation | None = None,
         weights: Sequence[float] | None = None,
+        crops: int | None = None,
     ):
         self.paths, self.patch, self.length, self.seed, self.degradation = list(paths), patch, length, seed, degradation
         self.chances = None if weights is None else np.asarray(weights, float) / sum(weights)
+        self.crops = crops
+        self._degraded: dict[int, torch.Tensor] = {}
         self._cache: dict[Path, np.ndarray] = {}
         self._cached = 0
 
@@ -76,6 +79,7 @@ class TrainingPictures(Dataset):
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        index = index % self.crops if self.crops else index
         rng = np.random.default_rng((self.seed, index))
         pixels = self._read(self.paths[rng.choice(len(self.paths), p=self.chances)])
         top, left = (int(rng.integers(side - self.patch + 1)) for side in pixels.shape[:2])
@@ -83,9 +87,14 @@ class TrainingPictures(Dataset):
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
         hq = rearrange(torch.from_numpy(crop.copy()), "h w c -> c h w").float() / 255
-        if self.degradation is None:
-            return {"hq": hq}
-        return {"hq": hq, "lq": self.degradation(hq, (self.seed, index, 1))}
+        sample = {"hq": hq, "number": index} if self.crops else {"hq": hq}
+        if self.degradation is not None:
+            sample["lq"] = self._degraded.get(index)
+            if sample["lq"] is None:
+                sample["lq"] = self.degradation(hq, (self.seed, index, 1))
+                if self.crops:
+                    self._degraded[index] = sample["lq"]
+        return sample
 
     def _read(self, path: Path) -> np.ndarray:
         if path in self._cache:

@@ -16,6 +16,7 @@ from sr.schedule import NUM_TRAIN_TIMESTEPS, sigmas
 from .bases import Base, Prompts
 from .common import cells, denoiser, draw, enlarge, sample_grid
 from .discriminator import CHANNELS, LatentDiscriminator
+from .latents import Encoder
 from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, hinge_loss
 
 TIMESTEPS = (250, 200, 150, 100)
@@ -63,6 +64,7 @@ class InvSRTask:
             raise ValueError(f"timesteps: found {options.timesteps}, expected numbers from 1 to {NUM_TRAIN_TIMESTEPS}, such as {TIMESTEPS}.")
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
         self.step = 0
+        self.encode_hq, self.encode_lq = Encoder(base.vae), Encoder(base.vae)
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
         for network in self.frozen:
             network.requires_grad_(False)
@@ -88,8 +90,9 @@ class InvSRTask:
         which = torch.randint(len(options.timesteps), (len(hq),), generator=generator)
         timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device)
 
-        target = self.encode(hq, draw(hq, generator))
-        clean = self.encode(enlarge(lq, hq.shape[-2:]), draw(hq, generator)) if options.start else target
+        number = batch.get("number")
+        target = self.encode_hq(hq, number).sample(draw(hq, generator))
+        clean = self.encode_lq(enlarge(lq, hq.shape[-2:]), number).sample(draw(hq, generator)) if options.start else target
         posterior = self.phases["predictor"](self._fit(lq, hq), timesteps)
         x0 = self.restore(clean, posterior.sample(draw(hq, generator)).float(), timesteps, embeds)
         self._x0, self._seen = x0.detach(), (target, timesteps, embeds)
@@ -104,14 +107,6 @@ class InvSRTask:
             self.discriminator.requires_grad_(True)
             losses["adversarial"] = options.adversarial * adversarial_loss(logits)
         return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
-
-    @torch.no_grad()
-    def encode(self, pictures: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Latents, times the scaling factor, of pictures in [0, 1]: a sample with standard normal ``noise``, else the mean."""
-        vae = self.base.vae
-        posterior = vae.encode((pictures * 2 - 1).to(vae.dtype)).latent_dist
-        latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
-        return (vae.config.scaling_factor * latents).float()
 
     def _fit(self, lq: torch.Tensor, hq: torch.Tensor) -> torch.Tensor:
         return fit_picture(lq, tuple(hq.shape[-2:]), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
@@ -134,7 +129,7 @@ class InvSRTask:
         """Restored in one step from the published start, from the posterior's means."""
         lq, hq, vae = batch["lq"], batch["hq"], self.base.vae
         timesteps = torch.full((len(lq),), min(200, max(self.options.timesteps)) - 1, device=lq.device)
-        latents = self.encode(enlarge(lq, hq.shape[-2:]))
+        latents = self.encode_lq(enlarge(lq, hq.shape[-2:])).mean
         noise = self.predictor(self._fit(lq, hq), timesteps).mean.float()
         x0 = self.restore(latents, noise, timesteps, self.prompts(hq))
         pictures = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()

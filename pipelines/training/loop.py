@@ -4,13 +4,12 @@ import logging
 import math
 import time
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, is_tensorboard_available, send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
@@ -87,7 +86,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
     accelerator = Accelerator(
         gradient_accumulation_steps=options.accumulate,
         mixed_precision=options.mixed_precision,
-        log_with="tensorboard" if _has_tensorboard() else None,
+        log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=options.output,
     )
     accelerator.init_trackers("logs")
@@ -159,7 +158,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
                     task.save(options.output)
         if accelerator.is_main_process and (last or state.step % options.sample_every == 0):
             with averaged(ema, first), torch.no_grad():
-                _save_picture(task.sample(_to(example, accelerator.device)), options.output / "samples" / f"{state.step:07d}.png")
+                _save_picture(task.sample(send_to_device(example, accelerator.device)), options.output / "samples" / f"{state.step:07d}.png")
         if last:
             break
     bar.close()
@@ -169,7 +168,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
 
 def _optimizer(parameters: list[nn.Parameter], options: LoopOptions) -> torch.optim.Optimizer:
     if options.optimizer == "muon":
-        return Muon(parameters, options.lr, betas=options.betas)
+        return Muon(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
     return torch.optim.AdamW(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
 
 
@@ -185,11 +184,3 @@ def _rate(step: int, options: LoopOptions) -> float:
 def _save_picture(picture: torch.Tensor, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     Image.fromarray((picture.clamp(0, 1) * 255).round().byte().movedim(0, -1).cpu().numpy()).save(path)
-
-
-def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _has_tensorboard() -> bool:
-    return find_spec("tensorboard") is not None

@@ -79,8 +79,6 @@ def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
         metavar="FILE",
         help="in place of text: safetensors with prompt_embeds (default: the base's own, if it has no text encoder)",
     )
-    command.add_argument("--max-grad-norm", type=float, help="longer gradients are cut to it (default: %(default)g)")
-    command.add_argument("--weight-decay", type=float, help="default: %(default)g")
     command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
 
 

@@ -13,12 +13,16 @@ class Muon(torch.optim.Optimizer):
     Convolutions count as matrices (out, in x height x width). First and last layers, those with fewer than 8 inputs or outputs, learn with Adam too.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, matrix_lr: float = MUON_LR, momentum: float = 0.95, betas=(0.9, 0.99)):
+    def __init__(
+        self, parameters: list[nn.Parameter], lr: float, matrix_lr: float = MUON_LR, momentum: float = 0.95, betas=(0.9, 0.99), weight_decay=0.0
+    ):
         matrices = [p for p in parameters if p.ndim >= 2 and min(p.shape[:2]) >= 8]
         known = {id(p) for p in matrices}
         groups = [{"params": matrices, "lr": matrix_lr, "matrices": True}]
         rest = [p for p in parameters if id(p) not in known]
-        super().__init__([*groups, {"params": rest, "matrices": False}], {"lr": lr, "momentum": momentum, "betas": betas})
+        super().__init__(
+            [*groups, {"params": rest, "matrices": False}], {"lr": lr, "momentum": momentum, "betas": betas, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -26,7 +30,8 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     update = self._orthogonal(parameter, group) if group["matrices"] else self._adam(parameter, group)
-                    parameter.add_(update, alpha=-group["lr"])
+                    decay = group["weight_decay"] if parameter.ndim > 1 else 0.0  # biases and scales of norms stay
+                    parameter.mul_(1 - group["lr"] * decay).add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, parameter, group) -> torch.Tensor:
         state, gradient = self.state[parameter], parameter.grad

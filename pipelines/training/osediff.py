@@ -18,6 +18,7 @@ from .adapters import adapt_generator, adapt_regulariser, adapt_vae, extract_ada
 from .autoencoder import gradient_loss
 from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
+from .latents import Encoder
 
 NEGATIVE_PROMPT = (
     "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, blurring, dirty, messy, worst quality, "
@@ -103,6 +104,7 @@ class OSEDiffTask:
             self.target = copy.deepcopy(base.vae)
             self.target.decoder = None
             self.frozen.append(self.target)
+            self._target = Encoder(self.target)
         adapt_generator(base.unet, options.rank)
         adapt_vae(base.vae, options.rank)
         self.generator = self.phases["generator"] = Generator(base.unet, base.vae).train()
@@ -129,15 +131,11 @@ class OSEDiffTask:
         if options.gradients:
             losses["gradients"] = options.gradients * gradient_loss(pictures, hq)
         if options.latent:
-            target = self.target.config.scaling_factor * self._target(hq)
+            target = self._target(batch["hq"], batch.get("number")).mean
             losses["latent"] = options.latent * (F.l1_loss if options.latent_l1 else F.mse_loss)(latents, target)
         if options.vsd:
             losses["vsd"] = options.vsd * self._distil(latents, embeds, batch["hq"], generator)
         return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
-
-    @torch.no_grad()
-    def _target(self, hq: torch.Tensor) -> torch.Tensor:
-        return self.target.encode(hq.to(self.target.dtype)).latent_dist.mean.float()
 
     def _distil(self, latents, embeds, hq, generator):
         timesteps = distillation.draw_timesteps(len(hq), generator, distillation.MIN_TIMESTEP, distillation.MAX_TIMESTEP)
