@@ -10,6 +10,9 @@ from comfy.weight_adapter import LoRAAdapter
 from ..sr.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
 from .checks import context_dim
 
+ATTACHMENT = "fewstep_sr_osediff"
+"""A MODEL's attachment that says that it has an adapter."""
+
 
 def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
     """A clone of MODEL with the adapter's UNet part at ``strength``. Raises ValueError where a layer is missing or of another shape."""
@@ -20,6 +23,7 @@ def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
         )
     names = {k: f"diffusion_model.{v}" for k, v in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()}
     patched = model.clone()
+    patched.set_attachments(ATTACHMENT, True)
     # (1 - strength) * weight + strength * replacement: at full strength the replacement alone.
     replaced = {names[k]: (v,) for k, v in adapter.unet_replaced.items()}
     _patch(patched, replaced, {names[k]: v.shape for k, v in adapter.unet_replaced.items()}, "model", strength, keep=1.0 - strength)

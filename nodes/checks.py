@@ -1,5 +1,6 @@
 """What fits what: every check raises a ValueError that says what was found, what is needed and what to do."""
 
+import comfy.model_management
 import comfy.model_sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
@@ -53,6 +54,33 @@ def require_latent(latent: dict, name: str = "latent") -> torch.Tensor:
             "as Stable Diffusion's VAE gives. Encode the picture with 'VAE Encode (Few-Step SR)'."
         )
     return samples
+
+
+def require_picture(latent: dict, name: str = "latent") -> torch.Tensor:
+    """:func:`require_latent` for a latent that must hold a picture. Refuses an empty one."""
+    samples = require_latent(latent, name)
+    if not samples.any():
+        raise ValueError(
+            f"{name}: found an empty latent, expected the encoded low-quality picture: these methods restore a picture and make none. "
+            "Wire 'VAE Encode (Few-Step SR)' here instead of 'Empty Latent Image'."
+        )
+    return samples
+
+
+def require_memory(model, samples: torch.Tensor) -> None:
+    """Refuse a picture of which a single activation, the output of the UNet's first feed-forward, is larger than the device's memory."""
+    height, width = samples.shape[-2:]
+    channels = 8 * model.model.model_config.unet_config["model_channels"]
+    needed = height * width * channels * comfy.model_management.dtype_size(model.model.get_dtype_inference())
+    total = comfy.model_management.get_total_memory(model.load_device)
+    if needed > total:
+        raise ValueError(
+            f"latent: found a picture of {width * PIXELS_PER_CELL} x {height * PIXELS_PER_CELL} pixels, which in one piece takes more than "
+            f"{needed / 2**30:.0f} GiB, expected one that fits into the device's {total / 2**30:.0f}. {TILE_IT}"
+        )
+
+
+TILE_IT = "Put 'Tiled Model (Few-Step SR)' last before the model input, with smaller tiles where it is there already, or enlarge less."
 
 
 def require_vae(vae) -> None:

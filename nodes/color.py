@@ -4,6 +4,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
+from ..sr.canvas import same_proportions
 from ..sr.color import METHODS, fix_color
 from .checks import require_image
 
@@ -39,6 +40,12 @@ class FewStepSRColorFix(io.ComfyNode):
         pictures, references = require_image(image, "image"), require_image(reference, "reference")
         if references.shape[0] not in (1, pictures.shape[0]):
             raise ValueError(f"reference: found {references.shape[0]} pictures, expected 1 or {pictures.shape[0]}, as many as in image.")
+        (height, width), (found_height, found_width) = pictures.shape[-2:], references.shape[-2:]
+        if method != "adain" and not same_proportions((height, width), (found_height, found_width)):
+            raise ValueError(
+                f"reference: found {found_width} x {found_height} pixels, expected the proportions of image, {width} x {height}: {method} lays the one "
+                "over the other. Wire the low-quality picture, or choose adain, which takes the colours of any picture."
+            )
         fixed = torch.empty_like(pictures, memory_format=torch.contiguous_format)
         for i, picture in enumerate(pictures):  # one at a time: video batches are long
             comfy.model_management.throw_exception_if_processing_interrupted()

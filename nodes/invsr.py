@@ -8,7 +8,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..sr.checkpoints import load_noise_predictor_weights
+from ..sr.checkpoints import PREDICTOR_SOURCE, load_noise_predictor_weights
 from ..sr.noise_predictor import NoisePredictor
 from ..sr.posterior import Posterior, draw_noise
 from ..sr.predictor_picture import fit_picture
@@ -16,9 +16,10 @@ from ..sr.schedule import INVSR_MAX_START, sigma_to_index
 from ..sr.streaming import run_in_groups
 from ..sr.tiled_noise import MAX_WINDOWS, NoiseCanvas
 from ..sr.tiles import Tile
-from .checks import require_finite, require_image, require_latent
+from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise
+from .page import find_listed
 from .streaming import ComfyUI
 from .vae import picture_size
 
@@ -47,6 +48,10 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
             ],
             outputs=[NoisePredictorSocket.Output(tooltip="For InvSR Start State.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, noise_predictor_name=None) -> bool | str:
+        return find_listed("invsr", noise_predictor_name, PREDICTOR_SOURCE)
 
     @classmethod
     def execute(cls, noise_predictor_name) -> io.NodeOutput:
@@ -96,7 +101,7 @@ class InvSRStartState(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise_predictor, image, latent, sigmas, posterior="sample", seed=12345) -> io.NodeOutput:
-        samples = require_latent(latent)
+        samples = require_picture(latent)
         timestep = _start_timestep(sigmas)
         picture = require_image(image, "image")
         if picture.shape[0] not in (1, samples.shape[0]):
@@ -109,7 +114,20 @@ class InvSRStartState(io.ComfyNode):
         latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
         start_state = latent_format.process_out(latent_format.process_in(samples.float()) + sigmas[0] * noise)
         return io.NodeOutput(
-            PredictedNoise(noise, seed), {**latent, "samples": start_state}, ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls)
+            PredictedNoise(noise, partial(_require_unnoised, start_state), seed),
+            {**latent, "samples": start_state},
+            ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls),
+        )
+
+
+def _require_unnoised(start_state: torch.Tensor, samples: torch.Tensor) -> None:
+    """Refuse what samplers are given by mistake beside the noise: the start state, which holds it already, and an empty latent."""
+    noised = samples.shape == start_state.shape and torch.equal(samples.to(start_state), start_state)
+    if noised or not samples.any():
+        found = "InvSR's start state, which holds this noise already" if noised else "an empty latent"
+        raise ValueError(
+            f"latent_image: found {found}, expected the latent that InvSR Start State was given. Wire the LATENT of 'VAE Encode (Few-Step SR)' "
+            "into the sampler, or start_state with 'Disable Noise'."
         )
 
 

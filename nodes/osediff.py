@@ -10,12 +10,16 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..sr.checkpoints import load_osediff_adapter
+from ..sr.checkpoints import OSEDIFF_SOURCE, load_osediff_adapter
 from ..sr.schedule import OSEDIFF_TIMESTEP
-from .adapter import adapt_model, adapt_vae
-from .checks import require_conditioning, require_finite, require_latent, require_stable_diffusion, require_vae
+from .adapter import ATTACHMENT, adapt_model, adapt_vae
+from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
 from .noise import PredictedNoise
-from .tiled_model import stream_pictures
+from .page import find_listed, warn
+from .tiled_model import is_tiled, stream_pictures
+
+USUAL = 2.0
+"""Adapter strengths and guidance above this are let through with a warning: the published value of both is 1."""
 
 
 class OSEDiffLoader(io.ComfyNode):
@@ -57,12 +61,26 @@ class OSEDiffLoader(io.ComfyNode):
                 io.Model.Output(tooltip="The adapted UNet, for OSEDiff One Step or any sampler."),
                 io.Vae.Output(tooltip="The VAE with the adapted encoder; its decoder is the base's."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, osediff_name=None) -> bool | str:
+        return find_listed("osediff", osediff_name, OSEDIFF_SOURCE)
 
     @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
         require_stable_diffusion(model)
         require_vae(vae)
+        strengths = {"strength_model": strength_model, "strength_vae": strength_vae}
+        extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
+        warn(
+            cls,
+            [
+                f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart."
+                for name, strength in extreme.items()
+            ],
+        )
         adapter = load_osediff_adapter(folder_paths.get_full_path_or_raise("osediff", osediff_name))
         adapted_for = "faces" if "face" in osediff_name.lower() else "photos"
         logging.info("OSEDiff adapter for %s %s: rank %d on the UNet, %d on the VAE", adapted_for, osediff_name, adapter.rank_unet, adapter.rank_vae)
@@ -104,35 +122,50 @@ class OSEDiffOneStep(io.ComfyNode):
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The restored latent. Decode it with VAE Decode (Few-Step SR).")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, positive, latent, negative=None, cfg=1.0, timestep=OSEDIFF_TIMESTEP) -> io.NodeOutput:
         require_stable_diffusion(model)
-        samples = require_latent(latent)
+        samples = require_picture(latent)
+        if not is_tiled(model) and "model_function_wrapper" not in model.model_options:  # other packs' tiling
+            require_memory(model, samples)
         require_conditioning(positive, model, "positive")
         conds = {"positive": positive}
         if negative is not None:
             require_conditioning(negative, model, "negative")
             conds["negative"] = negative
         elif cfg != 1.0:
-            raise ValueError(f"cfg: found {cfg} without a negative input. Wire a CLIP Text Encode into negative, or set cfg to 1.")
+            raise ValueError(f"cfg: found {cfg} without a negative input, expected 1, the published method. Set it to 1, or wire a negative prompt.")
+        warnings = []
+        if cfg > USUAL:
+            warnings.append(f"cfg: found {cfg:g}, expected 1 (to {USUAL:g}). Set it to 1, or colours and edges overshoot.")
+        if model.get_attachment(ATTACHMENT) is None:
+            warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
+        warn(cls, warnings)
 
         sampling = model.get_model_object("model_sampling")
         sigmas = torch.cat([sampling.sigma(torch.tensor([timestep])), torch.zeros(1)])
         guider = comfy.samplers.CFGGuider(stream_pictures(model))
         guider.inner_set_conds(conds)
         guider.set_cfg(cfg)
-        restored = guider.sample(
-            _one_step_noise(model, samples, sampling, sigmas[0]),
-            samples,
-            comfy.samplers.sampler_object("euler"),
-            sigmas,
-            denoise_mask=latent.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=0,
-        )
+        try:
+            restored = guider.sample(
+                _one_step_noise(model, samples, sampling, sigmas[0]),
+                samples,
+                comfy.samplers.sampler_object("euler"),
+                sigmas,
+                denoise_mask=latent.get("noise_mask"),
+                callback=latent_preview.prepare_callback(model, 1),
+                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+                seed=0,
+            )
+        except Exception as error:
+            if not comfy.model_management.is_oom(error):
+                raise
+            # Of a kind at which ComfyUI unloads its models.
+            raise comfy.model_management.OOM_EXCEPTION(f"latent: the picture does not fit into memory in one piece. {TILE_IT} ({error})") from None
         restored = require_finite(restored.to(comfy.model_management.intermediate_device()), "OSEDiff One Step", "--fp32-unet or --bf16-unet")
         return io.NodeOutput({**latent, "samples": restored})
 
@@ -174,6 +207,15 @@ class OSEDiffStartState(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent) -> io.NodeOutput:
         require_stable_diffusion(model)
-        samples = require_latent(latent)
-        noise = PredictedNoise(model.model.process_latent_in(samples.float()))
+        samples = require_picture(latent)
+        noise = PredictedNoise(model.model.process_latent_in(samples.float()), _require_blank)
         return io.NodeOutput(noise, {**latent, "samples": torch.zeros_like(samples)})
+
+
+def _require_blank(samples: torch.Tensor) -> None:
+    """Refuse a picture beside the noise that is the picture."""
+    if samples.any():
+        raise ValueError(
+            "latent_image: found a latent with a picture, expected a blank one: OSEDiff's start is in the noise. "
+            "Wire the blank LATENT of 'OSEDiff Start State' into the sampler."
+        )

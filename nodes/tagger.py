@@ -13,10 +13,11 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..sr.tagger import Tagger, prepare_picture
-from ..sr.tagger_files import DAPE_FILE, add_dape, by_preference, load_tagger_weights
+from ..sr.tagger_files import DAPE_FILE, TAGGER_SOURCE, add_dape, by_preference, load_tagger_weights
 from ..sr.tagger_vocabulary import TagVocabulary
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
+from .page import find_listed
 
 TaggerSocket = io.Custom("DAPE_TAGGER")
 
@@ -56,6 +57,10 @@ class DAPETaggerLoader(io.ComfyNode):
             ],
             outputs=[TaggerSocket.Output(tooltip="For DAPE Tagger.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, tagger_name=None) -> bool | str:
+        return find_listed("dape", tagger_name, TAGGER_SOURCE)
 
     @classmethod
     def execute(cls, tagger_name, dape_name="auto") -> io.NodeOutput:

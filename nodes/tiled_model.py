@@ -53,9 +53,14 @@ class FewStepSRTiledModel(io.ComfyNode):
         return io.NodeOutput(_wrap(model, TiledPrediction(tile_size, overlap, batch)))
 
 
+def is_tiled(model) -> bool:
+    """Whether Tiled Model is on this MODEL."""
+    return bool(model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY))
+
+
 def stream_pictures(model, batch: int = 4):
     """A clone of MODEL that is given the pictures of a batch whole, ``batch`` at a time; MODEL itself where Tiled Model does so already."""
-    if model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY):
+    if is_tiled(model):
         return model
     return _wrap(model, TiledPrediction(None, 0, batch))
 

@@ -33,6 +33,12 @@ def _reflect(image: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return image.index_select(dim, torch.minimum(index, period - index).clamp(max=length - 1))
 
 
+def same_proportions(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (height, width) may be one picture's: within a tenth, and sides under 16 are too coarse to tell."""
+    (height, width), (other_height, other_width) = size, other
+    return min(*size, *other) < 16 or 0.9 < (width / height) / (other_width / other_height) < 1.1
+
+
 def pad_for_vae(image: torch.Tensor) -> torch.Tensor:
     """:func:`reflect_pad` of (B, C, H, W) to the size that Stable Diffusion's VAE and UNet need."""
     return reflect_pad(image, padded_side(image.shape[-2]), padded_side(image.shape[-1]))

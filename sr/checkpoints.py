@@ -14,6 +14,10 @@ LORA_ALPHA = 8
 """PEFT's default ``lora_alpha``, which OSEDiff leaves as it is: the scale is 8 / rank at every rank, so 2 at the published rank 4."""
 
 
+OSEDIFF_SOURCE = "osediff.pkl is at github.com/cswry/OSEDiff, in preset/models."
+PREDICTOR_SOURCE = "noise_predictor_sd_turbo_v5.pth is at huggingface.co/OAOA/InvSR."
+
+
 @dataclass(frozen=True)
 class LowRank:
     """A low-rank update of one layer's weight: ``weight + (LORA_ALPHA / rank) * up @ down`` (Hu et al., ICLR 2022).
@@ -78,8 +82,8 @@ def load_osediff_adapter(path: str | Path) -> OSEDiffAdapter:
         vae = {k.removeprefix("vae."): v for k, v in state.items() if str(k).startswith("vae.")}
     if not isinstance(unet, Mapping) or not isinstance(vae, Mapping) or "conv_in.base_layer.weight" not in unet or "PiSA" in describe(state):
         raise ValueError(
-            f"{name}: found {describe(state)}; expected an OSEDiff adapter such as osediff.pkl (low-rank weights for UNet and VAE "
-            "encoder, and the UNet's new conv_in)."
+            f"{name}: found {describe(state)}; expected an OSEDiff adapter (low-rank weights for UNet and VAE encoder, and the UNet's "
+            f"new conv_in). Choose another file: {OSEDIFF_SOURCE}"
         )
     if "conv_in.base_layer.bias" not in unet:
         raise ValueError(f"{name}: UNet: the tensor conv_in.base_layer.bias is missing; the file is incomplete.")
@@ -130,7 +134,7 @@ def load_noise_predictor_weights(path: str | Path) -> NoisePredictorWeights:
     inner = nested if isinstance(nested, Mapping) else state
     weights = {strip_wrappers(k): v.clone() for k, v in inner.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if "encoder.time_embedding.linear_1.weight" not in weights:
-        raise ValueError(f"{name}: found {describe(state)}; expected an InvSR noise predictor such as noise_predictor_sd_turbo_v5.pth.")
+        raise ValueError(f"{name}: found {describe(state)}; expected an InvSR noise predictor. Choose another file: {PREDICTOR_SOURCE}")
     try:
         config = NoisePredictorConfig.from_state_dict(weights)
     except ValueError as error:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .canvas import VAE_MULTIPLE, reflect_pad
+from .canvas import VAE_MULTIPLE, reflect_pad, same_proportions
 
 
 def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, int], pixels_per_cell: int = 2) -> torch.Tensor:
@@ -23,8 +23,7 @@ def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, 
     """
     fitted = [max(1, round(side * pixels_per_cell / VAE_MULTIPLE)) for side in size]
     if list(picture.shape[-2:]) != fitted:
-        found, wanted = picture.shape[-1] / picture.shape[-2], fitted[1] / fitted[0]
-        if min(picture.shape[-2:]) >= 16 and min(fitted) >= 16 and not 0.9 < found / wanted < 1.1:
+        if not same_proportions(picture.shape[-2:], fitted):
             raise ValueError(
                 f"image: found {picture.shape[-1]} x {picture.shape[-2]} pixels, but the latent's picture has other proportions "
                 f"({fitted[1]} x {fitted[0]} as the predictor sees it). Give the same picture, not enlarged."

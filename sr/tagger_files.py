@@ -14,6 +14,7 @@ from .tagger import Tagger, TaggerConfig
 from .tagger_vocabulary import TagVocabulary
 
 DAPE_FILE = "DAPE.pth"
+TAGGER_SOURCE = "ram_swin_large_14m.pth is at huggingface.co/spaces/xinyu1205/recognize-anything."
 _TAGS, _THRESHOLDS, _DAPE = "tagger_tags", "tagger_thresholds", "tagger_dape"
 
 
@@ -46,7 +47,7 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None) -
     inner = nested if isinstance(nested, Mapping) else state
     weights = {strip_wrappers(k).replace("vision_multi.", "tagging_head."): w for k, w in inner.items() if isinstance(w, torch.Tensor)}
     if not {"visual_encoder.patch_embed.proj.weight", "label_embed"} <= weights.keys() or "reweight_scale" in weights:
-        raise ValueError(f"{name}: found {describe(state)}; expected RAM's tagger such as ram_swin_large_14m.pth, or a file converted from it.")
+        raise ValueError(f"{name}: found {describe(state)}; expected RAM's tagger, or a file converted from it. Choose another file: {TAGGER_SOURCE}")
     if _TAGS in metadata:
         vocabulary = TagVocabulary(tuple(json.loads(metadata[_TAGS])), tuple(json.loads(metadata[_THRESHOLDS])))
     else:

@@ -63,19 +63,37 @@ class Server:
 
     def run(self, prompt: dict, timeout: float = 900) -> dict:
         """Queue an API-format prompt and wait. Returns the history entry; fails with the node's own message where a node failed."""
+        answer = self._queue(prompt)
+        assert "prompt_id" in answer, f"the server refused the prompt: {json.dumps(answer)}"
+        entry = self._wait(answer["prompt_id"], timeout)
+        messages = [error["exception_message"] for error in execution_errors(entry)]
+        assert entry["status"]["status_str"] == "success", messages or self.log[-3000:]
+        return entry
+
+    def mistake(self, prompt: dict, timeout: float = 900) -> tuple[str, str]:
+        """Queue a prompt that must fail, at once or in a node. Returns the class of the node that the page outlines, and what it says."""
+        answer = self._queue(prompt)
+        if "prompt_id" not in answer:
+            [node] = answer["node_errors"].values()
+            return node["class_type"], " ".join(f"{error['message']}: {error['details']}" for error in node["errors"])
+        errors = execution_errors(self._wait(answer["prompt_id"], timeout))
+        assert errors, "the prompt ran without an error"
+        return errors[0]["node_type"], errors[0]["exception_message"].strip()
+
+    def _queue(self, prompt: dict) -> dict:
         request = urllib.request.Request(self.url + "/prompt", json.dumps({"prompt": prompt}).encode(), {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                prompt_id = json.loads(answer.read())["prompt_id"]
+                return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise AssertionError(f"the server refused the prompt: {error.read().decode()}") from None
+            return json.loads(error.read())
+
+    def _wait(self, prompt_id: str, timeout: float) -> dict:
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"ComfyUI ended:\n{self.log[-3000:]}"
             history = self.get(f"/history/{prompt_id}")
             if entry := history.get(prompt_id):
-                messages = [m[1].get("exception_message") for m in entry["status"]["messages"] if m[0] == "execution_error"]
-                assert entry["status"]["status_str"] == "success", messages or self.log[-3000:]
                 return entry
             time.sleep(0.5)
         raise TimeoutError(f"the prompt did not finish within {timeout} s:\n{self.log[-3000:]}")
@@ -88,6 +106,11 @@ class Server:
         from PIL import Image
 
         return Image.open(io.BytesIO(self.get("/view?" + urlencode(output))))
+
+
+def execution_errors(entry: dict) -> list[dict]:
+    """What nodes raised in a run, from its history entry."""
+    return [content for kind, content in entry["status"]["messages"] if kind == "execution_error"]
 
 
 def to_prompt(workflow: dict, object_info: dict) -> dict:

@@ -125,7 +125,7 @@ def test_overshoot_of_bicubic_enlargement_is_kept(comfy, base):
     ],
 )
 def test_unusable_pictures_are_refused(comfy, base, predictor, image, message):
-    latent = {"samples": torch.zeros(1, 4, 4, 4)}
+    latent = {"samples": torch.ones(1, 4, 4, 4)}
     with pytest.raises(ValueError, match=f"pixels: found.*{message}"):
         comfy.run("FewStepSRVAEEncode", pixels=image, vae=base[1])
     with pytest.raises(ValueError, match=f"image: found.*{message}"):
@@ -136,7 +136,7 @@ def test_unusable_pictures_are_refused(comfy, base, predictor, image, message):
 
 def test_wrong_models_are_refused(comfy, base, adapter_name):
     model, vae = base
-    latent = {"samples": torch.zeros(1, 4, 4, 4)}
+    latent = {"samples": torch.ones(1, 4, 4, 4)}
 
     def everywhere(model, message):
         for node, inputs in {
@@ -202,7 +202,7 @@ def test_other_vaes_latents_and_prompts_are_refused(comfy, base, osediff, predic
     }.items():
         with pytest.raises(ValueError, match=r"found a latent of shape \(1, 16, 4, 4\)"):
             comfy.run(node, **inputs)
-    latent = {"samples": torch.zeros(1, 4, 4, 4)}
+    latent = {"samples": torch.ones(1, 4, 4, 4)}
     with pytest.raises(ValueError, match=r"positive: found text encoded 768 wide \(Stable Diffusion 1.x\), expected 64"):
         comfy.run("OSEDiffOneStep", model=model, positive=conditioning(SEED, width=768), latent=latent)
     with pytest.raises(ValueError, match="cfg: found 2.0 without a negative"):
@@ -211,7 +211,7 @@ def test_other_vaes_latents_and_prompts_are_refused(comfy, base, osediff, predic
 
 def test_start_state_refuses_what_does_not_belong(comfy, base, predictor):
     model, _ = base
-    latent, image = {"samples": torch.zeros(2, 4, 16, 16)}, picture(1, 32, 32)
+    latent, image = {"samples": torch.ones(2, 4, 16, 16)}, picture(1, 32, 32)
     sigmas = comfy.run("FewStepScheduler", model=model)[0]
 
     def start(**inputs):
@@ -229,8 +229,8 @@ def test_start_state_refuses_what_does_not_belong(comfy, base, predictor):
         start(image=picture(1, 32, 64))
     noise, _ = start().args
     with pytest.raises(ValueError, match="made for a latent of 16 x 16 cells and met one of 8 x 16"):
-        noise.generate_noise({"samples": torch.zeros(1, 4, 16, 8)})
-    assert noise.generate_noise({"samples": torch.zeros(5, 4, 16, 16)}).shape == (5, 4, 16, 16)
+        noise.generate_noise({"samples": torch.ones(1, 4, 16, 8)})
+    assert noise.generate_noise({"samples": torch.ones(5, 4, 16, 16)}).shape == (5, 4, 16, 16)
 
 
 def test_strength(comfy, base, adapter_name, osediff):
@@ -423,7 +423,7 @@ def test_start_state_interrupts(comfy, base, predictor):
     sigmas = comfy.run("FewStepScheduler", model=base[0])[0]
     model_management.interrupt_current_processing(True)
     with pytest.raises(model_management.InterruptProcessingException):
-        comfy.run("InvSRStartState", noise_predictor=predictor, image=picture(1, 8, 8), latent={"samples": torch.zeros(1, 4, 4, 4)}, sigmas=sigmas)
+        comfy.run("InvSRStartState", noise_predictor=predictor, image=picture(1, 8, 8), latent={"samples": torch.ones(1, 4, 4, 4)}, sigmas=sigmas)
 
 
 def test_noise_map_preview(comfy, base, predictor):
@@ -451,7 +451,7 @@ def test_predictor_in_the_dtype_that_comfyui_chooses(comfy, base, predictor, fla
     half = comfy.run("InvSRNoisePredictorLoader", noise_predictor_name="predictor.pth")[0]
     assert half.network.encoder.conv_in.weight.dtype == dtype
     sigmas = comfy.run("FewStepScheduler", model=base[0])[0]
-    inputs = {"image": picture(1, 32, 32), "latent": {"samples": torch.zeros(1, 4, 16, 16)}, "sigmas": sigmas}
+    inputs = {"image": picture(1, 32, 32), "latent": {"samples": torch.ones(1, 4, 16, 16)}, "sigmas": sigmas}
     found, expected = (comfy.run("InvSRStartState", noise_predictor=p, **inputs)[0].noise for p in (half, predictor))
     assert found.dtype == torch.float32 and relative_error(found, expected) < tolerance
     with torch.inference_mode():
@@ -477,7 +477,7 @@ def test_nan_is_said_and_not_saved_as_black(comfy, base):
 
 def test_out_of_memory_halves_the_group(comfy, base, predictor, monkeypatch):
     sigmas = comfy.run("FewStepScheduler", model=base[0])[0]
-    inputs = {"noise_predictor": predictor, "image": picture(1, 16, 16, batch=5), "latent": {"samples": torch.zeros(5, 4, 8, 8)}, "sigmas": sigmas}
+    inputs = {"noise_predictor": predictor, "image": picture(1, 16, 16, batch=5), "latent": {"samples": torch.ones(5, 4, 8, 8)}, "sigmas": sigmas}
     expected = comfy.run("InvSRStartState", **inputs)[0].noise
     network, groups = predictor.network, []
     forward = network.forward
