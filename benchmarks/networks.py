@@ -84,6 +84,23 @@ def noise_predictor(path: str | None):
     return InvSRNoisePredictor(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=128, temb_channels=64).eval()
 
 
+def pipeline(base: str, kind, osediff: str | None, predictor: str | None):
+    """A method's pipeline on a folder that ``python -m pipelines train base`` wrote, and the base's one prompt."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from safetensors.torch import load_file
+
+    pipe = kind(
+        vae=AutoencoderKL.from_pretrained(base, subfolder="vae"),
+        text_encoder=None,
+        tokenizer=None,
+        unet=UNet2DConditionModel.from_pretrained(base, subfolder="unet"),
+        scheduler=DDIMScheduler.from_pretrained(base, subfolder="scheduler"),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_osediff(osediff) if hasattr(pipe, "load_osediff") else pipe.load_noise_predictor(predictor)
+    return pipe, load_file(Path(base) / "prompt_embeds.safetensors")["prompt_embeds"].float()
+
+
 def smooth(size: int) -> torch.Tensor:
     """(1, 3, size, size) in [0, 1] without any detail."""
     generator = torch.Generator().manual_seed(SEED)

@@ -4,8 +4,9 @@ It compares with the untiled result, so that it means something for any network:
 
     python benchmarks/seams.py                       # VAE, UNet and noise predictor
     python benchmarks/seams.py --vae PATH --unet PATH --photo FILE ...
+    python benchmarks/seams.py --only results --base FOLDER --osediff FILE --predictor FILE
 
-Without paths the networks have random weights.
+Without paths the networks have random weights; the methods' results want trained ones.
 """
 
 import argparse
@@ -63,7 +64,11 @@ def borders(layout, scale: int = 1) -> tuple[list[int], list[int]]:
 
 
 def report(name: str, tiled: torch.Tensor, whole: torch.Tensor, layout, scale: int = 1) -> None:
-    found = measure(tiled, whole, *borders(layout, scale))
+    report_at(name, tiled, whole, *borders(layout, scale))
+
+
+def report_at(name: str, tiled: torch.Tensor, whole: torch.Tensor, rows: list[int], columns: list[int]) -> None:
+    found = measure(tiled, whole, rows, columns)
     error = ((tiled - whole).norm() / (whole - whole.mean()).norm()).item()
     print(
         f"| {name} | {found.gradient_ratio:.3f} | {found.elsewhere:.3f} | {error:.3f} | {', '.join(f'{e:.3f}' for e in found.error_by_distance)} |",
@@ -127,6 +132,44 @@ def predictor_seams(predictor, drawn, overlaps: list[int]) -> None:
             report(f"noise predictor, overlap {overlap}, {name}", tiled, whole, layout)
 
 
+def result_seams(base: str, osediff: str | None, predictor: str | None, drawn, tile: int) -> None:
+    """The methods' whole results, four times as large as the pictures, where VAE, UNet and predictor meet 2 x 2 tiles of ``tile`` pixels and more."""
+    import networks
+
+    from pipelines import InvSRPipeline, OSEDiffPipeline
+    from sr import tiled_coder, tiled_noise
+    from sr.tiles import TileLayout
+
+    cells = tile // 8
+    canvas = 2 * cells - cells // 4
+    tiles, coder = TileLayout(canvas, canvas, cells, cells // 4), TileLayout(canvas, canvas, cells, tiled_coder.OVERLAP)
+    windows = TileLayout(canvas, canvas, tiled_noise.WINDOW, tiled_noise.OVERLAP)
+    methods = {"OSEDiff": [("all tiled", (tiles, coder), tiled_noise.WINDOW, tile)]}
+    methods["InvSR"] = [("windows alone", (windows,), tiled_noise.WINDOW, None), ("all tiled", (tiles, coder, windows), tiled_noise.WINDOW, tile)]
+    for method, ways in methods.items():
+        if not (osediff if method == "OSEDiff" else predictor):
+            continue
+        pipeline, embeds = networks.pipeline(base, OSEDiffPipeline if method == "OSEDiff" else InvSRPipeline, osediff, predictor)
+        for name, picture in drawn(canvas * 2).items():
+            whole = _result(pipeline, picture, embeds, canvas, None)
+            for way, layouts, window, side in ways:
+                found = [borders(layout, 8) for layout in layouts]
+                rows, columns = (sorted({edge for edges in found for edge in edges[i]}) for i in (0, 1))
+                report_at(f"{method}, {way}, {name}", _result(pipeline, picture, embeds, window, side), whole, rows, columns)
+
+
+def _result(pipeline, picture: torch.Tensor, embeds: torch.Tensor, window: int, tile: int | None) -> torch.Tensor:
+    """With the predictor in windows of ``window`` cells, and the other networks in tiles of ``tile`` pixels, or whole."""
+    from sr import tiled_noise
+
+    pipeline.enable_tiling(tile) if tile else pipeline.disable_tiling()
+    published, tiled_noise.WINDOW = tiled_noise.WINDOW, window
+    try:
+        return pipeline(picture, prompt_embeds=embeds, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    finally:
+        tiled_noise.WINDOW = published
+
+
 def main() -> None:
     import networks
 
@@ -134,10 +177,12 @@ def main() -> None:
     parser.add_argument("--vae", help="folder of an AutoencoderKL")
     parser.add_argument("--unet", help="folder of a UNet2DConditionModel")
     parser.add_argument("--predictor", help="file of a noise predictor")
+    parser.add_argument("--base", help="folder of a base without text encoder, for --only results")
+    parser.add_argument("--osediff", help="file of an OSEDiff adapter for that base")
     parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the two drawn ones")
     parser.add_argument("--size", type=int, default=768, help="of the VAE's pictures, in pixels (default: %(default)s)")
     parser.add_argument("--tile", type=int, default=256, help="of the VAE, in pixels (default: %(default)s)")
-    parser.add_argument("--only", choices=["vae", "unet", "predictor"])
+    parser.add_argument("--only", choices=["vae", "unet", "predictor", "results"])
     arguments = parser.parse_args()
 
     def pictures(size):
@@ -151,6 +196,8 @@ def main() -> None:
             unet_seams(networks.diffusers_unet(arguments.unet), pictures, 96, [8, 16, 24, 32])
         if arguments.only in (None, "predictor"):
             predictor_seams(networks.noise_predictor(arguments.predictor), pictures, [8, 16])
+        if arguments.only == "results":
+            result_seams(arguments.base, arguments.osediff, arguments.predictor, pictures, 768)
 
 
 if __name__ == "__main__":

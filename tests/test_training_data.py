@@ -42,7 +42,7 @@ def test_a_sample_depends_on_its_number_alone(folder):
 
 def test_crops_come_again_and_are_encoded_once(folder):
     torch.manual_seed(0)
-    encoder = Encoder(small_vae((8, 8, 8, 8)).eval())
+    encoder = Encoder(small_vae((32, 32, 32, 32)).eval())
     pictures = TrainingPictures(find_pictures([folder]), 64, 7, degradation=Degradation(), crops=3)
     assert torch.equal(pictures[5]["lq"], pictures[2]["lq"]) and not torch.equal(pictures[1]["lq"], pictures[2]["lq"])
     first, again = (torch.utils.data.default_collate([pictures[i] for i in rows]) for rows in ((0, 1), (4, 2)))

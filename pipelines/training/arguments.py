@@ -22,6 +22,7 @@ def add_common(command: argparse.ArgumentParser, lr: float) -> None:
     command.add_argument("--crops", type=int, help="so many different crops, again and again, whose latents are kept (default: each is new)")
     command.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)g)")
     command.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for networks that start from random weights")
+    command.add_argument("--matrix-lr", type=float, default=0.02, help="learning rate of Muon's matrices (default: %(default)g)")
     command.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises (default: %(default)s)")
     command.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 along half a cosine")
     command.add_argument("--weight-decay", type=float, default=0.0, help="decoupled (default: %(default)g)")

@@ -20,7 +20,12 @@ SCALING_FACTOR = 0.18215
 
 
 def small_vae(channels: tuple[int, ...] = (32, 32, 64, 128), layers: int = 1, groups: int = 8) -> AutoencoderKL:
-    """A VAE with random weights, whose residual blocks add nothing yet. Groups of several channels let normalisation keep the tone, which it would take from single ones."""
+    """A VAE with random weights, whose residual blocks add nothing yet.
+
+    Group normalisation would take the tone away: each group's mean, and its deviation. Here groups have several channels, and the first convolutions of encoder and
+    decoder add to each a constant of its own, larger than the picture's part; the residual stream carries it on, so that a group's mean and deviation are nearly
+    the same for all pictures, of all sizes.
+    """
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
@@ -30,7 +35,11 @@ def small_vae(channels: tuple[int, ...] = (32, 32, 64, 128), layers: int = 1, gr
         norm_num_groups=groups,
         scaling_factor=SCALING_FACTOR,
     )
-    nn.init.constant_(vae.quant_conv.bias.data[4:], -6.0)  # a posterior so narrow that the decoder hears the encoder from the first step on
+    for conv in (vae.encoder.conv_in, vae.decoder.conv_in):
+        nn.init.normal_(conv.bias)
+    # latents of a deviation near 1 and a posterior far narrower, so that the decoder hears the encoder from the first step on
+    vae.encoder.conv_out.weight.data.mul_(14)
+    nn.init.constant_(vae.quant_conv.bias.data[4:], -6.0)
     for module in vae.modules():
         if isinstance(module, ResnetBlock2D):
             nn.init.zeros_(module.conv2.weight)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from .checkpoints import Progress, averaged, find_checkpoint, keep_what_learns, learning, save_checkpoint
 from .data import TrainingPictures, load_batches
-from .optimizers import Muon
+from .optimizers import MUON_LR, Muon
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class LoopOptions:
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     optimizer: str = "adamw"
+    matrix_lr: float = MUON_LR
     betas: tuple[float, float] = (0.9, 0.999)
     workers: int = 0
     save_every: int = 500
@@ -168,7 +169,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
 
 def _optimizer(parameters: list[nn.Parameter], options: LoopOptions) -> torch.optim.Optimizer:
     if options.optimizer == "muon":
-        return Muon(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
+        return Muon(parameters, options.lr, options.matrix_lr, betas=options.betas, weight_decay=options.weight_decay)
     return torch.optim.AdamW(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
 
 
