@@ -8,7 +8,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..sr.checkpoints import PREDICTOR_SOURCE, load_noise_predictor_weights
+from ..sr.checkpoints import PREDICTOR_FILE, PREDICTOR_SOURCE, load_noise_predictor_weights
 from ..sr.noise_predictor import NoisePredictor
 from ..sr.posterior import Posterior, draw_noise
 from ..sr.predictor_picture import fit_picture
@@ -19,7 +19,7 @@ from ..sr.tiles import Tile
 from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise
-from .page import find_listed
+from .page import find_listed, list_files
 from .streaming import ComfyUI
 from .vae import picture_size
 
@@ -42,7 +42,7 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "noise_predictor_name",
-                    options=folder_paths.get_filename_list("invsr"),
+                    options=list_files("invsr"),
                     tooltip="File in models/invsr, such as noise_predictor_sd_turbo_v5.pth.",
                 ),
             ],
@@ -51,7 +51,7 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, noise_predictor_name=None) -> bool | str:
-        return find_listed("invsr", noise_predictor_name, PREDICTOR_SOURCE)
+        return find_listed("invsr", noise_predictor_name, PREDICTOR_FILE, PREDICTOR_SOURCE)
 
     @classmethod
     def execute(cls, noise_predictor_name) -> io.NodeOutput:

@@ -10,12 +10,12 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..sr.checkpoints import OSEDIFF_SOURCE, load_osediff_adapter
+from ..sr.checkpoints import OSEDIFF_FILE, OSEDIFF_SOURCE, load_osediff_adapter
 from ..sr.schedule import OSEDIFF_TIMESTEP
 from .adapter import ATTACHMENT, adapt_model, adapt_vae
 from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
 from .noise import PredictedNoise
-from .page import find_listed, warn
+from .page import find_listed, list_files, warn
 from .tiled_model import is_tiled, stream_pictures
 
 USUAL = 2.0
@@ -37,7 +37,7 @@ class OSEDiffLoader(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Combo.Input(
                     "osediff_name",
-                    options=folder_paths.get_filename_list("osediff"),
+                    options=list_files("osediff"),
                     tooltip="Adapter file in models/osediff, such as osediff.pkl. osediff_face.pkl is for portraits that are already large.",
                 ),
                 io.Float.Input(
@@ -66,7 +66,7 @@ class OSEDiffLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, osediff_name=None) -> bool | str:
-        return find_listed("osediff", osediff_name, OSEDIFF_SOURCE)
+        return find_listed("osediff", osediff_name, OSEDIFF_FILE, OSEDIFF_SOURCE)
 
     @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:

@@ -8,17 +8,28 @@ from comfy_api.latest import io
 from server import PromptServer
 
 
-def find_listed(folder: str, name: str | None, source: str) -> bool | str:
+def list_files(folder: str) -> list[str]:
+    """A model folder's files for a widget. Where there is none it says so, since the page shows an empty list as "undefined" and sends nothing."""
+    return folder_paths.get_filename_list(folder) or [_empty(folder)]
+
+
+def _empty(folder: str) -> str:
+    return f"models/{folder} is empty"
+
+
+def find_listed(folder: str, name: str | None, published: str, source: str) -> bool | str:
     """Whether a model folder has a file of that name, as ``validate_inputs`` answers: True, or what to do.
 
     Args:
         folder: the folder's kind, such as "osediff".
         name: the widget's value; None where another node's output is wired to it.
-        source: a sentence that says where the file can be had.
+        published: the authors' file.
+        source: a sentence that says where that can be had.
     """
     files = folder_paths.get_filename_list(folder)
     if name is None or name in files:
         return True
+    name = published if name == _empty(folder) else name
     here = folder_paths.get_folder_paths(folder)[0]
     found = ", ".join(files[:5]) + ", ..." * (len(files) > 5) or "no file"
     misplaced = _find_elsewhere(folder, Path(name).name)

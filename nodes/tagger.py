@@ -13,11 +13,11 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..sr.tagger import Tagger, prepare_picture
-from ..sr.tagger_files import DAPE_FILE, TAGGER_SOURCE, add_dape, by_preference, load_tagger_weights
+from ..sr.tagger_files import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, add_dape, by_preference, load_tagger_weights
 from ..sr.tagger_vocabulary import TagVocabulary
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
-from .page import find_listed
+from .page import find_listed, list_files
 
 TaggerSocket = io.Custom("DAPE_TAGGER")
 
@@ -43,7 +43,7 @@ class DAPETaggerLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "tagger_name",
-                    options=files,
+                    options=by_preference(list_files("dape")),
                     tooltip="File in models/dape: one made by 'python -m pipelines convert', or ram_swin_large_14m.pth "
                     "with ram_tag_list.txt and ram_tag_list_threshold.txt beside it.",
                 ),
@@ -60,7 +60,7 @@ class DAPETaggerLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, tagger_name=None) -> bool | str:
-        return find_listed("dape", tagger_name, TAGGER_SOURCE)
+        return find_listed("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
 
     @classmethod
     def execute(cls, tagger_name, dape_name="auto") -> io.NodeOutput:

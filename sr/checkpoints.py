@@ -14,8 +14,9 @@ LORA_ALPHA = 8
 """PEFT's default ``lora_alpha``, which OSEDiff leaves as it is: the scale is 8 / rank at every rank, so 2 at the published rank 4."""
 
 
-OSEDIFF_SOURCE = "osediff.pkl is at github.com/cswry/OSEDiff, in preset/models."
-PREDICTOR_SOURCE = "noise_predictor_sd_turbo_v5.pth is at huggingface.co/OAOA/InvSR."
+OSEDIFF_FILE, PREDICTOR_FILE = "osediff.pkl", "noise_predictor_sd_turbo_v5.pth"
+OSEDIFF_SOURCE = f"{OSEDIFF_FILE} is at github.com/cswry/OSEDiff, in preset/models."
+PREDICTOR_SOURCE = f"{PREDICTOR_FILE} is at huggingface.co/OAOA/InvSR."
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from .save import save_safetensors
 from .tagger import Tagger, TaggerConfig
 from .tagger_vocabulary import TagVocabulary
 
-DAPE_FILE = "DAPE.pth"
-TAGGER_SOURCE = "ram_swin_large_14m.pth is at huggingface.co/spaces/xinyu1205/recognize-anything."
+DAPE_FILE, TAGGER_FILE = "DAPE.pth", "ram_swin_large_14m.pth"
+TAGGER_SOURCE = f"{TAGGER_FILE} is at huggingface.co/spaces/xinyu1205/recognize-anything."
 _TAGS, _THRESHOLDS, _DAPE = "tagger_tags", "tagger_thresholds", "tagger_dape"
 
 

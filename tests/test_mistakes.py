@@ -186,12 +186,17 @@ def test_empty_folder(server):
         moved.append(file.rename(models / "checkpoints" / file.name))
     try:
         name = "noise_predictor_sd_turbo_v5.pth"
-        node, message = server.mistake(invsr("InvSRNoisePredictorLoader", {"noise_predictor_name": name}, "").prompt(server))
+        listed = server.get("/object_info/InvSRNoisePredictorLoader")["InvSRNoisePredictorLoader"]["input"]["required"]["noise_predictor_name"][1]
+        assert listed["options"] == ["models/invsr is empty"]
+        answers = [
+            server.mistake(invsr("InvSRNoisePredictorLoader", {"noise_predictor_name": value}).prompt(server)) for value in (name, *listed["options"])
+        ]
     finally:
         for file in moved:
             file.rename(models / "invsr" / file.name)
-    assert node == "InvSRNoisePredictorLoader"
-    assert f"found no file in {models / 'invsr'}, expected {name}. It is at {models}" in message and "move it there, and press R" in message
+    for node, message in answers:
+        assert node == "InvSRNoisePredictorLoader"
+        assert f"found no file in {models / 'invsr'}, expected {name}. It is at {models}" in message and "move it there, and press R" in message
 
 
 ODD = {
