@@ -6,6 +6,7 @@ names a folder for what the page looked like.
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -32,26 +33,53 @@ def server(comfy, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(server):
+def new_server(comfy, tmp_path_factory):
+    """A server of somebody who has a picture but no weights yet."""
+    base = tmp_path_factory.mktemp("new")
+    (base / "input").mkdir()
+    photo().save(base / "input" / "example.png")
+    with Server(comfy.path, base) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
     with playwright.sync_playwright() as driver:
         try:
             browser = driver.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"), args=FLAGS)
         except playwright.Error as error:
             pytest.skip(f"Chromium does not start (apt install chromium, or playwright install chromium): {str(error).splitlines()[0]}")
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(60_000)
-        page.goto(server.url, wait_until="domcontentloaded")
-        page.wait_for_function("() => window.app?.graph && app.canvas && app.extensionManager?.command", timeout=120_000)
-        yield page
+        yield browser
         browser.close()
 
 
+def open_page(browser, server):
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(60_000)
+    page.request.post(f"{server.url}/settings/Comfy.TutorialCompleted", data="true", headers={"Content-Type": "application/json"})
+    page.goto(server.url, wait_until="domcontentloaded")
+    page.wait_for_function("() => window.app?.graph && app.canvas && app.extensionManager?.command", timeout=120_000)
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(browser, server):
+    return open_page(browser, server)
+
+
+@pytest.fixture(scope="module")
+def new_page(browser, new_server):
+    return open_page(browser, new_server)
+
+
 @pytest.fixture(autouse=True)
-def screenshot(page, request, tmp_path):
+def screenshot(request, tmp_path):
+    pages = [request.getfixturevalue(name) for name in ("page", "new_page") if name in request.fixturenames]
     yield
     folder = Path(os.environ.get("FEWSTEP_SR_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
-    page.screenshot(path=folder / f"{request.node.name}.png")
+    for page in pages:
+        page.screenshot(path=folder / f"{request.node.name}.png")
 
 
 def test_templates_are_listed_and_open(page):
@@ -109,9 +137,114 @@ def test_a_run_shows_progress_noise_map_and_result(page):
     assert progress["SamplerCustomAdvanced"] == [1, 1] and "InvSRStartState" in progress
 
 
-def test_help_is_shown(page):
-    open_in_view(page, "osediff_x4")
-    page.evaluate("() => app.canvas.selectNode(app.graph._nodes.find(n => n.type === 'OSEDiffOneStep'))")
+NODES = json.loads((ROOT / "tests" / "fixtures" / "nodes.json").read_text())
+
+
+def add_node(page, node_id: str) -> None:
+    """An empty graph with this node, selected, at its real size."""
+    page.evaluate(
+        """id => {
+            app.graph.clear()
+            const node = LiteGraph.createNode(id)
+            app.graph.add(node)
+            app.canvas.ds.scale = 1
+            app.canvas.ds.offset = [300, 300]
+            app.canvas.selectNode(node)
+            app.canvas.setDirty(true, true)
+        }""",
+        node_id,
+    )
+    page.wait_for_timeout(1000)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_is_shown(page, node_id):
+    """The panel has the node's page in the page's language, with its table and pictures."""
+    add_node(page, node_id)
     page.get_by_test_id("info-button").click()
-    page.locator(".node-help-content h1", has_text="OSEDiff One Step").wait_for()
-    page.locator(".node-help-content table", has_text="timestep").wait_for()
+    title = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    page.locator(".node-help-content h1", has_text=title).wait_for()
+    shown = [entry["name"] for entry in NODES[node_id]["inputs"] if "default" in entry]
+    for name in shown:
+        page.locator(".node-help-content td", has_text=name).first.wait_for()
+    page.wait_for_function("() => [...document.querySelectorAll('.node-help-content img')].every(image => image.complete)")
+    widths = page.evaluate("() => [...document.querySelectorAll('.node-help-content img')].map(image => image.naturalWidth)")
+    assert widths and all(widths)
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_in_chinese_is_served(server, node_id):
+    """With the pictures of the English page, from the folder to which the panel relates them in every language."""
+    text = server.get(f"/extensions/ComfyUI-FewStepSR/docs/{node_id}/zh.md").decode()
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
+    assert text.startswith("# ") and pictures
+    assert pictures == re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8"))
+    for picture in pictures:
+        assert len(server.get(f"/extensions/ComfyUI-FewStepSR/docs/{picture}")) < 60_000
+
+
+def set_widget(page, node_type: str, name: str, value) -> None:
+    page.evaluate(
+        "([type, name, value]) => { app.graph._nodes.find(n => n.type === type).widgets.find(w => w.name === name).value = value }",
+        [node_type, name, value],
+    )
+
+
+def test_an_error_is_seen(page, server):
+    """A node's message is in the page's error panel, behind the button of the notice that comes up."""
+    shutil.copy(server.base / "models" / "invsr" / "noise_predictor_sd_turbo_v5.pth", server.base / "models" / "osediff")
+    open_in_view(page, "osediff_x4")
+    set_widget(page, "OSEDiffLoader", "osediff_name", "noise_predictor_sd_turbo_v5.pth")
+    page.evaluate("() => app.queuePrompt(0)")
+    page.get_by_text("View details").first.click()
+    page.get_by_text("found an InvSR noise predictor; expected an OSEDiff adapter").first.wait_for()
+
+
+def test_a_missing_file_is_seen(page):
+    """What the loader says before the run is in the panel, too, and the run does not start."""
+    open_in_view(page, "osediff_x4")
+    set_widget(page, "OSEDiffLoader", "osediff_name", "osediff_face.pkl")
+    page.evaluate("() => app.queuePrompt(0)")
+    page.get_by_text("View details").first.click()
+    page.get_by_label("Info for Load OSEDiff - osediff_name").click()
+    page.get_by_text("expected osediff_face.pkl. osediff.pkl is at github.com/cswry/OSEDiff").first.wait_for()
+
+
+def test_a_warning_is_seen_on_the_node(page):
+    """An odd setting runs and says so on the node, until it is mended."""
+    open_in_view(page, "osediff_x4")
+    for strength, text in ((10.0, "strength_model: found 10, expected 1 (0 to 2)"), (1.0, "No warnings.")):
+        set_widget(page, "OSEDiffLoader", "strength_model", strength)
+        page.evaluate("() => app.queuePrompt(0)")
+        page.get_by_text(text).first.wait_for(timeout=120_000)
+
+
+def test_templates_name_the_sources_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    nodes = [node for path in TEMPLATES for node in json.loads(path.read_text())["nodes"]]
+    named = {(model["name"], model["directory"], model["url"]) for node in nodes for model in node["properties"].get("models", [])}
+    ours = {name: (directory, url) for name, directory, url in named if f"`{name}`" in readme}
+    assert set(ours) == {"v2-1_512-ema-pruned.safetensors", "sd_turbo.safetensors", "noise_predictor_sd_turbo_v5.pth", "ram_swin_large_14m.pth"}
+    for name, (directory, url) in ours.items():
+        repository, _, path = url.partition("/resolve/main/")
+        assert path == name and f"`{directory}`" in readme
+        assert any(f"`{name}`" in line and f"({repository}" in line for line in readme.splitlines())
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
+def test_missing_models_are_offered(new_page, path):
+    """Each weight file that a template names a source for is in the page's list of missing models, with a button to download it."""
+    workflow = json.loads(path.read_text())
+    new_page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    new_page.get_by_text("View details").first.click()
+    listed = new_page.get_by_test_id("error-group-missing-model")
+    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    assert models
+    for model in models:
+        listed.get_by_text(model["name"]).first.wait_for()
+    assert listed.get_by_test_id("missing-model-download").count() == len(models)
+
+
+def test_an_empty_folder_says_so(new_page):
+    add_node(new_page, "InvSRNoisePredictorLoader")
+    assert new_page.evaluate("() => app.graph._nodes[0].widgets[0].value") == "models/invsr is empty"
