@@ -244,6 +244,15 @@ def one_step(comfy, model):
     return comfy.run("OSEDiffOneStep", model=model, positive=toys.conditioning(5), latent={"samples": torch.ones(1, 4, 64, 96)})
 
 
+def test_a_picture_beside_osediffs_noise(comfy, model):
+    """8. again: OSEDiff's start is in the NOISE alone, which the sampler adds to the latent that it is given."""
+    latent = {"samples": torch.ones(1, 4, 8, 8)}
+    noise, blank = comfy.run("OSEDiffStartState", model=model, latent=latent).args
+    noise.generate_noise(blank)
+    with pytest.raises(ValueError, match="latent_image: found a latent with a picture, expected a blank one.* Wire the blank LATENT"):
+        noise.generate_noise(latent)
+
+
 def test_far_too_large(comfy, model, monkeypatch):
     """10. One activation alone is larger than the device: 64 x 96 cells of 8 x 32 channels in float32 are 6 MiB."""
     from comfy import model_management
