@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,9 +16,12 @@ from .latents import Encoder
 
 
 def small_unet(channels: tuple[int, ...] = (64, 64, 64), width: int = 64) -> UNet2DConditionModel:
-    """A UNet with random weights; attention everywhere but at the highest resolution, heads of 32 channels."""
+    """A UNet with random weights, whose blocks add nothing yet; attention everywhere but at the highest resolution, heads of 32 channels.
+
+    The first convolution adds constants, for the same reason as a small VAE's (:func:`pipelines.training.autoencoder.small_vae`).
+    """
     lower = len(channels) - 1
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         block_out_channels=channels,
         down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * lower,
         up_block_types=("CrossAttnUpBlock2D",) * lower + ("UpBlock2D",),
@@ -25,6 +30,13 @@ def small_unet(channels: tuple[int, ...] = (64, 64, 64), width: int = 64) -> UNe
         attention_head_dim=tuple(channel // 32 for channel in channels),  # number of heads, in diffusers' naming
         use_linear_projection=True,
     )
+    nn.init.normal_(unet.conv_in.bias)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D):
+            nn.init.zeros_(module.conv2.weight)
+        elif isinstance(module, Transformer2DModel):
+            nn.init.zeros_(module.proj_out.weight)
+    return unet
 
 
 def stable_diffusion_scheduler() -> DDPMScheduler:
