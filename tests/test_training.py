@@ -176,9 +176,10 @@ def test_discriminator_learns_alone_at_first(base, batch):
     assert "adversarial" in task.loss("predictor", batch, torch.Generator().manual_seed(0))[1]
 
 
-def test_osediff_file_gives_the_same_latents(folder, base, batch, tmp_path):
+@pytest.mark.parametrize("timestep", [999, 249])
+def test_osediff_file_gives_the_same_latents(folder, base, batch, tmp_path, timestep):
     """What is written restores as what was trained, through the pipeline."""
-    task = osediff(base)
+    task = osediff(base, timestep=timestep)
     moved(task, batch, {})
     task.save(tmp_path)
     fresh = load_base(str(folder / "base"))
@@ -194,9 +195,9 @@ def test_osediff_file_gives_the_same_latents(folder, base, batch, tmp_path):
     with torch.no_grad():
         expected, restored = task.generator(enlarge(batch["lq"], (64, 64)), embeds)
     _, enlarged = pipeline.preprocess(batch["lq"])
-    latents = pipeline.one_step(pipeline.encode(enlarged), embeds)
+    latents = pipeline.one_step(pipeline.encode(enlarged), embeds, timestep=timestep)
     assert (latents - expected).norm() / expected.norm() < 1e-5
-    images = pipeline(batch["lq"], prompt_embeds=embeds, color_fix=None, output_type="pt").images
+    images = pipeline(batch["lq"], prompt_embeds=embeds, timestep=timestep, color_fix=None, output_type="pt").images
     assert (images - (restored / 2 + 0.5)).abs().max() < 1e-4
 
 

@@ -33,7 +33,7 @@ class OSEDiffOptions:
 
     ``latent`` is of a distance (L2, or L1) to the high-quality picture's latents, and ``gradients`` of one between the pictures' differences at
     three scales: neither is part of the method; they are cheap where there is no GPU, or no LPIPS. ``regulariser_everywhere`` lets the regulariser learn
-    in all its layers, as the paper has it, and not in the middle alone, as the published program has it.
+    in all its layers, as the paper has it, and not in the middle alone, as the published program has it. ``timestep`` is that of the one step.
     """
 
     rank: int = 4
@@ -46,14 +46,15 @@ class OSEDiffOptions:
     latent: float = 0.0
     latent_l1: bool = False
     gradients: float = 0.0
+    timestep: int = OSEDIFF_TIMESTEP
 
 
 class Generator(nn.Module):
     """Low-quality pictures to restored latents and pictures, by the networks that learn."""
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL):
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = OSEDIFF_TIMESTEP):
         super().__init__()
-        self.unet, self.vae = unet, vae
+        self.unet, self.vae, self.timestep = unet, vae, timestep
 
     def forward(
         self, enlarged: torch.Tensor, prompt_embeds: torch.Tensor, noise: torch.Tensor | None = None, decode: bool = True
@@ -72,7 +73,7 @@ class Generator(nn.Module):
         posterior = self.vae.encode(enlarged * 2 - 1).latent_dist
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise
         latents = (latents * scale).float()
-        timesteps = torch.full((len(latents),), OSEDIFF_TIMESTEP, device=latents.device)
+        timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
         noise_pred = self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds).sample.float()
         restored = distillation.predict_x0(latents, noise_pred, timesteps)
         return restored, self.vae.decode(restored / scale).sample.float().clamp(-1, 1) if decode else None
@@ -107,7 +108,7 @@ class OSEDiffTask:
             self._target = Encoder(self.target)
         adapt_generator(base.unet, options.rank)
         adapt_vae(base.vae, options.rank)
-        self.generator = self.phases["generator"] = Generator(base.unet, base.vae).train()
+        self.generator = self.phases["generator"] = Generator(base.unet, base.vae, options.timestep).train()
         if options.vsd:
             self.phases["regulariser"] = self.regulariser.train()
         if gradient_checkpointing:
