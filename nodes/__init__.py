@@ -1,6 +1,7 @@
 """The methods' stages as ComfyUI nodes on native sockets."""
 
 from .color import FewStepSRColorFix
+from .demo import FewStepSRDemoLoader
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
 from .scheduler import FewStepScheduler
@@ -21,4 +22,5 @@ NODES = [
     FewStepSRVAEEncode,
     FewStepSRVAEDecode,
     FewStepSRColorFix,
+    FewStepSRDemoLoader,
 ]

@@ -16,6 +16,7 @@ from .training.cli import add_commands as add_training
 
 _UPSCALE = """\
 examples:
+  python -m pipelines upscale miniature/photo.png --demo
   python -m pipelines upscale photos -o restored --method invsr --download
   python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
   accelerate launch --multi_gpu --num_processes 4 -m pipelines upscale photos -o restored --method invsr      (GPUs share the folder)
@@ -78,7 +79,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     )
 
     method = command.add_argument_group("method")
-    method.add_argument("--method", choices=["osediff", "invsr"], default="osediff", help="default: %(default)s")
+    method.add_argument("--method", choices=["osediff", "invsr"], help="default: osediff, invsr with --demo")
     method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
     method.add_argument("--steps", type=int, default=1, help="InvSR: 1 to 5 (default: %(default)s)")
     method.add_argument("--timesteps", nargs="+", metavar="T", help="InvSR: instead of --steps, such as 250 150 50 (descending, 250 at most)")
@@ -88,9 +89,10 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--tagger", type=Path, help="OSEDiff: a tagger that reads each picture's prompt off it; --prompt is added at its end")
     method.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR")
+    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
 
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
+    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH"), help="a ComfyUI folder (default: COMFYUI_PATH)")

@@ -13,6 +13,7 @@ from sr.schedule import few_step_indices
 
 from .base import FewStepSRPipeline
 from .batch import Job, join, list_jobs, run, share
+from .demo import load_demo
 from .find import BASES, WEIGHTS, find
 from .invsr import InvSRPipeline
 from .osediff import OSEDiffPipeline
@@ -24,6 +25,15 @@ def upscale(arguments: argparse.Namespace) -> int:
     """Restore all pictures, this process its share. Returns 1 where some failed, else 0."""
     if arguments.scale <= 0:
         raise ValueError(f"--scale: found {arguments.scale:g}, expected more than 0.")
+    arguments.method = arguments.method or ("invsr" if arguments.demo else "osediff")
+    if arguments.demo:
+        refused = {"--base": arguments.base, "--weights": arguments.weights, "--prompt": arguments.prompt, "--tagger": arguments.tagger}
+        if given := [option for option, value in refused.items() if value is not None]:
+            raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
+        if arguments.method == "osediff":
+            raise ValueError("--method: found osediff with --demo, expected invsr: the miniature has no OSEDiff adapter.")
+        if arguments.cfg != 1:
+            raise ValueError(f"--cfg: found {arguments.cfg:g}, expected 1 with --demo: the miniature has no negative prompt.")
     if arguments.tagger and arguments.method == "invsr":
         raise ValueError("--tagger: InvSR has one prompt for all pictures, expected --method osediff with a tagger.")
     if arguments.output is None:
@@ -59,6 +69,8 @@ def _find(arguments: argparse.Namespace, state: PartialState) -> tuple[str, str]
     comfyui = Path(arguments.comfyui).expanduser() if arguments.comfyui else None
     if comfyui and not (comfyui / "models").is_dir():
         raise FileNotFoundError(f"--comfyui: there is no models folder in {comfyui}. Give the folder that ComfyUI's main.py is in.")
+    if arguments.demo:
+        return "", ""
     with state.local_main_process_first():  # the others of this machine find in the cache what it fetched
         base = find(BASES[arguments.method], arguments.base, comfyui, arguments.download)
         return base, find(WEIGHTS[arguments.method], arguments.weights, comfyui, arguments.download)
@@ -74,14 +86,16 @@ class Upscaler:
         diffusers_logging.disable_progress_bar()
         transformers_logging.disable_progress_bar()
         kind = OSEDiffPipeline if arguments.method == "osediff" else InvSRPipeline
-        self.pipeline = load_base(kind, base, dtype, arguments)
+        self.prompt_embeds = None
+        if arguments.demo:
+            self.pipeline, self.prompt_embeds = load_demo()
+        else:
+            self.pipeline = load_base(kind, base, dtype, arguments)
+            self.pipeline.load_osediff(weights) if kind is OSEDiffPipeline else self.pipeline.load_noise_predictor(weights)
         if kind is OSEDiffPipeline:
-            self.pipeline.load_osediff(weights)
             self.pipeline.fuse()
             if arguments.tagger:
                 self.pipeline.load_tagger(arguments.tagger, arguments.dape)
-        else:
-            self.pipeline.load_noise_predictor(weights)
         self.pipeline.set_progress_bar_config(disable=True)
         if arguments.tile:
             self.pipeline.enable_tiling(arguments.tile)
@@ -101,10 +115,13 @@ class Upscaler:
             "generator": torch.Generator().manual_seed(arguments.seed),
             "prompt": arguments.prompt,
             "negative_prompt": arguments.negative_prompt,
+            "prompt_embeds": self.prompt_embeds,
         }
         settings = {name: value for name, value in settings.items() if value is not None}
         if arguments.color_fix:
             settings["color_fix"] = None if arguments.color_fix == "none" else arguments.color_fix
+        elif arguments.demo:
+            settings["color_fix"] = "wavelet"  # the miniature's VAE knows next to no hues
         if arguments.method == "invsr":
             settings |= {"num_inference_steps": arguments.steps, "timesteps": arguments.timesteps}
         restored = self.pipeline(picture.image, **settings).images[0]

@@ -2,12 +2,16 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pipeline_toys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import ROOT
 from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -327,6 +331,39 @@ def test_command(folder, tmp_path, mode, capfd):
     file = out / (ADAPTER_FILE if mode[0] == "osediff" else PREDICTOR_FILE)
     assert main(["info", str(file)]) == 0
     assert ("an OSEDiff adapter" if mode[0] == "osediff" else "an InvSR noise predictor") in capfd.readouterr().out
+
+
+def test_two_processes_resume_exactly(folder, tmp_path):
+    """Processes share each step's samples and its gradient; with ACCELERATE_USE_CPU what accelerate calls multi_gpu are CPU processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    words = [
+        "train",
+        "invsr",
+        "--base",
+        str(folder / "base"),
+        "--data",
+        str(folder / "photos"),
+        "--steps",
+        "3",
+        "--patch",
+        "64",
+        "--batch",
+        "1",
+        *SMALL,
+    ]
+
+    def run(name, *more):
+        command = [sys.executable, "-m", *launch, "-m", "pipelines", *words, "-o", str(tmp_path / name), *more]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
+        return load_file(tmp_path / name / PREDICTOR_FILE)
+
+    uncut, first = run("uncut"), run("cut", "--max-minutes", "0")
+    assert len(list((tmp_path / "cut" / "checkpoint").glob("random_states_*"))) == 2
+    second = run("cut", "--resume")
+    assert all(torch.equal(uncut[name], second[name]) for name in uncut)
+    assert not all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_prompts_of_a_tagger(tmp_path):

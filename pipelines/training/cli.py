@@ -34,6 +34,13 @@ def add_commands(commands, common: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_base)
     add_methods(trainings, common)
 
+    command = trainings.add_parser("pack", parents=[common], help="a base and the methods' weights for it into one folder, in half precision", **RAW)
+    command.add_argument("--base", type=Path, required=True, help="the base (a diffusers folder)")
+    command.add_argument("--osediff", type=Path, help="its OSEDiff adapter")
+    command.add_argument("--noise-predictor", type=Path, help="its noise predictor")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.set_defaults(run=_pack)
+
 
 def _synthesize(arguments: argparse.Namespace) -> int:
     from .synthetic import write_pictures
@@ -68,4 +75,12 @@ def _base(arguments: argparse.Namespace) -> int:
     prompt_embeds = torch.randn(1, 8, arguments.width)
     task = BaseUNetTask(small_unet(tuple(arguments.channels), arguments.width), AutoencoderKL.from_pretrained(arguments.vae), prompt_embeds)
     train(task, training_pictures(arguments), options)
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from .pack import pack
+
+    size = pack(arguments.base, arguments.osediff, arguments.noise_predictor, arguments.output)
+    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights")
     return 0

@@ -36,7 +36,9 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
         "--regulariser-everywhere", action="store_true", help="let it learn in all layers, not in the UNet's middle alone as published"
     )
     command.add_argument("--guidance", type=float, default=7.5, help="of the frozen base in the distillation (default: %(default)g)")
-    command.add_argument("--timestep", type=int, default=999, help="of the one step; use the result with the same (default: %(default)s, the published one)")
+    command.add_argument(
+        "--timestep", type=int, default=999, help="of the one step; use the result with the same (default: %(default)s, the published one)"
+    )
     command.add_argument("--latent-weight", type=float, default=0.0, help="not in the paper: of the latents' distance (default: %(default)g)")
     command.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="that distance (default: %(default)s)")
     command.add_argument("--gradient-weight", type=float, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")

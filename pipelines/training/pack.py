@@ -1,0 +1,35 @@
+"""Base, adapter and noise predictor into one folder in half precision, as the package carries its miniature."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import safe_open
+
+from sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from sr.save import save_safetensors
+
+from .bases import PROMPT_FILE
+
+
+def pack(base: Path, osediff: Path | None, noise_predictor: Path | None, folder: Path) -> int:
+    """Write ``folder`` and return the weights' size in bytes.
+
+    Raises:
+        OSError, ValueError: a part is missing or is something else; nothing has been written then.
+    """
+    weights = {"osediff.safetensors": osediff, "noise_predictor.safetensors": noise_predictor}
+    for source, load in ((osediff, load_osediff_adapter), (noise_predictor, load_noise_predictor_weights)):
+        if source:
+            load(source)
+    networks = {"unet": UNet2DConditionModel.from_pretrained(base / "unet"), "vae": AutoencoderKL.from_pretrained(base / "vae")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, network in networks.items():
+        network.half().save_pretrained(folder / name)
+    shutil.copytree(base / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    for name, source in {PROMPT_FILE: base / PROMPT_FILE, **{name: source for name, source in weights.items() if source}}.items():
+        with safe_open(source, "pt") as file:
+            halved = {key: file.get_tensor(key).to(torch.float16) for key in file.keys()}  # noqa: SIM118 (no mapping)
+            save_safetensors(halved, folder / name, {k: v for k, v in (file.metadata() or {}).items() if k != "format"})
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))

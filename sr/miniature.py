@@ -1,0 +1,18 @@
+"""The miniature: a small Stable-Diffusion-shaped model with an InvSR noise predictor, trained on a CPU, that comes with the pack (see miniature/README.md)."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "miniature"
+PHOTO = "photo.png"
+
+UNET_HEAD_DIM = 32
+VAE_NORM_GROUPS = 8
+"""Groups of normalisation. Stable Diffusion has 32, which would be single channels here and take the tone out of the picture."""
+
+
+def find(name: str) -> Path:
+    """A file of the miniature. Raises FileNotFoundError where this copy of the pack lacks it."""
+    path = FOLDER / name
+    if not path.is_file():
+        raise FileNotFoundError(f"miniature: {name} is not in {FOLDER}. This copy of the pack is incomplete: install it again.")
+    return path

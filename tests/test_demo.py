@@ -1,0 +1,100 @@
+"""The miniature: that it is whole and small, the same in nodes and pipelines, and that it restores."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import ROOT
+from toys import relative_error
+
+from sr import miniature
+
+PHOTOS = ROOT / "tests" / "data" / "photos"
+
+
+def picture(name: str = "chelsea") -> torch.Tensor:
+    """A quarter of a photo, IMAGE (1, h, w, 3)."""
+    import numpy as np
+    from PIL import Image
+
+    photo = Image.open(PHOTOS / f"{name}.png").resize((48, 40), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(photo).copy())[None].float() / 255
+
+
+def test_at_most_12_mb():
+    files = list(miniature.FOLDER.rglob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(file.stat().st_size for file in files) <= 12e6
+    assert miniature.find(miniature.PHOTO) and (miniature.FOLDER / "README.md").is_file()
+
+
+def test_an_incomplete_copy_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(miniature, "FOLDER", tmp_path)
+    with pytest.raises(FileNotFoundError, match="unet/x.safetensors is not in .* install it again"):
+        miniature.find("unet/x.safetensors")
+
+
+def test_nodes_and_pipeline(comfy):
+    from pipelines.demo import load_demo
+
+    image = picture("coffee")
+    model, vae, prompt, predictor, _ = comfy.run("FewStepSRDemoLoader").args
+    (enlarged,) = comfy.run("ImageScaleBy", image=image, upscale_method="bicubic", scale_by=4.0)
+    (latent,) = comfy.run("FewStepSRVAEEncode", pixels=enlarged, vae=vae).args
+    (sigmas,) = comfy.run("FewStepScheduler", model=model, method="InvSR", steps=2).args
+    start = comfy.run("InvSRStartState", noise_predictor=predictor, image=image, latent=latent, sigmas=sigmas, seed=77)
+    (guider,) = comfy.run("BasicGuider", model=model, conditioning=prompt)
+    (sampler,) = comfy.run("KSamplerSelect", sampler_name="euler")
+    sampled = comfy.run("SamplerCustomAdvanced", noise=start[0], guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)[0]
+    (found,) = comfy.run("FewStepSRVAEDecode", samples=sampled, vae=vae).args
+
+    pipeline, prompt_embeds = load_demo()
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(77)
+    settings = {"num_inference_steps": 2, "generator": generator, "prompt_embeds": prompt_embeds, "output_type": "pt"}
+    assert relative_error(found.movedim(-1, 1), pipeline(image.movedim(-1, 1), **settings).images) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def figures():
+    pytest.importorskip("piq", reason="piq is not installed (pip install -r requirements-dev.txt)")
+    spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
+    quality = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(quality)
+    return quality.measure(sorted(PHOTOS.glob("*.png")), seeds=3)
+
+
+def test_restores_held_out_photos(figures):
+    """More of the structure than bicubic enlargement by HaarPSI and FSIM; by GMSD, which asks for grain, no more than 0.008 less."""
+    found, bicubic = figures["InvSR"], figures["bicubic"]
+    assert found["HaarPSI"] > bicubic["HaarPSI"] + 0.01
+    assert found["FSIM"] > bicubic["FSIM"]
+    assert found["GMSD"] < bicubic["GMSD"] + 0.008
+    assert found["PSNR"] > bicubic["PSNR"]
+
+
+def test_command(tmp_path):
+    from PIL import Image
+
+    from pipelines.cli import main
+
+    with Image.open(miniature.find(miniature.PHOTO)) as photo:
+        photo.save(tmp_path / "photo.png")
+        width, height = photo.size
+    assert main(["upscale", str(tmp_path / "photo.png"), "--demo"]) == 0
+    assert Image.open(tmp_path / "photo_x4.png").size == (4 * width, 4 * height)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--demo", "--prompt", "cat"], "--demo: found --prompt, but the miniature has its own weights and one prompt"),
+        (["--demo", "--method", "osediff"], "found osediff with --demo, expected invsr: the miniature has no OSEDiff adapter"),
+        (["--demo", "--cfg", "2"], "--cfg: found 2, expected 1 with --demo"),
+    ],
+)
+def test_command_refuses_what_the_miniature_lacks(options, message, capsys, tmp_path):
+    from pipelines.cli import main
+
+    assert main(["upscale", str(miniature.find(miniature.PHOTO)), "-o", str(tmp_path / "out.png"), *options]) == 2
+    assert message in capsys.readouterr().err
