@@ -4,7 +4,7 @@ It compares with the untiled result, so that it means something for any network:
 
     python benchmarks/seams.py                       # VAE, UNet and noise predictor
     python benchmarks/seams.py --vae PATH --unet PATH --photo FILE ...
-    python benchmarks/seams.py --only results --base FOLDER --osediff FILE --predictor FILE
+    python benchmarks/seams.py --only results --base miniature --predictor miniature/noise_predictor.safetensors
 
 Without paths the networks have random weights; the methods' results want trained ones.
 """
