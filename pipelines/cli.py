@@ -95,7 +95,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
-    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
+    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
 
     machine = command.add_argument_group("machine")

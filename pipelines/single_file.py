@@ -21,7 +21,7 @@ def find_tokenizer(local_files_only: bool = False, comfyui: str | Path | None = 
     Raises:
         FileNotFoundError: it is nowhere.
     """
-    comfyui = comfyui or os.environ.get("COMFYUI_PATH") or None
+    comfyui = comfyui or os.environ.get("COMFYUI_PATH")
     folders = [_in_hub(repository, local_files_only=True) for repository in TOKENIZER_REPOSITORIES]
     folders += [Path(comfyui).expanduser() / "comfy" / "sd1_tokenizer"] if comfyui else []
     folder = next((folder for folder in folders if folder and (folder / "vocab.json").is_file()), None)

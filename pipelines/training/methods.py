@@ -73,7 +73,9 @@ def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
     command.add_argument(
         "--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id (default: the published one)"
     )
-    command.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder to look in (default: COMFYUI_PATH)")
+    command.add_argument(
+        "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder to look in (default: COMFYUI_PATH)"
+    )
     command.add_argument("--download", action="store_true", help="fetch a base that is missing; its licence is shown")
     command.add_argument("--prompt", help=f"one text for all pictures (default: {prompt})")
     command.add_argument(
