@@ -16,7 +16,7 @@ import pytest
 from comfy_server import Server
 from conftest import ROOT
 from PIL import Image
-from test_server import photo, write_models
+from test_server import fill, photo
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 
@@ -28,9 +28,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 def server(comfy, tmp_path_factory):
     """Reduced networks with random weights under the names that the templates ask for, and a small photo."""
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "input").mkdir()
-    photo().save(base / "input" / "example.png")
-    write_models(base / "models", "reduced")
+    fill(base, "reduced")
     with Server(comfy.path, base) as running:
         yield running
 

@@ -10,16 +10,14 @@ import pytest
 import torch
 import toys
 from comfy_server import Server, to_prompt
-from test_server import load, photo, write_models
+from test_server import fill, load
 from wrong_models import write_wrong_models
 
 
 @pytest.fixture(scope="module")
 def server(comfy, tmp_path_factory):
     base = tmp_path_factory.mktemp("comfyui")
-    (base / "input").mkdir()
-    photo().save(base / "input" / "example.png")
-    write_models(base / "models", "reduced")
+    fill(base, "reduced")
     write_wrong_models(base / "models")
     with Server(comfy.path, base) as running:
         yield running

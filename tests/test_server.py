@@ -36,11 +36,16 @@ def write_models(models: Path, size: str) -> None:
     extra_models.write_upscaler(models / "upscale_models" / "RealESRGAN_x4plus.safetensors")
 
 
-def start(comfy, base: Path, size: str) -> Server:
+def fill(base: Path, size: str) -> None:
+    """A server's base folder with the templates' files and a small photo."""
     write_models(base / "models", size)
-    server = Server(comfy.path, base)
     (base / "input").mkdir()
     photo().save(base / "input" / "example.png")
+
+
+def start(comfy, base: Path, size: str) -> Server:
+    fill(base, size)
+    server = Server(comfy.path, base)
     extra_models.write_video(base / "input" / "video.mp4", frames())
     return server
 
