@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from pipelines.demo import load_demo
 from pipelines.training.degradation import Degradation
+from sr.miniature import INVSR_TIMESTEP
 
 METRICS = {"PSNR": piq.psnr, "GMSD": piq.gmsd, "HaarPSI": piq.haarpsi, "FSIM": piq.fsim}
 
@@ -31,17 +32,20 @@ Restore = Callable[[torch.Tensor], torch.Tensor]
 
 def methods() -> dict[str, Restore]:
     """Low-quality pictures (1, 3, h, w) in [0, 1] to four times their size, in each way."""
-    pipeline, prompt_embeds = load_demo()
-    pipeline.set_progress_bar_config(disable=True)
 
-    def restore(lq: torch.Tensor, steps: int) -> torch.Tensor:
+    def restore(lq: torch.Tensor, demo, **settings) -> torch.Tensor:
+        pipeline, prompt_embeds = demo
+        pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        return pipeline(lq, prompt_embeds=prompt_embeds, num_inference_steps=steps, generator=generator, color_fix="wavelet", output_type="pt").images
+        return pipeline(lq, prompt_embeds=prompt_embeds, generator=generator, color_fix="wavelet", output_type="pt", **settings).images
 
+    invsr, osediff = load_demo("invsr"), load_demo("osediff")
     return {
         "bicubic": lambda lq: F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1),
-        "InvSR": partial(restore, steps=1),
-        "InvSR, 5 steps": partial(restore, steps=5),
+        "OSEDiff": partial(restore, demo=osediff),
+        "InvSR": partial(restore, demo=invsr, timesteps=[INVSR_TIMESTEP]),
+        "InvSR, from 200": partial(restore, demo=invsr, num_inference_steps=1),
+        "InvSR, 5 steps": partial(restore, demo=invsr, num_inference_steps=5),
     }
 
 

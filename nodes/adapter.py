@@ -11,7 +11,7 @@ from ..sr.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
 from .checks import context_dim
 
 ATTACHMENT = "fewstep_sr_osediff"
-"""A MODEL's attachment that says that it has an adapter."""
+"""A MODEL's attachment: the timestep at which the adapter on it was trained."""
 
 
 def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
@@ -23,7 +23,7 @@ def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
         )
     names = {k: f"diffusion_model.{v}" for k, v in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()}
     patched = model.clone()
-    patched.set_attachments(ATTACHMENT, True)
+    patched.set_attachments(ATTACHMENT, adapter.timestep)
     # (1 - strength) * weight + strength * replacement: at full strength the replacement alone.
     replaced = {names[k]: (v,) for k, v in adapter.unet_replaced.items()}
     _patch(patched, replaced, {names[k]: v.shape for k, v in adapter.unet_replaced.items()}, "model", strength, keep=1.0 - strength)

@@ -14,9 +14,11 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..sr.checkpoints import load_noise_predictor_weights
-from ..sr.miniature import PHOTO, UNET_HEAD_DIM, VAE_NORM_GROUPS, find
+from ..sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from ..sr.miniature import OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, PHOTO, UNET_HEAD_DIM, VAE_NORM_GROUPS, find
 from ..sr.noise_predictor import NoisePredictor
+from ..sr.schedule import METHODS
+from .adapter import adapt_model, adapt_vae
 from .invsr import NoisePredictorSocket
 from .managed import manage
 
@@ -48,10 +50,17 @@ class FewStepSRDemoLoader(io.ComfyNode):
             node_id="FewStepSRDemoLoader",
             display_name="Load Few-Step SR Demo",
             category="FewStepSR",
-            description="Loads the miniature that comes with this pack: InvSR at work in seconds on a CPU, without a download. "
-            "It is a toy beside Stable Diffusion; for real pictures put Load Checkpoint and Load InvSR Noise Predictor in its place.",
-            search_aliases=["demo", "miniature", "example", "invsr", "super resolution"],
-            inputs=[],
+            description="Loads the miniature that comes with this pack: InvSR and OSEDiff at work in seconds on a CPU, without a download. "
+            "It is a toy beside Stable Diffusion; for real pictures put Load Checkpoint and Load InvSR Noise Predictor or Load OSEDiff in its place.",
+            search_aliases=["demo", "miniature", "example", "invsr", "osediff", "super resolution"],
+            inputs=[
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default="InvSR",
+                    tooltip="InvSR: MODEL is the base's own; start at timestep 100. OSEDiff: it has the adapter on; set OSEDiff One Step's timestep to 249.",
+                ),
+            ],
             outputs=[
                 io.Model.Output(tooltip="A UNet of Stable Diffusion's kind, 2 million weights."),
                 io.Vae.Output(tooltip="Its VAE, with Stable Diffusion's 4 channels at an eighth of the size."),
@@ -64,12 +73,16 @@ class FewStepSRDemoLoader(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
+    def execute(cls, method="InvSR") -> io.NodeOutput:
+        model, vae = _load_model(), _load_vae()
+        if method == "OSEDiff":
+            adapter = load_osediff_adapter(find(OSEDIFF_ADAPTER))
+            model, vae = adapt_model(model, adapter, 1.0), adapt_vae(vae, adapter, OSEDIFF_STRENGTH_VAE)
         weights = load_noise_predictor_weights(find("noise_predictor.safetensors"))
         predictor = manage(partial(NoisePredictor, weights.config), weights.state_dict)
         prompt = comfy.utils.load_torch_file(str(find("prompt_embeds.safetensors")))["prompt_embeds"].float()
         photo = np.asarray(Image.open(find(PHOTO)).convert("RGB"), dtype=np.float32) / 255
-        return io.NodeOutput(_load_model(), _load_vae(), [[prompt, {}]], predictor, torch.from_numpy(photo)[None])
+        return io.NodeOutput(model, vae, [[prompt, {}]], predictor, torch.from_numpy(photo)[None])
 
 
 def _load_model():

@@ -118,7 +118,7 @@ class OSEDiffOneStep(io.ComfyNode):
                     min=0,
                     max=OSEDIFF_TIMESTEP,
                     advanced=True,
-                    tooltip="Index of the noise table at which the one step is taken. The adapters are trained at 999 alone.",
+                    tooltip="Index of the noise table at which the one step is taken. The published adapters are trained at 999 alone.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The restored latent. Decode it with VAE Decode (Few-Step SR).")],
@@ -141,8 +141,11 @@ class OSEDiffOneStep(io.ComfyNode):
         warnings = []
         if cfg > USUAL:
             warnings.append(f"cfg: found {cfg:g}, expected 1 (to {USUAL:g}). Set it to 1, or colours and edges overshoot.")
-        if model.get_attachment(ATTACHMENT) is None:
+        trained_at = model.get_attachment(ATTACHMENT)
+        if trained_at is None:
             warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
+        elif timestep == OSEDIFF_TIMESTEP != trained_at:
+            warnings.append(f"timestep: found {timestep}, the published one, but the adapter was trained at {trained_at}. Set it to {trained_at}.")
         warn(cls, warnings)
 
         sampling = model.get_model_object("model_sampling")

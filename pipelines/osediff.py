@@ -174,7 +174,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         negative_prompt: str | list[str] = "",
         scale: float = 4.0,
         guidance_scale: float = 1.0,
-        timestep: int = OSEDIFF_TIMESTEP,
+        timestep: int | None = None,
         posterior: str = "mean",
         generator: Generators = None,
         prompt_embeds: torch.Tensor | None = None,
@@ -192,7 +192,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
             prompt: what is in the picture, as tags; with a tagger, what comes after the tags that it reads off the picture.
             scale: how much larger the result is; 1 for pictures that are enlarged already.
             guidance_scale: 1 is the published method; other values use ``negative_prompt`` and run the UNet twice.
-            timestep: that of the one step, 0 to 999; 999 is the published one.
+            timestep: that of the one step, 0 to 999; by default the one that the adapter was trained at, 999 for the published ones.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder.
             color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
             output_type: ``"pil"``, ``"pt"`` or ``"np"``.
@@ -207,6 +207,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
             prompt = self.prompts(enlarged, prompt)
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
         latents = self.encode(enlarged, posterior, generator)
+        timestep = self._adapter.timestep if timestep is None else timestep
         latents = self.one_step(latents, *embeds, guidance_scale, timestep)
         tensors = {"latents": latents, "prompt_embeds": embeds[0]}
         tensors = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, 0, timestep, tensors)

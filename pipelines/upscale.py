@@ -9,6 +9,7 @@ from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from sr.miniature import INVSR_TIMESTEP
 from sr.schedule import few_step_indices
 
 from .base import FewStepSRPipeline
@@ -30,8 +31,6 @@ def upscale(arguments: argparse.Namespace) -> int:
         refused = {"--base": arguments.base, "--weights": arguments.weights, "--prompt": arguments.prompt, "--tagger": arguments.tagger}
         if given := [option for option, value in refused.items() if value is not None]:
             raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
-        if arguments.method == "osediff":
-            raise ValueError("--method: found osediff with --demo, expected invsr: the miniature has no OSEDiff adapter.")
         if arguments.cfg != 1:
             raise ValueError(f"--cfg: found {arguments.cfg:g}, expected 1 with --demo: the miniature has no negative prompt.")
     if arguments.tagger and arguments.method == "invsr":
@@ -88,7 +87,7 @@ class Upscaler:
         kind = OSEDiffPipeline if arguments.method == "osediff" else InvSRPipeline
         self.prompt_embeds = None
         if arguments.demo:
-            self.pipeline, self.prompt_embeds = load_demo()
+            self.pipeline, self.prompt_embeds = load_demo(arguments.method)
         else:
             self.pipeline = load_base(kind, base, dtype, arguments)
             self.pipeline.load_osediff(weights) if kind is OSEDiffPipeline else self.pipeline.load_noise_predictor(weights)
@@ -123,6 +122,8 @@ class Upscaler:
         elif arguments.demo:
             settings["color_fix"] = "wavelet"  # the miniature's VAE knows next to no hues
         if arguments.method == "invsr":
+            if arguments.demo and arguments.steps == 1 and not arguments.timesteps:
+                arguments.timesteps = [INVSR_TIMESTEP]
             settings |= {"num_inference_steps": arguments.steps, "timesteps": arguments.timesteps}
         restored = self.pipeline(picture.image, **settings).images[0]
         write_picture(restored, picture, job.target, arguments.quality)

@@ -9,6 +9,7 @@ import torch
 
 from .files import describe, read_weights, strip_wrappers
 from .noise_predictor import NoisePredictor, NoisePredictorConfig
+from .schedule import NUM_TRAIN_TIMESTEPS, OSEDIFF_TIMESTEP
 
 LORA_ALPHA = 8
 """PEFT's default ``lora_alpha``, which OSEDiff leaves as it is: the scale is 8 / rank at every rank, so 2 at the published rank 4."""
@@ -44,12 +45,13 @@ class OSEDiffAdapter:
     """An OSEDiff adapter (Wu et al., NeurIPS 2024) by diffusers' layer names, such as ``down_blocks.0.resnets.0.conv1``.
 
     ``unet`` and ``vae`` hold the low-rank updates; ``unet_replaced`` the weight and bias of the UNet's first convolution, which
-    training replaces as a whole besides adapting it. The VAE's are on its encoder and ``quant_conv``.
+    training replaces as a whole besides adapting it. The VAE's are on its encoder and ``quant_conv``. ``timestep`` is that of the one step it was trained at.
     """
 
     unet: dict[str, LowRank]
     vae: dict[str, LowRank]
     unet_replaced: dict[str, torch.Tensor]
+    timestep: int = OSEDIFF_TIMESTEP
 
     @property
     def rank_unet(self) -> int:
@@ -69,14 +71,14 @@ def load_osediff_adapter(path: str | Path) -> OSEDiffAdapter:
     """Read an OSEDiff adapter.
 
     The published layout is a pickle with ``state_dict_unet``, ``state_dict_vae`` and ranks. The safetensors layout holds the same
-    tensors under ``unet.`` and ``vae.``. The rank comes from the tensors' shapes.
+    tensors under ``unet.`` and ``vae.``, and in its metadata the timestep, where that is not the published one. The rank comes from the tensors' shapes.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, refused or something else; the message says what it is.
     """
     name = Path(path).name
-    state, _ = read_weights(path)
+    state, metadata = read_weights(path)
     unet, vae = state.get("state_dict_unet"), state.get("state_dict_vae")
     if unet is None and vae is None:
         unet = {k.removeprefix("unet."): v for k, v in state.items() if str(k).startswith("unet.")}
@@ -88,10 +90,14 @@ def load_osediff_adapter(path: str | Path) -> OSEDiffAdapter:
         )
     if "conv_in.base_layer.bias" not in unet:
         raise ValueError(f"{name}: UNet: the tensor conv_in.base_layer.bias is missing; the file is incomplete.")
+    timestep = metadata.get("timestep", str(OSEDIFF_TIMESTEP))
+    if not timestep.isdecimal() or int(timestep) >= NUM_TRAIN_TIMESTEPS:
+        raise ValueError(f"{name}: found the timestep {timestep!r} in its metadata, expected 0 to {NUM_TRAIN_TIMESTEPS - 1}; the file is damaged.")
     return OSEDiffAdapter(
         unet=_low_rank_layers(unet, f"{name}: UNet"),
         vae=_low_rank_layers(vae, f"{name}: VAE"),
         unet_replaced={f"conv_in.{kind}": unet[f"conv_in.base_layer.{kind}"].clone() for kind in ("weight", "bias")},
+        timestep=int(timestep),
     )
 
 

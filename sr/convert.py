@@ -20,14 +20,14 @@ def unet_group(layer: str) -> str:
 
 
 def save_osediff_adapter(adapter: OSEDiffAdapter, path: str | Path) -> None:
-    """Write an adapter: the published inner keys under ``unet.`` and ``vae.``, ranks and alpha in the metadata."""
+    """Write an adapter: the published inner keys under ``unet.`` and ``vae.``, ranks, alpha and timestep in the metadata."""
     tensors = {f"unet.conv_in.base_layer.{name.removeprefix('conv_in.')}": tensor for name, tensor in adapter.unet_replaced.items()}
     for layer, low_rank in adapter.unet.items():
         tensors |= _halves(f"unet.{layer}", low_rank, unet_group(layer))
     for layer, low_rank in adapter.vae.items():
         tensors |= _halves(f"vae.{layer}", low_rank, VAE_GROUP)
     ranks = {"rank_unet": str(adapter.rank_unet), "rank_vae": str(adapter.rank_vae)}
-    save_safetensors(tensors, path, {"family": "OSEDiff adapter", **ranks, "lora_alpha": str(LORA_ALPHA)})
+    save_safetensors(tensors, path, {"family": "OSEDiff adapter", **ranks, "lora_alpha": str(LORA_ALPHA), "timestep": str(adapter.timestep)})
 
 
 def _halves(layer: str, low_rank: LowRank, group: str) -> dict[str, torch.Tensor]:

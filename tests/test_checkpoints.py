@@ -1,5 +1,6 @@
 """Weight files: the right ones in every form, the wrong ones named, and none of them run."""
 
+import dataclasses
 import pickle
 import zipfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 import toys
 
 from sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from sr.convert import save_osediff_adapter
 from sr.files import describe
 
 TENSOR = torch.zeros(4, 4)
@@ -46,6 +48,18 @@ def test_osediff_adapter_in_safetensors(tmp_path):
     checkpoint = toys.osediff_checkpoint(seed=3, rank=4)
     tensors = {f"{part}.{k}": v for part in ("unet", "vae") for k, v in checkpoint[f"state_dict_{part}"].items()}
     check_adapter(load_osediff_adapter(save(tmp_path / "a.safetensors", tensors)), checkpoint, 4)
+
+
+def test_timestep_of_an_adapter(tmp_path):
+    """The published ones say nothing and are for 999; what was trained at another keeps it through a conversion."""
+    adapter = load_osediff_adapter(save(tmp_path / "a.pkl", toys.osediff_checkpoint(seed=3, rank=4)))
+    assert adapter.timestep == 999
+    save_osediff_adapter(dataclasses.replace(adapter, timestep=249), tmp_path / "b.safetensors")
+    assert load_osediff_adapter(tmp_path / "b.safetensors").timestep == 249
+    tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
+    safetensors.torch.save_file(tensors, tmp_path / "c.safetensors", {"timestep": "1000"})
+    with pytest.raises(ValueError, match="c.safetensors: found the timestep '1000' in its metadata, expected 0 to 999"):
+        load_osediff_adapter(tmp_path / "c.safetensors")
 
 
 def test_osediff_adapter_written_by_the_authors_code():

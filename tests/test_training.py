@@ -160,6 +160,41 @@ def test_invsr_losses_follow_the_formulas(base, batch):
     assert figures.keys() == {"latent"}
 
 
+def test_losses_beyond_the_papers(folder, base, batch):
+    """Each comes on top of the others, and falls where it is learned with."""
+    for task, extra in (
+        (osediff(base, vsd=0.0, structure=2.0), "structure"),
+        (invsr(load_base(str(folder / "base")), perceptual=0.0, variance=3.0), "variance"),
+    ):
+        phase, module = next(iter(task.phases.items()))
+        optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], 4e-3)
+        figures = []
+        for seed in range(30):
+            optimizer.zero_grad()
+            loss, parts = task.loss(phase, batch, torch.Generator().manual_seed(seed))
+            assert loss.item() == pytest.approx(sum(parts.values()).item(), rel=1e-5) and len(parts) == 2
+            loss.backward()
+            optimizer.step()
+            figures.append(parts[extra].item())
+        assert figures[-1] < 0.9 * figures[0]
+
+
+def test_encoder_with_a_learning_rate_of_its_own(folder, base, tmp_path):
+    task = osediff(base, vsd=0.0, vae_lr=0.0)
+    train(task, pictures(folder), LoopOptions(output=tmp_path / "run", steps=2, batch=2, lr=1e-3, mixed_precision="no"))
+    learned = {
+        name: any(parameter.any() for key, parameter in network.named_parameters() if "lora_B" in key)
+        for name, network in (("unet", task.generator.unet), ("vae", task.generator.vae))
+    }
+    assert learned == {"unet": True, "vae": False}
+    with pytest.raises(ValueError, match="--vae-lr: found muon, expected --optimizer adamw"):
+        train(
+            osediff(load_base(str(folder / "base")), vsd=0.0, vae_lr=1e-4),
+            pictures(folder),
+            LoopOptions(output=tmp_path / "other", steps=1, optimizer="muon"),
+        )
+
+
 def test_invsr_middle_mode_knows_the_high_quality_picture(base, batch):
     """The states are those of the high-quality latents (eq. 10): with the true noise in place of the predicted one x0 would be as good as the base."""
     task = invsr(base, start=False, timesteps=(100,), perceptual=0.0, gaussian=0.5)
@@ -201,7 +236,7 @@ def test_osediff_file_gives_the_same_latents(folder, base, batch, tmp_path, time
     _, enlarged = pipeline.preprocess(batch["lq"])
     latents = pipeline.one_step(pipeline.encode(enlarged), embeds, timestep=timestep)
     assert (latents - expected).norm() / expected.norm() < 1e-5
-    images = pipeline(batch["lq"], prompt_embeds=embeds, timestep=timestep, color_fix=None, output_type="pt").images
+    images = pipeline(batch["lq"], prompt_embeds=embeds, color_fix=None, output_type="pt").images  # the file says at which timestep
     assert (images - (restored / 2 + 0.5)).abs().max() < 1e-4
 
 

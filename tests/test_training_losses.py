@@ -11,7 +11,7 @@ from pipelines.training.adapters import adapt_regulariser
 from pipelines.training.common import denoiser
 from pipelines.training.discriminator import LatentDiscriminator
 from pipelines.training.distillation import add_noise, distillation_loss, predict_x0, regulariser_loss
-from pipelines.training.losses import adversarial_loss, gaussian_constraint, hinge_loss
+from pipelines.training.losses import adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
 from pipelines.training.perceptual import _VGG, LatentLPIPS, load_lpips
 from sr.posterior import Posterior
 
@@ -83,6 +83,7 @@ def test_gaussian_constraint():
     """KL of N(m, s^2) to N(0, 1) is (m^2 + s^2 - 1 - ln s^2) / 2: with m = 2 and s^2 = 1 it is 2, with m = 0 and s^2 = e it is (e - 2) / 2."""
     mean, logvar = torch.tensor([2.0, 0.0]).view(1, 2, 1, 1), torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
     assert gaussian_constraint(Posterior(mean, logvar)).item() == pytest.approx((2 + (torch.e - 2) / 2) / 2)
+    assert variance_constraint(Posterior(mean, logvar)).item() == pytest.approx((0 + (torch.e - 2) / 2) / 2)
     assert gaussian_constraint(Posterior(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))).item() == 0
 
 
@@ -137,3 +138,34 @@ def test_discriminator_sees_every_scale():
     assert [tuple(x.shape) for x in logits] == [(2, 1, 4, 4), (2, 1, 8, 8), (2, 1, 8, 8)]
     adversarial_loss(logits).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())  # several processes wait for every gradient
+
+
+def prewitt(rows: torch.Tensor) -> torch.Tensor:
+    """Gradient magnitude of a grey picture (h, w) by its definition, away from the border: differences of neighbours two apart, averaged over three lines."""
+    along = (rows[:, 2:] - rows[:, :-2])[:-2] + (rows[:, 2:] - rows[:, :-2])[1:-1] + (rows[:, 2:] - rows[:, :-2])[2:]
+    down = (rows[2:] - rows[:-2])[:, :-2] + (rows[2:] - rows[:-2])[:, 1:-1] + (rows[2:] - rows[:-2])[:, 2:]
+    return ((along / 3) ** 2 + (down / 3) ** 2).sqrt()
+
+
+def test_gradient_similarity():
+    found, expected = torch.rand(2, 1, 1, 24, 32, generator=torch.Generator().manual_seed(0)).unbind(0)
+    found, expected = (F.pad(p, (8, 8, 8, 8), value=0.0) for p in (found, expected))  # no gradients at the border
+    halves = [p[0, 0].unfold(0, 2, 2).unfold(1, 2, 2).mean((-1, -2)) for p in (found, expected)]
+    g, h = (prewitt(F.pad(half, (1, 1, 1, 1))) for half in halves)
+    constant = 170 / 255**2
+    by_hand = ((2 * g * h + constant) / (g**2 + h**2 + constant)).mean()
+    similarity = gradient_similarity(found.expand(-1, 3, -1, -1), expected.expand(-1, 3, -1, -1))
+    assert relative_error(similarity, by_hand) < 1e-4
+    assert by_hand < 0.95
+    assert gradient_similarity(expected.expand(-1, 3, -1, -1), expected.expand(-1, 3, -1, -1)) == pytest.approx(1)
+
+
+def test_gradient_similarity_wants_texture():
+    """Between a flat picture and one with as much texture but another, the latter is nearer; by squared distance it is farther."""
+    generator = torch.Generator().manual_seed(0)
+    expected, other = (torch.randn(1, 3, 64, 64, generator=generator) * 0.1 + 0.5 for _ in range(2))
+    flat = torch.full_like(expected, 0.5).requires_grad_()
+    assert gradient_similarity(other, expected) > gradient_similarity(flat, expected) + 0.1
+    assert F.mse_loss(other, expected) > F.mse_loss(flat, expected)
+    gradient_similarity(flat, expected).backward()  # where there are no edges, too
+    assert flat.grad.isfinite().all()

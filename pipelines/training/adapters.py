@@ -9,6 +9,7 @@ from torch import nn
 
 from sr.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
 from sr.convert import VAE_GROUP, unet_group
+from sr.schedule import OSEDIFF_TIMESTEP
 
 # The layers that OSEDiff's training adapts are those whose names hold one of these (train_osediff.py), and no "norm".
 UNET_LAYERS = ("conv", "to_k", "to_q", "to_v", "to_out.0", "proj_out", "proj_in", "ff.net.2", "ff.net.0.proj")
@@ -62,10 +63,10 @@ def _adapt(model: nn.Module, groups: dict[str, list[str]], rank: int) -> None:
         parameter.requires_grad_(".lora_" in name)
 
 
-def extract_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL) -> OSEDiffAdapter:
-    """The trained updates, copied to the CPU, as :func:`sr.convert.save_osediff_adapter` writes them and the nodes and pipelines load them."""
+def extract_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = OSEDIFF_TIMESTEP) -> OSEDiffAdapter:
+    """The updates trained at ``timestep``, copied to the CPU, as :func:`sr.convert.save_osediff_adapter` writes them and the nodes and pipelines load them."""
     replaced = {f"conv_in.{name}": _copy(parameter) for name, parameter in unet.conv_in.base_layer.named_parameters()}
-    return OSEDiffAdapter(unet=_low_rank(unet), vae=_low_rank(vae), unet_replaced=replaced)
+    return OSEDiffAdapter(unet=_low_rank(unet), vae=_low_rank(vae), unet_replaced=replaced, timestep=timestep)
 
 
 def _low_rank(model: nn.Module) -> dict[str, LowRank]:

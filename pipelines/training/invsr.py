@@ -17,7 +17,7 @@ from .bases import Base, Prompts
 from .common import cells, denoiser, draw, enlarge, sample_grid
 from .discriminator import CHANNELS, LatentDiscriminator
 from .latents import Encoder
-from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, hinge_loss
+from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
 
 TIMESTEPS = (250, 200, 150, 100)
 """Counted from 1, as InvSR publishes them."""
@@ -30,7 +30,10 @@ class InvSROptions:
     """Mode and weights of the losses, those of the published training where nothing is said.
 
     ``start`` trains on states of the low-quality picture (eq. 8); otherwise on states of the high-quality one (eq. 10), with the Gaussian constraint.
-    ``adversarial_from`` is the number of steps in which the discriminator learns alone.
+    ``adversarial_from`` is the number of steps in which the discriminator learns alone. Not part of the method, and cheap where there is no time for a
+    discriminator: ``variance`` is of the constraint's part that the variance has, ``structure`` of the decoded pictures' gradient magnitudes'
+    dissimilarity. With ``variance_alone`` the mean stays as it is and the variance alone learns: after L2 alone, which takes the noise away, the diffusion
+    model sees states that are cleaner than their timestep says, and smooths them.
     """
 
     start: bool = True
@@ -38,6 +41,9 @@ class InvSROptions:
     latent: float = 1.0
     perceptual: float = 2.0
     gaussian: float = 0.0
+    variance: float = 0.0
+    variance_alone: bool = False
+    structure: float = 0.0
     adversarial: float = 0.0
     adversarial_from: int = 10_000
     discriminator_channels: tuple[int, ...] = CHANNELS
@@ -71,6 +77,8 @@ class InvSRTask:
         if gradient_checkpointing:
             base.unet.train().enable_gradient_checkpointing()  # which diffusers does in training alone; nothing in it draws
         self.predictor = NoisePredictor(predictor or NoisePredictorConfig())
+        if options.variance_alone:
+            _freeze_mean(self.predictor)
         self.phases: dict[str, nn.Module] = {"predictor": self.predictor}
         if options.adversarial:
             self.discriminator = LatentDiscriminator(base.unet.config.cross_attention_dim, options.discriminator_channels)
@@ -101,6 +109,10 @@ class InvSRTask:
             losses["perceptual"] = options.perceptual * self.perceptual(x0, target)
         if options.gaussian:
             losses["gaussian"] = options.gaussian * gaussian_constraint(posterior)
+        if options.variance:
+            losses["variance"] = options.variance * variance_constraint(posterior)
+        if options.structure:
+            losses["structure"] = options.structure * (1 - gradient_similarity(self._decode(x0).clamp(0, 1), hq))
         if options.adversarial and self.step >= options.adversarial_from:
             self.discriminator.requires_grad_(False)  # its own gradients come from its own phase
             logits = self.discriminator(x0.clamp(-LATENT_BOUND, LATENT_BOUND), timesteps, embeds)
@@ -127,14 +139,27 @@ class InvSRTask:
 
     def sample(self, batch):
         """Restored in one step from the published start, from the posterior's means."""
-        lq, hq, vae = batch["lq"], batch["hq"], self.base.vae
+        lq, hq = batch["lq"], batch["hq"]
         timesteps = torch.full((len(lq),), min(200, max(self.options.timesteps)) - 1, device=lq.device)
         latents = self.encode_lq(enlarge(lq, hq.shape[-2:])).mean
         noise = self.predictor(self._fit(lq, hq), timesteps).mean.float()
         x0 = self.restore(latents, noise, timesteps, self.prompts(hq))
-        pictures = vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float()
-        return sample_grid(lq, pictures / 2 + 0.5, hq)
+        return sample_grid(lq, self._decode(x0), hq)
+
+    def _decode(self, x0: torch.Tensor) -> torch.Tensor:
+        """Latents times the scaling factor to pictures, of which [0, 1] is seen."""
+        vae = self.base.vae
+        return vae.decode((x0 / vae.config.scaling_factor).to(vae.dtype)).sample.float() / 2 + 0.5
 
     def save(self, folder: Path) -> None:
         state = {name: tensor.detach().float().cpu().clone() for name, tensor in self.predictor.state_dict().items()}
         save_noise_predictor(NoisePredictorWeights(self.predictor.config, state), folder / PREDICTOR_FILE)
+
+
+def _freeze_mean(predictor: NoisePredictor) -> None:
+    """Let nothing learn but the log-variance's half of the last convolution. Weight decay would change the other half: have none."""
+    predictor.requires_grad_(False)
+    for parameter in predictor.encoder.conv_out.parameters():
+        parameter.requires_grad_(True)
+        learns = torch.zeros(len(parameter)).index_fill(0, torch.arange(len(parameter) // 2, len(parameter)), 1).view(-1, *[1] * (parameter.ndim - 1))
+        parameter.register_hook(lambda gradient, learns=learns: gradient * learns.to(gradient))

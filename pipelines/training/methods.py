@@ -42,6 +42,8 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--latent-weight", type=float, default=0.0, help="not in the paper: of the latents' distance (default: %(default)g)")
     command.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="that distance (default: %(default)s)")
     command.add_argument("--gradient-weight", type=float, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
+    _add_structure(command)
+    command.add_argument("--vae-lr", type=float, help="learning rate of the encoder's updates (default: --lr)")
     command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
     command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
     command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
@@ -59,6 +61,11 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--perceptual-weight", type=float, default=2.0, help="of that loss (default: %(default)g)")
     command.add_argument("--gaussian-weight", type=float, help="of the Gaussian constraint (default: 0.1 in the middle, else 0)")
+    command.add_argument(
+        "--variance-weight", type=float, default=0.0, help="not in the paper: keeps the noise that L2 alone would take away (default: %(default)g)"
+    )
+    command.add_argument("--variance-alone", action="store_true", help="not in the paper: --init's mean stays, and the variance alone learns")
+    _add_structure(command)
     command.add_argument("--adversarial-weight", type=float, default=0.0, help="of the latent discriminator; 0.1 as published (default: none)")
     command.add_argument("--adversarial-from", type=int, default=10_000, help="steps in which the discriminator learns alone (default: %(default)s)")
     command.add_argument("--discriminator-channels", type=int, nargs="+", default=[128, 256, 512], help="default: 128 256 512")
@@ -67,6 +74,15 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--predictor-time", type=int, nargs=2, default=[256, 512], help="widths of the timestep's embedding (default: 256 512)")
     command.add_argument("--init", type=Path, metavar="FILE", help="go on from this noise predictor; its dimensions count")
     command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0, max_grad_norm=float("inf"))
+
+
+def _add_structure(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--structure-weight",
+        type=float,
+        default=0.0,
+        help="not in the paper: of 1 - the pictures' gradient magnitude similarity (default: %(default)g)",
+    )
 
 
 def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
@@ -126,7 +142,9 @@ def _osediff(arguments: argparse.Namespace) -> int:
         latent=arguments.latent_weight,
         latent_l1=arguments.latent_loss == "l1",
         gradients=arguments.gradient_weight,
+        structure=arguments.structure_weight,
         timestep=arguments.timestep,
+        vae_lr=arguments.vae_lr,
     )
     lpips = load_lpips() if arguments.lpips_weight else None
     train(OSEDiffTask(base, prompts, options, lpips, arguments.gradient_checkpointing), pictures, loop)
@@ -143,6 +161,8 @@ def _invsr(arguments: argparse.Namespace) -> int:
     from .loop import train
     from .perceptual import LatentLPIPS
 
+    if arguments.variance_alone and (arguments.weight_decay or not arguments.init or not arguments.variance_weight):
+        raise ValueError("--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay.")
     loop, pictures = loop_options(arguments), _pairs(arguments)
     base = _base(arguments, "invsr")
     prompts = Prompts(base, PROMPT if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
@@ -153,6 +173,9 @@ def _invsr(arguments: argparse.Namespace) -> int:
         latent=arguments.latent_weight,
         perceptual=arguments.perceptual_weight,
         gaussian=arguments.gaussian_weight if arguments.gaussian_weight is not None else (0.0 if start else 0.1),
+        variance=arguments.variance_weight,
+        variance_alone=arguments.variance_alone,
+        structure=arguments.structure_weight,
         adversarial=arguments.adversarial_weight,
         adversarial_from=arguments.adversarial_from,
         discriminator_channels=tuple(arguments.discriminator_channels),

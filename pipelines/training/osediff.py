@@ -19,6 +19,7 @@ from .autoencoder import gradient_loss
 from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
 from .latents import Encoder
+from .losses import gradient_similarity
 
 NEGATIVE_PROMPT = (
     "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, blurring, dirty, messy, worst quality, "
@@ -32,8 +33,10 @@ class OSEDiffOptions:
     """``rank`` and weights of the losses, those of the published training where nothing is said.
 
     ``latent`` is of a distance (L2, or L1) to the high-quality picture's latents, and ``gradients`` of one between the pictures' differences at
-    three scales: neither is part of the method; they are cheap where there is no GPU, or no LPIPS. ``regulariser_everywhere`` lets the regulariser learn
-    in all its layers, as the paper has it, and not in the middle alone, as the published program has it. ``timestep`` is that of the one step.
+    three scales, ``structure`` of the gradient magnitudes' dissimilarity: none is part of the method; they are cheap where there is no GPU, or no
+    LPIPS. ``regulariser_everywhere`` lets the regulariser learn
+    in all its layers, as the paper has it, and not in the middle alone, as the published program has it. ``timestep`` is that of the one step; ``vae_lr``
+    the learning rate of the encoder's updates, where it is not that of all others.
     """
 
     rank: int = 4
@@ -46,7 +49,9 @@ class OSEDiffOptions:
     latent: float = 0.0
     latent_l1: bool = False
     gradients: float = 0.0
+    structure: float = 0.0
     timestep: int = OSEDIFF_TIMESTEP
+    vae_lr: float | None = None
 
 
 class Generator(nn.Module):
@@ -115,13 +120,26 @@ class OSEDiffTask:
             for network in (*learners, base.vae):
                 network.enable_gradient_checkpointing()
 
+    @property
+    def optimizers(self):
+        """The generator's, where the encoder has a learning rate of its own."""
+        return {} if self.options.vae_lr is None else {"generator": self._optimizer}
+
+    def _optimizer(self, parameters, options):
+        if options.optimizer != "adamw":
+            raise ValueError(f"--vae-lr: found {options.optimizer}, expected --optimizer adamw.")
+        encoder = {id(parameter) for parameter in self.generator.vae.parameters()}
+        groups = [{"params": [p for p in parameters if id(p) not in encoder]}]
+        groups.append({"params": [p for p in parameters if id(p) in encoder], "lr": self.options.vae_lr})
+        return torch.optim.AdamW(groups, options.lr, betas=options.betas, weight_decay=options.weight_decay)
+
     def loss(self, phase, batch, generator):
         return self._restore(batch, generator) if phase == "generator" else self._regularise(generator)
 
     def _restore(self, batch, generator):
         options, hq = self.options, batch["hq"] * 2 - 1
         embeds = self.prompts(batch["hq"])
-        decode = bool(options.mse or options.gradients or (options.lpips and self.lpips))
+        decode = bool(options.mse or options.gradients or options.structure or (options.lpips and self.lpips))
         latents, pictures = self.phases["generator"](enlarge(batch["lq"], hq.shape[-2:]), embeds, draw(hq, generator), decode)
         self._latents, self._seen = latents.detach(), (hq, embeds)
         losses = {}
@@ -131,6 +149,8 @@ class OSEDiffTask:
             losses["lpips"] = options.lpips * self.lpips(pictures, hq).mean()
         if options.gradients:
             losses["gradients"] = options.gradients * gradient_loss(pictures, hq)
+        if options.structure:
+            losses["structure"] = options.structure * (1 - gradient_similarity(pictures / 2 + 0.5, batch["hq"]))
         if options.latent:
             target = self._target(batch["hq"], batch.get("number")).mean
             losses["latent"] = options.latent * (F.l1_loss if options.latent_l1 else F.mse_loss)(latents, target)
@@ -164,4 +184,4 @@ class OSEDiffTask:
         return sample_grid(batch["lq"], pictures / 2 + 0.5, batch["hq"])
 
     def save(self, folder: Path) -> None:
-        save_osediff_adapter(extract_adapter(self.generator.unet, self.generator.vae), folder / ADAPTER_FILE)
+        save_osediff_adapter(extract_adapter(self.generator.unet, self.generator.vae, self.generator.timestep), folder / ADAPTER_FILE)
