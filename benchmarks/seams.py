@@ -22,11 +22,14 @@ class Seams:
 
     ``gradient_ratio``: over all rows and columns at a border, the worst mean gradient relative to the untiled picture's in the same place, over what it
     is in most of the picture; 1 is no seam. ``elsewhere``: the same of the worst twentieth of all other rows and columns, where there is no border.
+    ``gradient_ratio`` also rises where tiles changed all of a neighbourhood, border or not; ``beside_neighbours`` is over what it is in the 32 rows or
+    columns to either side, so that only a line counts.
     """
 
     error_by_distance: list[float]
     gradient_ratio: float
     elsewhere: float
+    beside_neighbours: float
 
 
 def measure(tiled: torch.Tensor, whole: torch.Tensor, rows: list[int], columns: list[int]) -> Seams:
@@ -35,8 +38,9 @@ def measure(tiled: torch.Tensor, whole: torch.Tensor, rows: list[int], columns: 
     distance = torch.minimum(_distance(whole.shape[-2], rows)[:, None], _distance(whole.shape[-1], columns)[None])
     bins = (distance / (distance.max() + 1) * 8).long()
     by_distance = [(error[bins == i].mean().sqrt() / whole.double().std()).item() for i in range(8) if (bins == i).any()]
-    at_borders, elsewhere = (torch.cat(r) for r in zip(*(_ratios(tiled, whole, dim, b) for dim, b in ((-2, rows), (-1, columns))), strict=True))
-    return Seams(by_distance, at_borders.max().item(), elsewhere.quantile(0.95).item())
+    found = [_ratios(tiled, whole, dim, b) for dim, b in ((-2, rows), (-1, columns))]
+    at_borders, elsewhere, beside = (torch.cat(ratios) for ratios in zip(*found, strict=True))
+    return Seams(by_distance, at_borders.max().item(), elsewhere.quantile(0.95).item(), beside.max().item())
 
 
 def _distance(length: int, borders: list[int]) -> torch.Tensor:
@@ -44,14 +48,22 @@ def _distance(length: int, borders: list[int]) -> torch.Tensor:
     return torch.stack([(positions - border).abs() for border in borders] or [torch.full((length,), float(length))]).amin(0)
 
 
-def _ratios(tiled: torch.Tensor, whole: torch.Tensor, dim: int, borders: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean gradient across each border over the untiled picture's, relative to the same in the rest of the picture; and of the rest."""
+NEIGHBOURS = 32
+
+
+def _ratios(tiled: torch.Tensor, whole: torch.Tensor, dim: int, borders: list[int]) -> tuple[torch.Tensor, ...]:
+    """Mean gradient across each border over the untiled picture's, relative to the same in the rest of the picture; of the rest; and relative to the neighbours."""
     across = [t.double().diff(dim=dim).abs().movedim(dim, 0).flatten(1).mean(1) for t in (tiled, whole)]
     ratio = across[0] / (across[1] + 1e-3 * across[1].mean())
     inside = torch.ones(len(ratio), dtype=torch.bool)
     inside[[b - 1 for b in borders]] = False
     ratio = ratio / ratio[inside].median()
-    return ratio[~inside], ratio[inside]
+    beside = []
+    for border in borders:
+        near = torch.zeros_like(inside)
+        near[max(0, border - 1 - NEIGHBOURS) : border + NEIGHBOURS] = True
+        beside.append(ratio[border - 1] / ratio[near & inside].median())
+    return ratio[~inside], ratio[inside], torch.stack(beside) if beside else ratio.new_zeros(0)
 
 
 def borders(layout, scale: int = 1) -> tuple[list[int], list[int]]:
@@ -71,7 +83,7 @@ def report_at(name: str, tiled: torch.Tensor, whole: torch.Tensor, rows: list[in
     found = measure(tiled, whole, rows, columns)
     error = ((tiled - whole).norm() / (whole - whole.mean()).norm()).item()
     print(
-        f"| {name} | {found.gradient_ratio:.3f} | {found.elsewhere:.3f} | {error:.3f} | {', '.join(f'{e:.3f}' for e in found.error_by_distance)} |",
+        f"| {name} | {found.gradient_ratio:.3f} | {found.elsewhere:.3f} | {found.beside_neighbours:.3f} | {error:.3f} | {', '.join(f'{e:.3f}' for e in found.error_by_distance)} |",
         flush=True,
     )
 
@@ -188,7 +200,7 @@ def main() -> None:
     def pictures(size):
         return {"smooth": networks.smooth(size), "textured": networks.textured(size)} | {p: networks.photo(p, size) for p in arguments.photo}
 
-    print("| | seam | elsewhere | error | error from the border to the tile's middle |\n|---|---|---|---|---|")
+    print("| | seam | elsewhere | beside its neighbours | error | error from the border to the tile's middle |\n|---|---|---|---|---|---|")
     with torch.no_grad():
         if arguments.only in (None, "vae"):
             vae_seams(networks.diffusers_vae(arguments.vae), pictures(arguments.size), arguments.tile)

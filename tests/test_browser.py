@@ -120,8 +120,12 @@ def open_in_view(page, name: str) -> None:
     page.wait_for_timeout(1000)
 
 
-def test_a_run_shows_progress_noise_map_and_result(page):
-    open_in_view(page, "try_invsr")
+@pytest.mark.parametrize(
+    "template, samples, pictures",
+    [("try_osediff", "OSEDiffOneStep", ["SaveImage"]), ("try_invsr", "SamplerCustomAdvanced", ["InvSRStartState", "SaveImage"])],
+)
+def test_a_run_shows_progress_noise_map_and_result(page, template, samples, pictures):
+    open_in_view(page, template)
     page.evaluate(
         """() => {
             window.progress = {}
@@ -130,13 +134,13 @@ def test_a_run_shows_progress_noise_map_and_result(page):
         }"""
     )
     page.evaluate("() => app.queuePrompt(0)")
-    for node in ("InvSRStartState", "SaveImage"):
+    for node in ["PreviewImage", *pictures]:
         page.wait_for_function("type => app.graph._nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth > 0", arg=node, timeout=120_000)
     restored, enlarged = (shown(page, node) for node in ("SaveImage", "PreviewImage"))
     assert restored.size == enlarged.size == (448, 300)
     assert np.corrcoef(np.asarray(restored).ravel(), np.asarray(enlarged).ravel())[0, 1] > 0.9
     progress = page.evaluate("() => progress")
-    assert progress["SamplerCustomAdvanced"] == [1, 1] and "InvSRStartState" in progress
+    assert progress[samples] == [1, 1] and set(pictures) <= progress.keys()
 
 
 def shown(page, node_type: str) -> Image.Image:

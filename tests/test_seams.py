@@ -29,7 +29,17 @@ def test_the_meter_sees_a_seam(draw):
     seam = picture.clone()
     seam[..., rows[0] :, :] += 0.3 * picture.std()
     found = measure(seam, picture, rows, columns)
-    assert found.gradient_ratio > 1.1
+    assert found.gradient_ratio > 1.1 and found.beside_neighbours > 1.1
+
+
+def test_the_meter_tells_a_line_from_a_neighbourhood():
+    """Grain all around a border is no seam: it raises the ratio there against the whole picture, not against the neighbours."""
+    picture, generator = smooth(256), torch.Generator().manual_seed(0)
+    grain = torch.zeros_like(picture)
+    grain[..., 60:160, :] = 0.02 * torch.randn(1, 3, 100, 256, generator=generator)
+    found = measure(picture + grain, picture, [112], [])
+    assert found.gradient_ratio > 1.5
+    assert found.beside_neighbours < 1.1
 
 
 @PICTURES

@@ -166,17 +166,19 @@ def test_template_video(server):
     assert all(picture.std() > 10 for picture in pictures)
 
 
-def test_template_of_the_miniature(server):
-    """The result is like the enlarged photo, which random weights would not give."""
-    outputs = run(server, load("try_invsr"))
+@pytest.mark.parametrize("template", ["try_osediff", "try_invsr"])
+def test_templates_of_the_miniature(server, template):
+    """The result is like the enlarged photo, which random weights would not give, and not the enlarged photo itself."""
+    outputs = run(server, load(template))
     [restored] = check_saved(server, outputs, (448, 300))
     [enlarged] = [server.image(output["images"][0]).convert("RGB") for output in outputs["PreviewImage"]]
     a, b = (np.frombuffer(pixels, np.uint8).astype(float) for pixels in (restored, enlarged.tobytes()))
     assert np.corrcoef(a, b)[0, 1] > 0.9
+    assert np.abs(a - b).mean() > 3
 
 
 def test_every_template_is_run():
-    run_here = {*PHOTO_X4, "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2", "try_invsr"}
+    run_here = {*PHOTO_X4, "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2", "try_osediff", "try_invsr"}
     assert run_here == {path.stem for path in WORKFLOWS}
 
 
