@@ -179,6 +179,26 @@ def test_losses_beyond_the_papers(folder, base, batch):
         assert figures[-1] < 0.9 * figures[0]
 
 
+def test_variance_alone(folder, base, batch, capfd):
+    """The mean stays to the last bit, the variance goes where it is asked to."""
+    task = invsr(base, perceptual=0.0, variance=10.0, variance_alone=True)
+    optimizer = torch.optim.AdamW([p for p in task.predictor.parameters() if p.requires_grad], 3e-2, weight_decay=0.0)
+    picture = batch["lq"] * 2 - 1
+    with torch.no_grad():
+        before = task.predictor(picture, 199)
+    for seed in range(60):
+        optimizer.zero_grad()
+        task.loss("predictor", batch, torch.Generator().manual_seed(seed))[0].backward()
+        optimizer.step()
+    with torch.no_grad():
+        after = task.predictor(picture, 199)
+    assert torch.equal(after.mean, before.mean)
+    assert after.logvar.abs().mean() < 0.7 * before.logvar.abs().mean()
+    command = ["train", "invsr", "--base", str(folder / "base"), "--data", str(folder / "photos"), "-o", str(folder / "alone"), "--steps", "1"]
+    assert main([*command, "--variance-alone", "--variance-weight", "0.1"]) == 2
+    assert "--variance-alone: expected --init with a trained predictor" in capfd.readouterr().err
+
+
 def test_encoder_with_a_learning_rate_of_its_own(folder, base, tmp_path):
     task = osediff(base, vsd=0.0, vae_lr=0.0)
     train(task, pictures(folder), LoopOptions(output=tmp_path / "run", steps=2, batch=2, lr=1e-3, mixed_precision="no"))
