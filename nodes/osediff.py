@@ -145,7 +145,7 @@ class OSEDiffOneStep(io.ComfyNode):
         if trained_at is None:
             warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
         elif timestep == OSEDIFF_TIMESTEP != trained_at:
-            warnings.append(f"timestep: found {timestep}, the published one, but the adapter was trained at {trained_at}. Set it to {trained_at}.")
+            warnings.append(f"timestep: found {timestep}, expected {trained_at}, this adapter's. Set it to {trained_at}.")
         warn(cls, warnings)
 
         sampling = model.get_model_object("model_sampling")

@@ -57,7 +57,7 @@ def test_wrong_timestep_is_said(comfy, caplog):
     comfy.run("OSEDiffOneStep", model=model, positive=prompt, latent=latent, timestep=249)
     assert "timestep" not in caplog.text
     comfy.run("OSEDiffOneStep", model=model, positive=prompt, latent=latent)
-    assert "timestep: found 999, the published one, but the adapter was trained at 249. Set it to 249." in caplog.text
+    assert "timestep: found 999, expected 249, this adapter's. Set it to 249." in caplog.text
 
 
 def test_nodes_and_pipeline(comfy):
