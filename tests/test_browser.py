@@ -231,8 +231,8 @@ def test_a_warning_is_seen_on_the_node(page):
         page.get_by_text(text).first.wait_for(timeout=120_000)
 
 
-def test_templates_name_the_sources_of_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_templates_name_the_sources_of_the_docs():
+    readme = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/osediff.md"))
     nodes = [node for path in TEMPLATES for node in json.loads(path.read_text())["nodes"]]
     named = {(model["name"], model["directory"], model["url"]) for node in nodes for model in node["properties"].get("models", [])}
     ours = {name: (directory, url) for name, directory, url in named if f"`{name}`" in readme}
