@@ -38,6 +38,8 @@ def upscale(arguments: argparse.Namespace) -> int:
     if arguments.output is None:
         arguments.output = _beside(arguments.input, arguments.scale, arguments.format)
     if arguments.method == "invsr":
+        if arguments.demo and arguments.steps == 1:
+            arguments.timesteps = arguments.timesteps or [INVSR_TIMESTEP]
         few_step_indices("InvSR", arguments.steps, arguments.timesteps)
     state = join(arguments.device)
     jobs = list_jobs(arguments.input, arguments.output, arguments.format and f".{arguments.format}")
@@ -122,8 +124,6 @@ class Upscaler:
         elif arguments.demo:
             settings["color_fix"] = "wavelet"  # the miniature's VAE knows next to no hues
         if arguments.method == "invsr":
-            if arguments.demo and arguments.steps == 1 and not arguments.timesteps:
-                arguments.timesteps = [INVSR_TIMESTEP]
             settings |= {"num_inference_steps": arguments.steps, "timesteps": arguments.timesteps}
         restored = self.pipeline(picture.image, **settings).images[0]
         write_picture(restored, picture, job.target, arguments.quality)
