@@ -82,7 +82,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--method", choices=["osediff", "invsr"], help="default: osediff, invsr with --demo")
     method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
     method.add_argument("--steps", type=int, default=1, help="InvSR: 1 to 5 (default: %(default)s)")
-    method.add_argument("--timesteps", nargs="+", metavar="T", help="InvSR: instead of --steps, such as 250 150 50 (descending, 250 at most; with --demo: 100)")
+    method.add_argument(
+        "--timesteps", nargs="+", metavar="T", help="InvSR: instead of --steps, such as 250 150 50 (descending, 250 at most; with --demo: 100)"
+    )
     method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
     method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
     method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
