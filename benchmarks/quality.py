@@ -35,11 +35,12 @@ def methods() -> dict[str, Restore]:
 
     def restore(lq: torch.Tensor, demo, **settings) -> torch.Tensor:
         pipeline, prompt_embeds = demo
-        pipeline.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         return pipeline(lq, prompt_embeds=prompt_embeds, generator=generator, color_fix="wavelet", output_type="pt", **settings).images
 
     invsr, osediff = load_demo("invsr"), load_demo("osediff")
+    for pipeline, _ in (invsr, osediff):
+        pipeline.set_progress_bar_config(disable=True)
     return {
         "bicubic": lambda lq: F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1),
         "OSEDiff": partial(restore, demo=osediff),

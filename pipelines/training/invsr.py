@@ -161,5 +161,4 @@ def _freeze_mean(predictor: NoisePredictor) -> None:
     predictor.requires_grad_(False)
     for parameter in predictor.encoder.conv_out.parameters():
         parameter.requires_grad_(True)
-        learns = torch.zeros(len(parameter)).index_fill(0, torch.arange(len(parameter) // 2, len(parameter)), 1).view(-1, *[1] * (parameter.ndim - 1))
-        parameter.register_hook(lambda gradient, learns=learns: gradient * learns.to(gradient))
+        parameter.register_hook(lambda gradient: torch.cat([torch.zeros_like(gradient[: len(gradient) // 2]), gradient[len(gradient) // 2 :]]))

@@ -13,8 +13,7 @@ LATENT_BOUND = 10.0
 
 def gaussian_constraint(posterior: Posterior) -> torch.Tensor:
     """Kullback-Leibler divergence of the noise map to the standard normal, mean over its values."""
-    mean, logvar = posterior
-    return 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    return 0.5 * posterior.mean.square().mean() + variance_constraint(posterior)
 
 
 def variance_constraint(posterior: Posterior) -> torch.Tensor:

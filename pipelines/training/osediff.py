@@ -34,9 +34,8 @@ class OSEDiffOptions:
 
     ``latent`` is of a distance (L2, or L1) to the high-quality picture's latents, and ``gradients`` of one between the pictures' differences at
     three scales, ``structure`` of the gradient magnitudes' dissimilarity: none is part of the method; they are cheap where there is no GPU, or no
-    LPIPS. ``regulariser_everywhere`` lets the regulariser learn
-    in all its layers, as the paper has it, and not in the middle alone, as the published program has it. ``timestep`` is that of the one step; ``vae_lr``
-    the learning rate of the encoder's updates, where it is not that of all others.
+    LPIPS. ``regulariser_everywhere`` lets the regulariser learn in all its layers, as the paper has it, and not in the middle alone, as the published
+    program has it. ``timestep`` is that of the one step; ``vae_lr`` the learning rate of the encoder's updates, where it is not that of all others.
     """
 
     rank: int = 4
