@@ -101,16 +101,16 @@ def pipeline(base: str, kind, osediff: str | None, predictor: str | None):
     return pipe, load_file(Path(base) / "prompt_embeds.safetensors")["prompt_embeds"].float()
 
 
-def smooth(size: int) -> torch.Tensor:
+def smooth(size: int, seed: int = SEED) -> torch.Tensor:
     """(1, 3, size, size) in [0, 1] without any detail."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     return F.interpolate(torch.rand(1, 3, 4, 4, generator=generator), size=(size, size), mode="bicubic").clamp(0, 1)
 
 
-def textured(size: int) -> torch.Tensor:
+def textured(size: int, seed: int = SEED) -> torch.Tensor:
     """(1, 3, size, size) in [0, 1] with edges and grain of all sizes."""
-    generator = torch.Generator().manual_seed(SEED)
-    picture = smooth(size)
+    generator = torch.Generator().manual_seed(seed)
+    picture = smooth(size, seed)
     for cells in (8, 16, 32, 64, 128, 256):
         noise = torch.randn(1, 3, cells, cells, generator=generator)
         picture = picture + 0.06 * F.interpolate(noise, size=(size, size), mode="nearest" if cells < 32 else "bicubic")

@@ -33,7 +33,10 @@ class Seams:
 
 
 def measure(tiled: torch.Tensor, whole: torch.Tensor, rows: list[int], columns: list[int]) -> Seams:
-    """Compare pictures or latents (B, C, H, W); ``rows`` and ``columns`` are where tiles begin and end inside the canvas."""
+    """Compare pictures or latents (B, C, H, W); ``rows`` and ``columns`` are where tiles begin and end inside the canvas.
+
+    Gradients are means over a whole line of all B pictures: with more of them what chance does to a line averages out, and a fainter seam is seen.
+    """
     error = (tiled - whole).double().square().mean(dim=(0, 1))
     distance = torch.minimum(_distance(whole.shape[-2], rows)[:, None], _distance(whole.shape[-1], columns)[None])
     bins = (distance / (distance.max() + 1) * 8).long()
@@ -81,11 +84,10 @@ def report(name: str, tiled: torch.Tensor, whole: torch.Tensor, layout, scale: i
 
 def report_at(name: str, tiled: torch.Tensor, whole: torch.Tensor, rows: list[int], columns: list[int]) -> None:
     found = measure(tiled, whole, rows, columns)
+    in_one = max(measure(*pair, rows, columns).beside_neighbours for pair in zip(tiled.split(1), whole.split(1), strict=True))
     error = ((tiled - whole).norm() / (whole - whole.mean()).norm()).item()
-    print(
-        f"| {name} | {found.gradient_ratio:.3f} | {found.elsewhere:.3f} | {found.beside_neighbours:.3f} | {error:.3f} | {', '.join(f'{e:.3f}' for e in found.error_by_distance)} |",
-        flush=True,
-    )
+    by_distance = ", ".join(f"{e:.3f}" for e in found.error_by_distance)
+    print(f"| {name} | {found.gradient_ratio:.3f} | {found.elsewhere:.3f} | {in_one:.3f} | {error:.3f} | {by_distance} |", flush=True)
 
 
 def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
@@ -145,7 +147,10 @@ def predictor_seams(predictor, drawn, overlaps: list[int]) -> None:
 
 
 def result_seams(base: str, osediff: str | None, predictor: str | None, drawn, tile: int) -> None:
-    """The methods' whole results, four times as large as the pictures, where VAE, UNet and predictor meet 2 x 2 tiles of ``tile`` pixels and more."""
+    """The methods' whole results, four times as large as the pictures, where VAE, UNet and predictor meet 2 x 2 tiles of ``tile`` pixels and more.
+
+    For comparison, what the meter says where there are seams: quarters restored each by itself and put together.
+    """
     import networks
 
     from pipelines import InvSRPipeline, OSEDiffPipeline
@@ -154,30 +159,36 @@ def result_seams(base: str, osediff: str | None, predictor: str | None, drawn, t
 
     cells = tile // 8
     canvas = 2 * cells - cells // 4
-    tiles, coder = TileLayout(canvas, canvas, cells, cells // 4), TileLayout(canvas, canvas, cells, tiled_coder.OVERLAP)
+    layouts = [TileLayout(canvas, canvas, cells, overlap) for overlap in (cells // 4, tiled_coder.OVERLAP)]
     windows = TileLayout(canvas, canvas, tiled_noise.WINDOW, tiled_noise.OVERLAP)
-    methods = {"OSEDiff": [("all tiled", (tiles, coder), tiled_noise.WINDOW, tile)]}
-    methods["InvSR"] = [("windows alone", (windows,), tiled_noise.WINDOW, None), ("all tiled", (tiles, coder, windows), tiled_noise.WINDOW, tile)]
-    for method, ways in methods.items():
-        if not (osediff if method == "OSEDiff" else predictor):
+    for kind, weights, met in ((OSEDiffPipeline, osediff, layouts), (InvSRPipeline, predictor, [*layouts, windows])):
+        if not weights:
             continue
-        pipeline, embeds = networks.pipeline(base, OSEDiffPipeline if method == "OSEDiff" else InvSRPipeline, osediff, predictor)
-        for name, picture in drawn(canvas * 2).items():
-            whole = _result(pipeline, picture, embeds, canvas, None)
-            for way, layouts, window, side in ways:
-                found = [borders(layout, 8) for layout in layouts]
-                rows, columns = (sorted({edge for edges in found for edge in edges[i]}) for i in (0, 1))
-                report_at(f"{method}, {way}, {name}", _result(pipeline, picture, embeds, window, side), whole, rows, columns)
+        method = kind.__name__.removesuffix("Pipeline")
+        pipeline, embeds = networks.pipeline(base, kind, osediff, predictor)
+        found = [borders(layout, 8) for layout in met]
+        rows, columns = (sorted({edge for edges in found for edge in edges[axis]}) for axis in (0, 1))
+        for name, pictures in drawn(canvas * 2).items():
+            whole = _results(pipeline, pictures, embeds, canvas, None)
+            report_at(f"{method}, in tiles, {name}", _results(pipeline, pictures, embeds, tiled_noise.WINDOW, tile), whole, rows, columns)
+            halves = [part.chunk(2, -1) for part in pictures.chunk(2, -2)]
+            quarters = [torch.cat([_results(pipeline, part, embeds, canvas, None) for part in row], -1) for row in halves]
+            report_at(f"{method}, in separate quarters, {name}", torch.cat(quarters, -2), whole, [canvas * 4], [canvas * 4])
 
 
-def _result(pipeline, picture: torch.Tensor, embeds: torch.Tensor, window: int, tile: int | None) -> torch.Tensor:
-    """With the predictor in windows of ``window`` cells, and the other networks in tiles of ``tile`` pixels, or whole."""
+def _results(pipeline, pictures: torch.Tensor, embeds: torch.Tensor, window: int, tile: int | None) -> torch.Tensor:
+    """Each picture's with noise of its own, the predictor in windows of ``window`` cells and the other networks in tiles of ``tile`` pixels, or whole."""
     from sr import tiled_noise
 
     pipeline.enable_tiling(tile) if tile else pipeline.disable_tiling()
     published, tiled_noise.WINDOW = tiled_noise.WINDOW, window
     try:
-        return pipeline(picture, prompt_embeds=embeds, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        return torch.cat(
+            [
+                pipeline(picture[None], prompt_embeds=embeds, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+                for seed, picture in enumerate(pictures)
+            ]
+        )
     finally:
         tiled_noise.WINDOW = published
 
@@ -191,16 +202,21 @@ def main() -> None:
     parser.add_argument("--predictor", help="file of a noise predictor")
     parser.add_argument("--base", help="folder of a base without text encoder, for --only results")
     parser.add_argument("--osediff", help="file of an OSEDiff adapter for that base")
-    parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the two drawn ones")
+    parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the drawn ones")
+    parser.add_argument("--pictures", type=int, default=1, help="drawn of each kind, measured together (default: %(default)s)")
     parser.add_argument("--size", type=int, default=768, help="of the VAE's pictures, in pixels (default: %(default)s)")
     parser.add_argument("--tile", type=int, default=256, help="of the VAE, in pixels (default: %(default)s)")
     parser.add_argument("--only", choices=["vae", "unet", "predictor", "results"])
     arguments = parser.parse_args()
 
     def pictures(size):
-        return {"smooth": networks.smooth(size), "textured": networks.textured(size)} | {p: networks.photo(p, size) for p in arguments.photo}
+        drawn = {
+            draw.__name__: torch.cat([draw(size, networks.SEED + i) for i in range(arguments.pictures)])
+            for draw in (networks.smooth, networks.textured)
+        }
+        return drawn | {path: networks.photo(path, size) for path in arguments.photo}
 
-    print("| | seam | elsewhere | beside its neighbours | error | error from the border to the tile's middle |\n|---|---|---|---|---|---|")
+    print("| | seam | elsewhere | beside neighbours, worst picture | error | error from the border to the tile's middle |\n|---|---|---|---|---|---|")
     with torch.no_grad():
         if arguments.only in (None, "vae"):
             vae_seams(networks.diffusers_vae(arguments.vae), pictures(arguments.size), arguments.tile)

@@ -113,6 +113,23 @@ def execution_errors(entry: dict) -> list[dict]:
     return [content for kind, content in entry["status"]["messages"] if kind == "execution_error"]
 
 
+LATER_WIDGETS = {("SaveVideo", "format.codec")}
+"""Widgets of core nodes that the oldest ComfyUI does not have yet; its page leaves their values out."""
+
+
+def _widget_values(node: dict, info: dict) -> list:
+    """A node's saved values in the order of its widgets, without those of widgets that this ComfyUI does not have yet."""
+    values = node.get("widgets_values") or []
+    names = list(node.get("widgets_values_named") or [])
+    known = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+    def too_late(name: str) -> bool:
+        parent = name.split(".")[0]
+        return (node["type"], name) in LATER_WIDGETS and known[parent][0] != "COMFY_DYNAMICCOMBO_V3"
+
+    return [value for i, value in enumerate(values) if i >= len(names) or not too_late(names[i])]
+
+
 def to_prompt(workflow: dict, object_info: dict) -> dict:
     """A workflow as the page saves it -> the prompt that the page queues (nodes, widgets and links; no subgraphs)."""
     links = {link[0]: link for link in workflow["links"]}
@@ -122,7 +139,7 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
             continue
         info = object_info[node["type"]]
         sockets = {i["name"]: i.get("link") for i in node.get("inputs", [])}
-        values = iter(node.get("widgets_values") or [])
+        values = iter(_widget_values(node, info))
         inputs = {}
         for name, spec in [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]:
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
