@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from .pictures import FORMATS
+from .processes import launched, must_compute_on_cpu, require_joined
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,9 @@ def join(device: str | None) -> PartialState:
     Raises:
         RuntimeError: accelerate sees no others where the launcher started some, so that each process would do every picture.
     """
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    alone = launched == 1
-    cpu = device == "cpu" or (not alone and not torch.accelerator.is_available())
-    state = PartialState(cpu=cpu) if alone else PartialState(cpu=cpu, timeout=timedelta(days=30))  # shares may differ by days
-    if state.num_processes != launched:
-        raise RuntimeError(
-            f"--device: {launched} processes were started, but accelerate joins {state.num_processes}. Leave out --device, or say cpu."
-        )
+    cpu = device == "cpu" or must_compute_on_cpu()
+    state = PartialState(cpu=cpu) if launched() == 1 else PartialState(cpu=cpu, timeout=timedelta(days=30))  # shares may differ by days
+    require_joined(state.num_processes, "Leave out --device, or say cpu.")
     return state
 
 

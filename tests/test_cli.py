@@ -18,6 +18,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
+from pipelines.processes import require_joined
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -326,6 +327,13 @@ def test_converted_weights_in_the_nodes(comfy, models):
     predictors = [comfy.run("InvSRNoisePredictorLoader", noise_predictor_name=n)[0] for n in ("original_predictor.pth", "converted.safetensors")]
     first, second = (p.patcher.model.state_dict() for p in predictors)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_processes_that_do_not_find_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    require_joined(2, "Leave out --device.")
+    with pytest.raises(RuntimeError, match="processes: 2 were started, but accelerate joins 1. Leave out --device."):
+        require_joined(1, "Leave out --device.")
 
 
 def test_convert_refuses(tmp_path, capsys):

@@ -389,8 +389,8 @@ def test_command(folder, tmp_path, mode, capfd):
 
 
 def test_two_processes_resume_exactly(folder, tmp_path):
-    """Processes share each step's samples and its gradient; with ACCELERATE_USE_CPU what accelerate calls multi_gpu are CPU processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    """Processes share each step's samples and its gradient; without a GPU what accelerate calls multi_gpu are CPU processes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     words = [
         "train",

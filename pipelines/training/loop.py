@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..processes import must_compute_on_cpu, require_joined
 from .checkpoints import Progress, averaged, find_checkpoint, keep_what_learns, learning, save_checkpoint
 from .data import TrainingPictures, load_batches
 from .optimizers import MUON_LR, Muon
@@ -76,7 +77,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
 
     Raises:
         ValueError: the output holds another run's checkpoint and ``resume`` was not asked for.
-        RuntimeError: a loss is not a finite number.
+        RuntimeError: a loss is not a finite number, or a launcher's processes did not find each other.
     """
     checkpoint = find_checkpoint(options.output)
     if checkpoint and not options.resume:
@@ -85,11 +86,13 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         )
     options.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
+        cpu=must_compute_on_cpu(),
         gradient_accumulation_steps=options.accumulate,
         mixed_precision=options.mixed_precision,
         log_with="tensorboard" if is_tensorboard_available() else None,
         project_dir=options.output,
     )
+    require_joined(accelerator.num_processes, "Start them with 'accelerate launch --multi_gpu'.")
     accelerator.init_trackers("logs")
     state, schedulers, optimizers = Progress(), [], {}
     for phase, module in task.phases.items():
