@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
+from .memory import is_out_of_memory
 from .pictures import FORMATS
 from .processes import launched, must_compute_on_cpu, require_joined
 
@@ -130,6 +130,6 @@ def run(jobs: list[Job], work: Callable[[Job], None] | None, state: PartialState
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "the device's memory is too small for it. Try a smaller --tile, or --offload."
     return str(error).strip() or type(error).__name__

@@ -10,12 +10,13 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from sr.posterior import Posterior
 from sr.predictor_picture import fit_picture
 from sr.schedule import few_step_indices
-from sr.streaming import Host, run_in_groups
+from sr.streaming import run_in_groups
 from sr.tiled_noise import MAX_WINDOWS, NoiseCanvas
 from sr.tiles import Tile
 
 from .base import FewStepSRPipeline, Generators, Pictures, draw
 from .checks import require_finite
+from .memory import Device
 from .noise_predictor import InvSRNoisePredictor
 
 # The published prompts (sampler_invsr.py).
@@ -94,7 +95,7 @@ class InvSRPipeline(FewStepSRPipeline):
             windows = torch.cat([tile.cut(picture[i : i + 1], cell) for i, tile in group])
             canvas.add(group, self.noise_predictor(windows.to(device, dtype), timestep))
 
-        run_in_groups(canvas.windows, MAX_WINDOWS, predict, Host())
+        run_in_groups(canvas.windows, MAX_WINDOWS, predict, Device())
         return canvas.posterior
 
     @torch.no_grad()

@@ -10,10 +10,12 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
 from sr.canvas import VAE_MULTIPLE, pad_for_vae, padded_side
-from sr.streaming import Host, run_in_groups
+from sr.streaming import run_in_groups
 from sr.tiled_coder import TiledCoder
 from sr.tiled_vae import WholePicture
 from sr.tiles import TileLayout
+
+from .memory import Device
 
 GROUP_CELLS = 128**2
 """Latent cells in one call, where a single tile or picture has no more by itself: memory then does not grow with the batch."""
@@ -39,7 +41,7 @@ class Tiling:
 
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, Host())
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, Device())
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
@@ -50,7 +52,7 @@ class Tiling:
             return vae.decode(part.to(device, vae.dtype)).sample.float()
 
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, Host())
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, Device())
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 
@@ -65,7 +67,7 @@ class Tiling:
             for (picture, tile), part in zip(group, parts.float(), strict=True):
                 tile.cut(blended[picture]).add_(part * layout.window(tile).to(part))
 
-        run_in_groups(items, fitting(layout.tiles[0].height, layout.tiles[0].width), predict, Host())
+        run_in_groups(items, fitting(layout.tiles[0].height, layout.tiles[0].width), predict, Device())
         return blended
 
     def _side(self, latents: torch.Tensor) -> int:

@@ -2,21 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 
 class Host:
-    """What the program around a network does at its calls. This is a plain PyTorch program's part; another one has memory, progress and a stop button of its own."""
+    """What the program around a network does at its calls, with memory, progress and a stop button of its own. By itself it does nothing."""
 
     def before_call(self) -> None:
         """Raises where the user wants to stop."""
 
     def is_out_of_memory(self, error: Exception) -> bool:
-        return isinstance(error, torch.cuda.OutOfMemoryError)
+        return False
 
     def free_memory(self) -> None:
         """Give back what is cached, after memory ran out."""
-        torch.cuda.empty_cache()
 
     def progress(self, total: int) -> Callable[[int], object]:
         """A function that is told how many more of ``total`` are done."""

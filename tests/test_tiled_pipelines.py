@@ -142,7 +142,10 @@ def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
     assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
 
 
-def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog):
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (MPS allocated")]
+)
+def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog, error):
     pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(200, 300)
     whole = pipeline.encode(image)
     vae = copy.copy(pipeline.vae)
@@ -150,7 +153,7 @@ def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog):
     class Short(type(vae)):
         def _encode(self, x):
             if x.shape[-1] * x.shape[-2] * x.shape[0] > 160**2:
-                raise torch.cuda.OutOfMemoryError("out of memory, for this test")
+                raise error
             return super()._encode(x)
 
     vae.__class__ = Short
