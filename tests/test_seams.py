@@ -42,6 +42,20 @@ def test_the_meter_tells_a_line_from_a_neighbourhood():
     assert found.beside_neighbours < 1.1
 
 
+def test_more_pictures_show_a_fainter_seam():
+    """What chance does to single lines hides a faint step in one picture, and averages out over several."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.cat([textured(128, seed) for seed in range(8)])
+    grain = 0.06 * torch.rand(8, 1, 128, 1, generator=generator) * torch.randn(whole.shape, generator=generator)
+    tiled = whole + grain
+    together = measure(tiled, whole, [61], [])
+    assert together.gradient_ratio < together.elsewhere
+    tiled[..., 61:, :] += 0.05
+    together, alone = (measure(tiled[:count], whole[:count], [61], []) for count in (8, 1))
+    assert together.gradient_ratio > together.elsewhere
+    assert alone.gradient_ratio < alone.elsewhere
+
+
 @PICTURES
 @torch.no_grad()
 def test_tiles_of_the_vae_show_no_seams(vae, draw):
