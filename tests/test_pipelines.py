@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from toys import gaussian, picture, relative_error
 
 from pipelines import InvSRNoisePredictor, InvSRPipeline, OSEDiffPipeline
-from pipelines.single_file import find_tokenizer
+from pipelines.single_file import find_tokenizer, require_noise_prediction
 from sr.checkpoints import load_noise_predictor_weights
 
 IMAGE = picture(3, 24, 17).movedim(-1, 1)
@@ -117,6 +117,18 @@ def test_base_in_one_file(comfy, make, suffix, tmp_path):
     else:
         pipeline.load_noise_predictor(tmp_path / "predictor.pth")
     assert relative_error(restore(pipeline), restore(expected)) < 1e-4
+
+
+def test_v_prediction_in_one_file():
+    """The file of the base for 768 pixels has the same keys and shapes as the one for 512: one layer's biases are spread wider."""
+    sizes = {"block_out_channels": (32,) * 4, "cross_attention_dim": 8, "attention_head_dim": 4, "norm_num_groups": 8}
+    unet = UNet2DConditionModel(**sizes, use_linear_projection=True)
+    require_noise_prediction(unet, "v2-1_512-ema-pruned.safetensors")
+    torch.nn.init.normal_(unet.up_blocks[3].attentions[2].transformer_blocks[0].norm1.bias, std=0.2)
+    with pytest.raises(
+        ValueError, match=r"v2-1_768-ema-pruned.safetensors: found Stable Diffusion 2.1 at 768 pixels .*expected a base that predicts noise"
+    ):
+        require_noise_prediction(unet, "v2-1_768-ema-pruned.safetensors")
 
 
 @PIPELINES
