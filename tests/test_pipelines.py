@@ -91,6 +91,18 @@ def test_noise_predictor_component_is_a_published_file(tmp_path):
     assert again.pixels_per_cell == 2
 
 
+@PIPELINES
+def test_weights_come_along_from_the_hub(make, tmp_path):
+    """A repository as the hub's client keeps it, of a pipeline that was saved with its adapter or predictor."""
+    expected, commit = make(tmp_path), "0" * 40
+    repository = tmp_path / "hub" / "models--someone--restorer"
+    expected.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    again = type(expected).from_pretrained("someone/restorer", cache_dir=tmp_path / "hub", local_files_only=True)
+    assert same(restore(again), restore(expected))
+
+
 def test_invsr_without_predictor(tmp_path):
     InvSRPipeline(**pipeline_toys.components(3, tmp_path / "clip")).save_pretrained(tmp_path / "base")
     pipeline = InvSRPipeline.from_pretrained(tmp_path / "base")
