@@ -92,6 +92,7 @@ def report_at(name: str, tiled: torch.Tensor, whole: torch.Tensor, rows: list[in
 
 def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
     """Encoder and decoder in tiles of ``tile`` pixels."""
+    from pipelines.memory import Device
     from pipelines.tiling import Tiling
     from sr.tiled_coder import OVERLAP
     from sr.tiles import TileLayout
@@ -99,15 +100,16 @@ def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
     for name, picture in pictures.items():
         cells = picture.shape[-1] // 8
         layout, cpu = TileLayout(cells, cells, tile // 8, OVERLAP), torch.device("cpu")
-        whole, tiled = (coding.encode(vae, picture, cpu) for coding in (Tiling(), Tiling(tile // 8)))
+        whole, tiled = (coding.encode(vae, picture, cpu, Device()) for coding in (Tiling(), Tiling(tile // 8)))
         report(f"VAE encoder, {name}", tiled, whole, layout)
         latents = whole[:, :4]
-        whole, tiled = (coding.decode(vae, latents, cpu) for coding in (Tiling(), Tiling(tile // 8)))
+        whole, tiled = (coding.decode(vae, latents, cpu, Device()) for coding in (Tiling(), Tiling(tile // 8)))
         report(f"VAE decoder, {name}", tiled, whole, layout, 8)
 
 
 def unet_seams(unet, drawn, tile: int, overlaps: list[int]) -> None:
     """One prediction at the methods' timesteps, on 2 x 2 tiles that overlap by that much; ``drawn(size)`` gives the pictures."""
+    from pipelines.memory import Device
     from pipelines.tiling import Tiling
     from sr.tiles import TileLayout
 
@@ -121,7 +123,7 @@ def unet_seams(unet, drawn, tile: int, overlaps: list[int]) -> None:
             for name, picture in drawn(2 * tile - overlap).items():
                 state = _state(picture)
                 predict = partial(network, timestep)
-                tiled, layout = Tiling(tile, overlap).predict(predict, state), TileLayout(*state.shape[-2:], tile, overlap)
+                tiled, layout = Tiling(tile, overlap).predict(predict, state, Device()), TileLayout(*state.shape[-2:], tile, overlap)
                 report(f"UNet at {timestep}, overlap {overlap}, {name}", tiled, predict(state, [0]), layout)
 
 

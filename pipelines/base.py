@@ -15,6 +15,7 @@ from sr.color import fix_color
 from sr.posterior import Posterior, draw_noise
 
 from .checks import require_finite, require_picture, require_stable_diffusion
+from .memory import Device
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
 from .tiling import Tiling
 
@@ -40,6 +41,10 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         self.register_modules(**components)
         self.image_processor = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_rgb=True)
         self._tiling = Tiling()
+
+    @property
+    def _host(self) -> Device:
+        return Device(self.progress_bar)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
@@ -97,7 +102,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
             posterior: ``"mean"`` gives the same latents each time, ``"sample"`` draws as the published programs do.
             generator: for ``"sample"``.
         """
-        moments = self._tiling.encode(self.vae, image, self._execution_device)
+        moments = self._tiling.encode(self.vae, image, self._execution_device, self._host)
         return self.vae.config.scaling_factor * self._draw(moments, posterior, generator)
 
     def _draw(self, moments: torch.Tensor, posterior: str, generator: Generators) -> torch.Tensor:
@@ -106,7 +111,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1] on the CPU, cropped to ``size`` (height, width) where it is given."""
-        decoded = self._tiling.decode(self.vae, latents / self.vae.config.scaling_factor, self._execution_device)
+        decoded = self._tiling.decode(self.vae, latents / self.vae.config.scaling_factor, self._execution_device, self._host)
         height, width = size or decoded.shape[-2:]
         for image in decoded:  # in place, one at a time: video batches are long
             require_finite(image, "the VAE").div_(2).add_(0.5).clamp_(0, 1)
@@ -127,7 +132,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
             return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds[pictures]).sample
 
-        return require_finite(self._tiling.predict(network, latents.to(device)), "the UNet")
+        return require_finite(self._tiling.predict(network, latents.to(device), self._host), "the UNet")
 
     def enable_tiling(self, tile: int = 1024) -> None:
         """VAE and UNet in overlapping tiles of ``tile`` pixels of the result, a multiple of 64 from 256 on; smaller pictures stay whole."""

@@ -16,7 +16,6 @@ from sr.tiles import Tile
 
 from .base import FewStepSRPipeline, Generators, Pictures, draw
 from .checks import require_finite
-from .memory import Device
 from .noise_predictor import InvSRNoisePredictor
 
 # The published prompts (sampler_invsr.py).
@@ -95,7 +94,7 @@ class InvSRPipeline(FewStepSRPipeline):
             windows = torch.cat([tile.cut(picture[i : i + 1], cell) for i, tile in group])
             canvas.add(group, self.noise_predictor(windows.to(device, dtype), timestep))
 
-        run_in_groups(canvas.windows, MAX_WINDOWS, predict, Device())
+        run_in_groups(canvas.windows, MAX_WINDOWS, predict, self._host, self._host.progress(len(canvas.windows)))
         return canvas.posterior
 
     @torch.no_grad()

@@ -1,7 +1,10 @@
-"""Memory that runs out, on whichever device accelerate knows."""
+"""A pipeline's part in work that goes through a network in groups: memory that runs out, on whichever device accelerate knows, and progress."""
+
+from collections.abc import Callable
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm import tqdm
 
 from sr.streaming import Host
 
@@ -12,8 +15,21 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 class Device(Host):
+    """``progress_bar(total=n)`` makes the bar for n tiles, which is gone when they are done; a single one has none."""
+
+    def __init__(self, progress_bar: Callable[..., tqdm] | None = None):
+        self.progress_bar = progress_bar
+
     def is_out_of_memory(self, error: Exception) -> bool:
         return is_out_of_memory(error)
 
     def free_memory(self) -> None:
         clear_device_cache()
+
+    def progress(self, total: int) -> Callable[[int], object]:
+        if self.progress_bar is None or total == 1:
+            return super().progress(total)
+        bar = self.progress_bar(total=total)
+        bar.leave = False
+        bar.set_description("tiles")
+        return bar.update

@@ -10,12 +10,10 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
 from sr.canvas import VAE_MULTIPLE, pad_for_vae, padded_side
-from sr.streaming import run_in_groups
+from sr.streaming import Host, run_in_groups
 from sr.tiled_coder import TiledCoder
 from sr.tiled_vae import WholePicture
 from sr.tiles import TileLayout
-
-from .memory import Device
 
 GROUP_CELLS = 128**2
 """Latent cells in one call, where a single tile or picture has no more by itself: memory then does not grow with the batch."""
@@ -33,7 +31,7 @@ class Tiling:
     tile: int | None = None
     overlap: int = 0
 
-    def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device, host: Host) -> torch.Tensor:
         """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1] of any size, float32 on the CPU."""
 
         def call(vae, part):
@@ -41,22 +39,22 @@ class Tiling:
 
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, Device())
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, host)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
-    def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device) -> torch.Tensor:
+    def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, host: Host) -> torch.Tensor:
         """Pictures (B, 3, 8h, 8w) in [-1, 1] of the VAE's own latents (B, 4, h, w), float32 on the CPU."""
 
         def call(vae, part):
             return vae.decode(part.to(device, vae.dtype)).sample.float()
 
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, Device())
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, host)
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 
-    def predict(self, network: Callable[[torch.Tensor, list[int]], torch.Tensor], latents: torch.Tensor) -> torch.Tensor:
+    def predict(self, network: Callable[[torch.Tensor, list[int]], torch.Tensor], latents: torch.Tensor, host: Host) -> torch.Tensor:
         """The UNet's predictions for ``latents`` (B, 4, h, w), float32: ``network(tiles, pictures)`` is called with the tiles and whose they are."""
         layout = TileLayout(*latents.shape[-2:], tile=self._side(latents), overlap=self.overlap)
         items = [(picture, tile) for picture in range(len(latents)) for tile in layout.tiles]
@@ -67,7 +65,7 @@ class Tiling:
             for (picture, tile), part in zip(group, parts.float(), strict=True):
                 tile.cut(blended[picture]).add_(part * layout.window(tile).to(part))
 
-        run_in_groups(items, fitting(layout.tiles[0].height, layout.tiles[0].width), predict, Device())
+        run_in_groups(items, fitting(layout.tiles[0].height, layout.tiles[0].width), predict, host, host.progress(len(items)))
         return blended
 
     def _side(self, latents: torch.Tensor) -> int:

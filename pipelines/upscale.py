@@ -97,7 +97,7 @@ class Upscaler:
             self.pipeline.fuse()
             if arguments.tagger:
                 self.pipeline.load_tagger(arguments.tagger, arguments.dape)
-        self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.set_progress_bar_config(leave=False, dynamic_ncols=True, disable=state.num_processes > 1 or None)  # None: in a terminal alone
         if arguments.tile:
             self.pipeline.enable_tiling(arguments.tile)
         if arguments.offload:

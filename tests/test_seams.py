@@ -6,6 +6,7 @@ from diffusers import AutoencoderKL
 
 from benchmarks.networks import smooth, textured
 from benchmarks.seams import borders, measure
+from pipelines.memory import Device
 from pipelines.tiling import Tiling
 from sr.tiled_coder import OVERLAP
 from sr.tiles import TileLayout
@@ -60,7 +61,7 @@ def test_more_pictures_show_a_fainter_seam():
 @torch.no_grad()
 def test_tiles_of_the_vae_show_no_seams(vae, draw):
     cpu, layout = torch.device("cpu"), TileLayout(24, 24, 16, OVERLAP)
-    tiled, whole = (tiling.encode(vae, draw(192), cpu) for tiling in (Tiling(16), Tiling()))
+    tiled, whole = (tiling.encode(vae, draw(192), cpu, Device()) for tiling in (Tiling(16), Tiling()))
     assert measure(tiled, whole, *borders(layout)).gradient_ratio < 1.1
-    tiled, whole = (tiling.decode(vae, whole[:, :4], cpu) for tiling in (Tiling(16), Tiling()))
+    tiled, whole = (tiling.decode(vae, whole[:, :4], cpu, Device()) for tiling in (Tiling(16), Tiling()))
     assert 0.9 < measure(tiled, whole, *borders(layout, 8)).gradient_ratio < 1.1

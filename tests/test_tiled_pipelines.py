@@ -1,6 +1,7 @@
 """Large pictures and batches in the pipelines: tiles against the whole, a batch against single pictures."""
 
 import copy
+import io
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pipeline_toys
 import pytest
 import torch
 import toys
+from diffusers import DiffusionPipeline
 from PIL import Image
 from toys import gaussian, picture, relative_error
 
@@ -140,6 +142,28 @@ def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
         restore(pipeline, pixels(16, 16, pictures), guidance_scale=2.0, negative_prompt_embeds=EMBEDS)
         sizes.append(max(shape[0] * shape[2] * shape[3] for shape in calls))
     assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
+
+
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+def test_progress_in_tiles(kind, tmp_path, monkeypatch):
+    """A bar for each network that has several tiles; pictures that are whole show none."""
+    pipeline, bars = make(kind, tmp_path), []
+    pipeline.set_progress_bar_config(file=io.StringIO())
+
+    def progress_bar(iterable=None, total=None):
+        bar = DiffusionPipeline.progress_bar(pipeline, iterable, total)
+        if iterable is None:
+            bars.append(bar)
+        return bar
+
+    monkeypatch.setattr(pipeline, "progress_bar", progress_bar)
+    restore(pipeline, pixels(64, 64))
+    assert not bars
+    pipeline.enable_tiling(TILE)
+    restore(pipeline, pixels(200, 360))  # 40 x 72 cells
+    windows = [1 * 2] if kind is InvSRPipeline else []
+    assert [bar.total for bar in bars] == [2 * 3, *windows, 2 * 3, 2 * 3]
+    assert all(bar.n == bar.total and not bar.leave for bar in bars)
 
 
 @pytest.mark.parametrize(
