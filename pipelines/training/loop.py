@@ -84,7 +84,6 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         raise ValueError(
             f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to go on with it, or another --output."
         )
-    options.output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
         cpu=must_compute_on_cpu(),
         gradient_accumulation_steps=options.accumulate,
@@ -93,6 +92,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         project_dir=options.output,
     )
     require_joined(accelerator.num_processes, "Start them with 'accelerate launch --multi_gpu'.")
+    options.output.mkdir(parents=True, exist_ok=True)
     accelerator.init_trackers("logs")
     state, schedulers, optimizers = Progress(), [], {}
     for phase, module in task.phases.items():
