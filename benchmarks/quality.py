@@ -21,9 +21,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from fewstep_sr.miniature import INVSR_TIMESTEP
 from pipelines.demo import load_demo
 from pipelines.training.degradation import Degradation
-from sr.miniature import INVSR_TIMESTEP
 
 METRICS = {"PSNR": piq.psnr, "GMSD": piq.gmsd, "HaarPSI": piq.haarpsi, "FSIM": piq.fsim}
 

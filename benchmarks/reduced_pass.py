@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from run import forget_peak, machine, resident
 
+from fewstep_sr.tiling import whole_picture as tiled_vae
+from fewstep_sr.tiling.tiles import Tile, TileLayout
+from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, OVERLAP
+from fewstep_sr.tiling.whole_picture import WholePicture, mosaic, share_whole_picture
 from pipelines.tiling import _share_attention
-from sr import tiled_vae
-from sr.tiled_coder import MAX_MOSAIC, MIN_MOSAIC, OVERLAP
-from sr.tiled_vae import WholePicture, mosaic, share_whole_picture
-from sr.tiles import Tile, TileLayout
 
 
 class InStep(WholePicture):

@@ -46,7 +46,7 @@ def run_once(size: int, frames: int, tiled: bool) -> dict[str, list[float]]:
     import toys
     from comfy_extras import nodes_custom_sampler as core
 
-    from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
+    from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 
     pack = sys.modules[nodes["InvSRStartState"].__module__]
     config = NoisePredictorConfig(

@@ -70,7 +70,7 @@ def _ratios(tiled: torch.Tensor, whole: torch.Tensor, dim: int, borders: list[in
 
 
 def borders(layout, scale: int = 1) -> tuple[list[int], list[int]]:
-    """Rows and columns at which a :class:`sr.tiles.TileLayout`'s tiles begin and end, the canvas's own borders left out."""
+    """Rows and columns at which a :class:`fewstep_sr.tiling.tiles.TileLayout`'s tiles begin and end, the canvas's own borders left out."""
     tile = layout.tiles[0]
     return tuple(
         sorted({edge * scale for start in starts for edge in (start, start + side)} - {0, length * scale})
@@ -92,10 +92,10 @@ def report_at(name: str, tiled: torch.Tensor, whole: torch.Tensor, rows: list[in
 
 def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
     """Encoder and decoder in tiles of ``tile`` pixels."""
+    from fewstep_sr.tiling.tiles import TileLayout
+    from fewstep_sr.tiling.vae import OVERLAP
     from pipelines.memory import Device
     from pipelines.tiling import Tiling
-    from sr.tiled_coder import OVERLAP
-    from sr.tiles import TileLayout
 
     for name, picture in pictures.items():
         cells = picture.shape[-1] // 8
@@ -109,9 +109,9 @@ def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
 
 def unet_seams(unet, drawn, tile: int, overlaps: list[int]) -> None:
     """One prediction at the methods' timesteps, on 2 x 2 tiles that overlap by that much; ``drawn(size)`` gives the pictures."""
+    from fewstep_sr.tiling.tiles import TileLayout
     from pipelines.memory import Device
     from pipelines.tiling import Tiling
-    from sr.tiles import TileLayout
 
     text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(0))
 
@@ -136,8 +136,8 @@ def _state(picture: torch.Tensor) -> torch.Tensor:
 
 def predictor_seams(predictor, drawn, overlaps: list[int]) -> None:
     """The expected noise map, on 2 x 2 windows that overlap by that much."""
-    from sr.tiled_noise import WINDOW
-    from sr.tiles import TileLayout
+    from fewstep_sr.tiling.predictor import WINDOW
+    from fewstep_sr.tiling.tiles import TileLayout
 
     for overlap in overlaps:
         for name, picture in drawn(2 * (2 * WINDOW - overlap)).items():
@@ -155,9 +155,10 @@ def result_seams(base: str, osediff: str | None, predictor: str | None, drawn, t
     """
     import networks
 
+    from fewstep_sr.tiling import predictor as tiled_noise
+    from fewstep_sr.tiling import vae as tiled_coder
+    from fewstep_sr.tiling.tiles import TileLayout
     from pipelines import InvSRPipeline, OSEDiffPipeline
-    from sr import tiled_coder, tiled_noise
-    from sr.tiles import TileLayout
 
     cells = tile // 8
     canvas = 2 * cells - cells // 4
@@ -180,7 +181,7 @@ def result_seams(base: str, osediff: str | None, predictor: str | None, drawn, t
 
 def _results(pipeline, pictures: torch.Tensor, embeds: torch.Tensor, window: int, tile: int | None) -> torch.Tensor:
     """Each picture's with noise of its own, the predictor in windows of ``window`` cells and the other networks in tiles of ``tile`` pixels, or whole."""
-    from sr import tiled_noise
+    from fewstep_sr.tiling import predictor as tiled_noise
 
     pipeline.enable_tiling(tile) if tile else pipeline.disable_tiling()
     published, tiled_noise.WINDOW = tiled_noise.WINDOW, window

@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sr.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
-from sr.tiled_coder import MAX_MOSAIC, MIN_MOSAIC, even_tile  # noqa: E402
-from sr.tiled_coder import OVERLAP as VAE_OVERLAP  # noqa: E402
-from sr.tiled_noise import OVERLAP, WINDOW  # noqa: E402
-from sr.tiled_vae import MAX_KEYS  # noqa: E402
-from sr.tiles import TileLayout  # noqa: E402
+from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
+from fewstep_sr.tiling.predictor import OVERLAP, WINDOW  # noqa: E402
+from fewstep_sr.tiling.tiles import TileLayout  # noqa: E402
+from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, even_tile  # noqa: E402
+from fewstep_sr.tiling.vae import OVERLAP as VAE_OVERLAP  # noqa: E402
+from fewstep_sr.tiling.whole_picture import MAX_KEYS  # noqa: E402
 
 UNET, VAE_TILE = (96, 24), 96  # side and overlap in latent cells
 CHOPPED = 648  # InvSR's own program at 4096 x 4096 with its default patches of 128 low-quality pixels

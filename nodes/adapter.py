@@ -7,7 +7,7 @@ import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from ..sr.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
+from ..fewstep_sr.weights.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
 from .checks import context_dim
 
 ATTACHMENT = "fewstep_sr_osediff"

@@ -4,8 +4,8 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..sr.canvas import same_proportions
-from ..sr.color import METHODS, fix_color
+from ..fewstep_sr.image.color import METHODS, fix_color
+from ..fewstep_sr.image.sizes import same_proportions
 from .checks import require_image
 
 

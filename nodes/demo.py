@@ -14,10 +14,10 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
-from ..sr.miniature import OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, PHOTO, UNET_HEAD_DIM, VAE_NORM_GROUPS, find
-from ..sr.noise_predictor import NoisePredictor
-from ..sr.schedule import METHODS
+from ..fewstep_sr.methods.schedule import METHODS
+from ..fewstep_sr.miniature import OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, PHOTO, UNET_HEAD_DIM, VAE_NORM_GROUPS, find
+from ..fewstep_sr.networks.noise_predictor import NoisePredictor
+from ..fewstep_sr.weights.checkpoints import load_noise_predictor_weights, load_osediff_adapter
 from .adapter import adapt_model, adapt_vae
 from .invsr import NoisePredictorSocket
 from .managed import manage

@@ -8,14 +8,14 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..sr.checkpoints import PREDICTOR_FILE, PREDICTOR_SOURCE, load_noise_predictor_weights
-from ..sr.noise_predictor import NoisePredictor
-from ..sr.posterior import Posterior, draw_noise
-from ..sr.predictor_picture import fit_picture
-from ..sr.schedule import INVSR_MAX_START, sigma_to_index
-from ..sr.streaming import run_in_groups
-from ..sr.tiled_noise import MAX_WINDOWS, NoiseCanvas
-from ..sr.tiles import Tile
+from ..fewstep_sr.image.predictor import fit_picture
+from ..fewstep_sr.methods.schedule import INVSR_MAX_START, sigma_to_index
+from ..fewstep_sr.networks.noise_predictor import NoisePredictor
+from ..fewstep_sr.networks.posterior import Posterior, draw_noise
+from ..fewstep_sr.tiling.batching import run_in_groups
+from ..fewstep_sr.tiling.predictor import MAX_WINDOWS, NoiseCanvas
+from ..fewstep_sr.tiling.tiles import Tile
+from ..fewstep_sr.weights.checkpoints import PREDICTOR_FILE, PREDICTOR_SOURCE, load_noise_predictor_weights
 from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise

@@ -10,8 +10,8 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..sr.checkpoints import OSEDIFF_FILE, OSEDIFF_SOURCE, load_osediff_adapter
-from ..sr.schedule import OSEDIFF_TIMESTEP
+from ..fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
+from ..fewstep_sr.weights.checkpoints import OSEDIFF_FILE, OSEDIFF_SOURCE, load_osediff_adapter
 from .adapter import ATTACHMENT, adapt_model, adapt_vae
 from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
 from .noise import PredictedNoise

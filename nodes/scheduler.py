@@ -3,7 +3,7 @@
 import torch
 from comfy_api.latest import io
 
-from ..sr.schedule import METHODS, few_step_indices
+from ..fewstep_sr.methods.schedule import METHODS, few_step_indices
 from .checks import require_stable_diffusion
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import comfy.model_management
 import comfy.utils
 
-from ..sr.streaming import Host
+from ..fewstep_sr.tiling.batching import Host
 
 
 class ComfyUI(Host):

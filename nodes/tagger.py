@@ -12,9 +12,9 @@ import torch
 from comfy_api.latest import io, ui
 from server import PromptServer
 
-from ..sr.tagger import Tagger, prepare_picture
-from ..sr.tagger_files import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, add_dape, by_preference, load_tagger_weights
-from ..sr.tagger_vocabulary import TagVocabulary
+from ..fewstep_sr.networks.ram import Tagger, prepare_picture
+from ..fewstep_sr.networks.vocabulary import TagVocabulary
+from ..fewstep_sr.weights.tagger import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, add_dape, by_preference, load_tagger_weights
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
 from .page import find_listed, list_files

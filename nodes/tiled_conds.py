@@ -8,7 +8,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 
-from ..sr.tiles import Tile
+from ..fewstep_sr.tiling.tiles import Tile
 
 Item = tuple[int, Tile]
 """A picture of the batch and a tile of it."""

@@ -7,8 +7,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..sr.streaming import run_in_groups
-from ..sr.tiles import TileLayout
+from ..fewstep_sr.tiling.batching import run_in_groups
+from ..fewstep_sr.tiling.tiles import TileLayout
 from .streaming import ComfyUI
 from .tiled_conds import Item, PlacedCond
 
@@ -75,7 +75,7 @@ def _wrap(model, prediction: "TiledPrediction"):
 
 @dataclass(frozen=True)
 class TiledPrediction:
-    """ComfyUI's model call on tiles, ``batch`` at a time; see :class:`sr.tiles.TileLayout` for ``tile`` (None: whole pictures) and ``overlap``."""
+    """ComfyUI's model call on tiles, ``batch`` at a time; see :class:`fewstep_sr.tiling.tiles.TileLayout` for ``tile`` (None: whole pictures) and ``overlap``."""
 
     tile: int | None
     overlap: int

@@ -10,9 +10,9 @@ from comfy.ldm.models.autoencoder import DiagonalGaussianRegularizer, EmptyRegul
 from comfy.ldm.modules.diffusionmodules.model import AttnBlock
 from einops import rearrange
 
-from ..sr.canvas import pad_for_vae, padded_side
-from ..sr.tiled_coder import MIN_TILE, TiledCoder
-from ..sr.tiled_vae import WholePicture
+from ..fewstep_sr.image.sizes import pad_for_vae, padded_side
+from ..fewstep_sr.tiling.vae import MIN_TILE, TiledCoder
+from ..fewstep_sr.tiling.whole_picture import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
 from .streaming import ComfyUI
 

@@ -3,8 +3,8 @@
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..sr.canvas import padded_side
-from ..sr.posterior import Posterior, draw_noise
+from ..fewstep_sr.image.sizes import padded_side
+from ..fewstep_sr.networks.posterior import Posterior, draw_noise
 from .checks import PIXELS_PER_CELL, require_finite, require_image, require_latent, require_vae
 from .tiled_vae import decode_pictures, encode_moments
 

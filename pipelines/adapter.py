@@ -4,7 +4,7 @@ import warnings
 
 from peft import LoraConfig
 
-from sr.checkpoints import LORA_ALPHA, LowRank
+from fewstep_sr.weights.checkpoints import LORA_ALPHA, LowRank
 
 
 def require_layers(model, layers: dict[str, LowRank], what: str) -> None:

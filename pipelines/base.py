@@ -10,9 +10,9 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin
 
-from sr.canvas import VAE_MULTIPLE
-from sr.color import fix_color
-from sr.posterior import Posterior, draw_noise
+from fewstep_sr.image.color import fix_color
+from fewstep_sr.image.sizes import VAE_MULTIPLE
+from fewstep_sr.networks.posterior import Posterior, draw_noise
 
 from .checks import require_finite, require_picture, require_stable_diffusion
 from .memory import Device

@@ -2,7 +2,7 @@
 
 import torch
 
-from sr.bases import BASES, require_pixel_values, require_text_width
+from fewstep_sr.methods.bases import BASES, require_pixel_values, require_text_width
 
 
 def require_stable_diffusion(unet, vae, scheduler) -> None:

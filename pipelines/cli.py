@@ -7,8 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from sr.color import METHODS
-from sr.schedule import parse_timesteps
+from fewstep_sr.image.color import METHODS
+from fewstep_sr.methods.schedule import parse_timesteps
 
 from .files import convert, describe_file
 from .pictures import FORMATS

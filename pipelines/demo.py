@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from sr.miniature import FOLDER, OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, find
+from fewstep_sr.miniature import FOLDER, OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, find
 
 from .invsr import InvSRPipeline
 from .osediff import OSEDiffPipeline

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from sr.bases import TEXT_WIDTHS
-from sr.checkpoints import LORA_ALPHA, NoisePredictorWeights, OSEDiffAdapter, load_noise_predictor_weights, load_osediff_adapter
-from sr.convert import save_noise_predictor, save_osediff_adapter
-from sr.files import describe, read_weights
-from sr.noise_predictor import NoisePredictorConfig
-from sr.tagger_files import convert_tagger, load_tagger_weights
+from fewstep_sr.methods.bases import TEXT_WIDTHS
+from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
+from fewstep_sr.weights.checkpoints import LORA_ALPHA, NoisePredictorWeights, OSEDiffAdapter, load_noise_predictor_weights, load_osediff_adapter
+from fewstep_sr.weights.convert import save_noise_predictor, save_osediff_adapter
+from fewstep_sr.weights.read import describe, read_weights
+from fewstep_sr.weights.tagger import convert_tagger, load_tagger_weights
 
 
 def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path | None = None) -> str:

@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sr.posterior import Posterior
-from sr.predictor_picture import fit_picture
-from sr.schedule import few_step_indices
-from sr.streaming import run_in_groups
-from sr.tiled_noise import MAX_WINDOWS, NoiseCanvas
-from sr.tiles import Tile
+from fewstep_sr.image.predictor import fit_picture
+from fewstep_sr.methods.schedule import few_step_indices
+from fewstep_sr.networks.posterior import Posterior
+from fewstep_sr.tiling.batching import run_in_groups
+from fewstep_sr.tiling.predictor import MAX_WINDOWS, NoiseCanvas
+from fewstep_sr.tiling.tiles import Tile
 
 from .base import FewStepSRPipeline, Generators, Pictures, draw
 from .checks import require_finite

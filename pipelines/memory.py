@@ -6,7 +6,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 
-from sr.streaming import Host
+from fewstep_sr.tiling.batching import Host
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -6,13 +6,13 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from sr.checkpoints import load_noise_predictor_weights
-from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
-from sr.posterior import Posterior
+from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
+from fewstep_sr.networks.posterior import Posterior
+from fewstep_sr.weights.checkpoints import load_noise_predictor_weights
 
 
 class InvSRNoisePredictor(ModelMixin, ConfigMixin):
-    """:class:`sr.noise_predictor.NoisePredictor` with a config; the keys are the published ones, so that saved files load everywhere."""
+    """:class:`fewstep_sr.networks.noise_predictor.NoisePredictor` with a config; the keys are the published ones, so that saved files load everywhere."""
 
     @register_to_config
     def __init__(
@@ -46,7 +46,7 @@ class InvSRNoisePredictor(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_weights(cls, path: str | Path, torch_dtype: torch.dtype | None = None) -> "InvSRNoisePredictor":
-        """Read a published file (.pth) or its safetensors form. Raises as :func:`sr.checkpoints.load_noise_predictor_weights` does."""
+        """Read a published file (.pth) or its safetensors form. Raises as :func:`fewstep_sr.weights.checkpoints.load_noise_predictor_weights` does."""
         weights = load_noise_predictor_weights(path)
         network = cls(**vars(weights.config))
         network.load_state_dict(weights.state_dict)

@@ -8,9 +8,9 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sr.checkpoints import OSEDiffAdapter, load_osediff_adapter
-from sr.convert import VAE_GROUP, save_osediff_adapter, unet_group
-from sr.schedule import OSEDIFF_TIMESTEP
+from fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
+from fewstep_sr.weights.checkpoints import OSEDiffAdapter, load_osediff_adapter
+from fewstep_sr.weights.convert import VAE_GROUP, save_osediff_adapter, unet_group
 
 from .adapter import put_on, require_layers
 from .base import FewStepSRPipeline, Generators, Pictures

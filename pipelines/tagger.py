@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from sr.tagger import Tagger, prepare_picture
-from sr.tagger_files import DAPE_FILE, add_dape, load_tagger_weights
-from sr.tagger_vocabulary import TagVocabulary, osediff_prompt
+from fewstep_sr.networks.ram import Tagger, prepare_picture
+from fewstep_sr.networks.vocabulary import TagVocabulary, osediff_prompt
+from fewstep_sr.weights.tagger import DAPE_FILE, add_dape, load_tagger_weights
 
 from .checks import require_finite
 

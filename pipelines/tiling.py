@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
-from sr.canvas import VAE_MULTIPLE, pad_for_vae, padded_side
-from sr.streaming import Host, run_in_groups
-from sr.tiled_coder import TiledCoder
-from sr.tiled_vae import WholePicture
-from sr.tiles import TileLayout
+from fewstep_sr.image.sizes import VAE_MULTIPLE, pad_for_vae, padded_side
+from fewstep_sr.tiling.batching import Host, run_in_groups
+from fewstep_sr.tiling.tiles import TileLayout
+from fewstep_sr.tiling.vae import TiledCoder
+from fewstep_sr.tiling.whole_picture import WholePicture
 
 GROUP_CELLS = 128**2
 """Latent cells in one call, where a single tile or picture has no more by itself: memory then does not grow with the batch."""

@@ -9,8 +9,8 @@ from accelerate import PartialState
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from sr.miniature import INVSR_TIMESTEP
-from sr.schedule import few_step_indices
+from fewstep_sr.methods.schedule import few_step_indices
+from fewstep_sr.miniature import INVSR_TIMESTEP
 
 from .base import FewStepSRPipeline
 from .batch import Job, join, list_jobs, run, share

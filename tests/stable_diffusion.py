@@ -120,7 +120,7 @@ def _vae_encoder_names() -> list[str]:
 
 def write_predictor(path: Path, size: str) -> None:
     """A noise predictor; ``full`` has the published dimensions."""
-    from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
+    from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 
     small = {"block_out_channels": (64, 128), "layers_per_block": (1, 1), "time_channels": 128, "temb_channels": 128}
     config = NoisePredictorConfig(**({} if size == "full" else small))

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 import toys
 
-from sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
-from sr.convert import save_osediff_adapter
-from sr.files import describe
+from fewstep_sr.weights.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from fewstep_sr.weights.convert import save_osediff_adapter
+from fewstep_sr.weights.read import describe
 
 TENSOR = torch.zeros(4, 4)
 

@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 from toys import relative_error
 
-from sr import miniature
+from fewstep_sr import miniature
 
 PHOTOS = ROOT / "tests" / "data" / "photos"
 

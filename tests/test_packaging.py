@@ -36,6 +36,6 @@ def test_the_archive_holds_what_users_need():
     ignored = subprocess.run([*git, "check-ignore", "--no-index", "--stdin"], cwd=ROOT, input=tracked, capture_output=True, text=True)
     kept = set(tracked.splitlines()) - set(ignored.stdout.splitlines())
     assert {"__init__.py", "README.md", "LICENSE", "requirements.txt", "pyproject.toml", "CHANGELOG.md"} <= kept
-    folders = {"example_workflows", "locales", "miniature", "nodes", "pipelines", "sr", "subgraphs", "web"}
+    folders = {"example_workflows", "locales", "miniature", "nodes", "pipelines", "fewstep_sr", "subgraphs", "web"}
     assert {path for path in tracked.splitlines() if path.partition("/")[0] in folders} <= kept
     assert {path.partition("/")[0] for path in kept if "/" in path} == folders

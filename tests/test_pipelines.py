@@ -8,9 +8,9 @@ import toys
 from diffusers import UNet2DConditionModel
 from toys import gaussian, picture, relative_error
 
+from fewstep_sr.weights.checkpoints import load_noise_predictor_weights
 from pipelines import InvSRNoisePredictor, InvSRPipeline, OSEDiffPipeline
 from pipelines.single_file import find_tokenizer, require_noise_prediction
-from sr.checkpoints import load_noise_predictor_weights
 
 IMAGE = picture(3, 24, 17).movedim(-1, 1)
 EMBEDS = gaussian(3, "prompt_embeds", (1, 77, 64))

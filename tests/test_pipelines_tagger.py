@@ -9,10 +9,10 @@ import toys
 from PIL import Image
 from tagger_toys import DAPE, golden_picture, golden_tags, write_ram
 
+from fewstep_sr.weights.tagger import convert_tagger
 from pipelines import OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.tagger import PromptTagger
-from sr.tagger_files import convert_tagger
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from diffusers import AutoencoderKL
 
 from benchmarks.networks import smooth, textured
 from benchmarks.seams import borders, measure
+from fewstep_sr.tiling.tiles import TileLayout
+from fewstep_sr.tiling.vae import OVERLAP
 from pipelines.memory import Device
 from pipelines.tiling import Tiling
-from sr.tiled_coder import OVERLAP
-from sr.tiles import TileLayout
 
 PICTURES = pytest.mark.parametrize("draw", [smooth, textured])
 

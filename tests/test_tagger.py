@@ -11,10 +11,10 @@ from conftest import ROOT
 from tagger_toys import DAPE, NAMES, golden_picture, golden_tags, tagger_state_dict, write_ram, write_vocabulary
 from toys import golden, picture, relative_error
 
-from sr.tagger import Tagger, TaggerConfig, prepare_picture
-from sr.tagger_files import add_dape, by_preference, convert_tagger, load_tagger_weights
-from sr.tagger_swin import SwinConfig, SwinTransformer
-from sr.tagger_vocabulary import TagVocabulary, osediff_prompt
+from fewstep_sr.networks.ram import Tagger, TaggerConfig, prepare_picture
+from fewstep_sr.networks.swin import SwinConfig, SwinTransformer
+from fewstep_sr.networks.vocabulary import TagVocabulary, osediff_prompt
+from fewstep_sr.weights.tagger import add_dape, by_preference, convert_tagger, load_tagger_weights
 
 TOLERANCE = 1e-4
 CASES = {"ram": None, "dape": DAPE}
@@ -109,7 +109,7 @@ def test_unused_parts_are_not_read(tmp_path):
     torch.save(state, tmp_path / "ram.pth")
     write_vocabulary(tmp_path)
     code = (
-        "import resource, sys; from sr.tagger_files import load_tagger_weights\n"
+        "import resource, sys; from fewstep_sr.weights.tagger import load_tagger_weights\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)\n"
         "before = peak(); load_tagger_weights(sys.argv[1]); print(peak() - before)"
     )

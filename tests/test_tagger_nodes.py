@@ -7,7 +7,7 @@ import torch
 from tagger_toys import DAPE, NAMES, golden_picture, golden_tags, write_ram
 from toys import golden, picture, relative_error
 
-from sr.tagger_files import convert_tagger
+from fewstep_sr.weights.tagger import convert_tagger
 
 RAM = "ram_swin_large_14m.pth"
 

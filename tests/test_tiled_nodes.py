@@ -209,7 +209,7 @@ def test_interrupt_within_one_call(comfy, base):
 
 
 def test_noise_is_predicted_in_windows(comfy, predictor):
-    from sr.tiled_noise import NoiseCanvas
+    from fewstep_sr.tiling.predictor import NoiseCanvas
 
     latent = {"samples": torch.ones(2, 4, 70, 20)}
     image = picture(2, 140, 40, batch=2)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tagger_toys import golden_picture, golden_tags, write_ram
 
+from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.tagger import PromptTagger
@@ -29,7 +30,6 @@ from pipelines.training.degradation import Degradation
 from pipelines.training.invsr import PREDICTOR_FILE, InvSROptions, InvSRTask
 from pipelines.training.loop import LoopOptions, train
 from pipelines.training.osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
-from sr.noise_predictor import NoisePredictorConfig
 
 PREDICTOR = NoisePredictorConfig(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=64, temb_channels=64)
 WIDTH = 32

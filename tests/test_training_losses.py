@@ -7,13 +7,13 @@ import toys
 from diffusers import UNet2DConditionModel
 from toys import gaussian, golden, relative_error
 
+from fewstep_sr.networks.posterior import Posterior
 from pipelines.training.adapters import adapt_regulariser
 from pipelines.training.common import denoiser
 from pipelines.training.discriminator import LatentDiscriminator
 from pipelines.training.distillation import add_noise, distillation_loss, predict_x0, regulariser_loss
 from pipelines.training.losses import adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
 from pipelines.training.perceptual import _VGG, LatentLPIPS, load_lpips
-from sr.posterior import Posterior
 
 TOLERANCE = 1e-4
 

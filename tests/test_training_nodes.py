@@ -5,11 +5,11 @@ import pytest
 import torch
 from toys import comfy_model, comfy_vae, conditioning, gaussian, picture, predictor_state_dict, relative_error
 
+from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 from pipelines.training.bases import Base, Prompts
 from pipelines.training.common import enlarge
 from pipelines.training.invsr import PREDICTOR_FILE, InvSROptions, InvSRTask
 from pipelines.training.osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
-from sr.noise_predictor import NoisePredictorConfig
 
 SEED, TOLERANCE = 8, 1e-4
 

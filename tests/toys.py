@@ -50,7 +50,7 @@ def vae_state_dict(seed: int) -> dict[str, torch.Tensor]:
 
 
 def predictor_state_dict(seed: int, settings: dict | None = None) -> dict[str, torch.Tensor]:
-    from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
+    from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 
     config = (settings or golden("invsr_steps1")[0])["noise_predictor"]
     network = NoisePredictor(

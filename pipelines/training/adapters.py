@@ -7,9 +7,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from sr.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
-from sr.convert import VAE_GROUP, unet_group
-from sr.schedule import OSEDIFF_TIMESTEP
+from fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
+from fewstep_sr.weights.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
+from fewstep_sr.weights.convert import VAE_GROUP, unet_group
 
 # The layers that OSEDiff's training adapts are those whose names hold one of these (train_osediff.py), and no "norm".
 UNET_LAYERS = ("conv", "to_k", "to_q", "to_v", "to_out.0", "proj_out", "proj_in", "ff.net.2", "ff.net.0.proj")
@@ -64,7 +64,7 @@ def _adapt(model: nn.Module, groups: dict[str, list[str]], rank: int) -> None:
 
 
 def extract_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = OSEDIFF_TIMESTEP) -> OSEDiffAdapter:
-    """The updates trained at ``timestep``, copied to the CPU, as :func:`sr.convert.save_osediff_adapter` writes them and the nodes and pipelines load them."""
+    """The updates trained at ``timestep``, copied to the CPU, as :func:`fewstep_sr.weights.convert.save_osediff_adapter` writes them and the nodes and pipelines load them."""
     replaced = {f"conv_in.{name}": _copy(parameter) for name, parameter in unet.conv_in.base_layer.named_parameters()}
     return OSEDiffAdapter(unet=_low_rank(unet), vae=_low_rank(vae), unet_replaced=replaced, timestep=timestep)
 

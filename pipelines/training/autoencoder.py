@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
 
-from sr.posterior import Posterior
+from fewstep_sr.networks.posterior import Posterior
 
 from .common import draw
 from .losses import gaussian_constraint

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sr.canvas import VAE_MULTIPLE
+from fewstep_sr.image.sizes import VAE_MULTIPLE
 
 from .distillation import Denoiser
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from sr.schedule import NUM_TRAIN_TIMESTEPS, alphas_cumprod
+from fewstep_sr.methods.schedule import NUM_TRAIN_TIMESTEPS, alphas_cumprod
 
 MIN_TIMESTEP, MAX_TIMESTEP = 20, 980
 """The distillation draws its timesteps from here (the first included, the last not); the regulariser's own loss from all."""

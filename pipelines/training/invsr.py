@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sr.checkpoints import NoisePredictorWeights
-from sr.convert import save_noise_predictor
-from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
-from sr.predictor_picture import fit_picture
-from sr.schedule import NUM_TRAIN_TIMESTEPS, sigmas
+from fewstep_sr.image.predictor import fit_picture
+from fewstep_sr.methods.schedule import NUM_TRAIN_TIMESTEPS, sigmas
+from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
+from fewstep_sr.weights.checkpoints import NoisePredictorWeights
+from fewstep_sr.weights.convert import save_noise_predictor
 
 from .bases import Base, Prompts
 from .common import cells, denoiser, draw, enlarge, sample_grid

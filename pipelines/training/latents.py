@@ -5,7 +5,7 @@ import math
 import torch
 from diffusers import AutoencoderKL
 
-from sr.posterior import Posterior
+from fewstep_sr.networks.posterior import Posterior
 
 
 class Encoder:

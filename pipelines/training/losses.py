@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from sr.posterior import Posterior
+from fewstep_sr.networks.posterior import Posterior
 
 LATENT_BOUND = 10.0
 """The discriminator sees latents clamped to this (InvSR)."""

@@ -152,8 +152,8 @@ def _osediff(arguments: argparse.Namespace) -> int:
 
 
 def _invsr(arguments: argparse.Namespace) -> int:
-    from sr.checkpoints import load_noise_predictor_weights
-    from sr.noise_predictor import NoisePredictorConfig
+    from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
+    from fewstep_sr.weights.checkpoints import load_noise_predictor_weights
 
     from ..invsr import PROMPT
     from .bases import Prompts

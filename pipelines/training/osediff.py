@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from sr.convert import save_osediff_adapter
-from sr.schedule import OSEDIFF_TIMESTEP
+from fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
+from fewstep_sr.weights.convert import save_osediff_adapter
 
 from ..osediff import ADAPTER_FILE
 from . import distillation

@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 
-from sr.checkpoints import load_noise_predictor_weights, load_osediff_adapter
-from sr.save import save_safetensors
+from fewstep_sr.weights.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from fewstep_sr.weights.save import save_safetensors
 
 from .bases import PROMPT_FILE
 

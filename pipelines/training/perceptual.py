@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sr.files import read_weights
+from fewstep_sr.weights.read import read_weights
 
 _log = logging.getLogger(__name__)
 

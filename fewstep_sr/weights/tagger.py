@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from .files import describe, read_weights, strip_wrappers
+from ..networks.ram import Tagger, TaggerConfig
+from ..networks.vocabulary import TagVocabulary
+from .read import describe, read_weights, strip_wrappers
 from .save import save_safetensors
-from .tagger import Tagger, TaggerConfig
-from .tagger_vocabulary import TagVocabulary
 
 DAPE_FILE, TAGGER_FILE = "DAPE.pth", "ram_swin_large_14m.pth"
 TAGGER_SOURCE = f"{TAGGER_FILE} is at huggingface.co/spaces/xinyu1205/recognize-anything."
@@ -20,7 +20,7 @@ _TAGS, _THRESHOLDS, _DAPE = "tagger_tags", "tagger_thresholds", "tagger_dape"
 
 @dataclass(frozen=True)
 class TaggerWeights:
-    """A tagger's weights under the keys of :class:`sr.tagger.Tagger`, the meaning of its logits, and the DAPE file merged into it, if any."""
+    """A tagger's weights under the keys of :class:`fewstep_sr.networks.ram.Tagger`, the meaning of its logits, and the DAPE file merged into it, if any."""
 
     config: TaggerConfig
     state_dict: dict[str, torch.Tensor]

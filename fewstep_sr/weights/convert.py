@@ -1,4 +1,4 @@
-"""Writing the methods' weights as safetensors: one file without code in it, which :mod:`sr.checkpoints` reads like the published ones."""
+"""Writing the methods' weights as safetensors: one file without code in it, which :mod:`fewstep_sr.weights.checkpoints` reads like the published ones."""
 
 from pathlib import Path
 

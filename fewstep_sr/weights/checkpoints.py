@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from .files import describe, read_weights, strip_wrappers
-from .noise_predictor import NoisePredictor, NoisePredictorConfig
-from .schedule import NUM_TRAIN_TIMESTEPS, OSEDIFF_TIMESTEP
+from ..methods.schedule import NUM_TRAIN_TIMESTEPS, OSEDIFF_TIMESTEP
+from ..networks.noise_predictor import NoisePredictor, NoisePredictorConfig
+from .read import describe, read_weights, strip_wrappers
 
 LORA_ALPHA = 8
 """PEFT's default ``lora_alpha``, which OSEDiff leaves as it is: the scale is 8 / rank at every rank, so 2 at the published rank 4."""
@@ -120,7 +120,7 @@ def _low_rank_layers(state: Mapping[str, torch.Tensor], what: str) -> dict[str, 
 
 @dataclass(frozen=True)
 class NoisePredictorWeights:
-    """An InvSR noise predictor's weights (Yue et al., CVPR 2025) under the keys of :class:`sr.noise_predictor.NoisePredictor`."""
+    """An InvSR noise predictor's weights (Yue et al., CVPR 2025) under the keys of :class:`fewstep_sr.networks.noise_predictor.NoisePredictor`."""
 
     config: NoisePredictorConfig
     state_dict: dict[str, torch.Tensor]

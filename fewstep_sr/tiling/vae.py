@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .streaming import Host, run_in_groups
-from .tiled_vae import WholePicture, mosaic, share_whole_picture
+from .batching import Host, run_in_groups
 from .tiles import Tile, TileLayout
+from .whole_picture import WholePicture, mosaic, share_whole_picture
 
 OVERLAP = 8
 """Cells that tiles share at least."""
@@ -29,10 +29,10 @@ class TiledCoder:
     Args:
         network: the VAE.
         call: what it makes of a part (n, C, h, w), float32: ``call(network, part)``, with a copy of the network where there are tiles.
-        attention: see :func:`sr.tiled_vae.share_whole_picture`.
+        attention: see :func:`fewstep_sr.tiling.whole_picture.share_whole_picture`.
         into, out_of: elements for each latent cell along a side, of what goes in and of what comes out.
         fitting: how many tiles of (height, width) cells go through it in one call.
-        host: see :class:`sr.streaming.Host`.
+        host: see :class:`fewstep_sr.tiling.batching.Host`.
     """
 
     network: nn.Module

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .canvas import VAE_MULTIPLE, reflect_pad, same_proportions
+from .sizes import VAE_MULTIPLE, reflect_pad, same_proportions
 
 
 def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, int], pixels_per_cell: int = 2) -> torch.Tensor:

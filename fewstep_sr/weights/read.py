@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from .bases import TEXT_WIDTHS
+from ..methods.bases import TEXT_WIDTHS
 
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 

@@ -1,4 +1,4 @@
-"""sr/ alone, without ComfyUI and diffusers: schedule, noise predictor, colour, canvas, posterior."""
+"""fewstep_sr/ alone, without ComfyUI and diffusers: schedule, noise predictor, colour, canvas, posterior."""
 
 import subprocess
 import sys
@@ -10,17 +10,17 @@ import torch
 import toys
 from toys import gaussian, golden, relative_error
 
-from sr.canvas import pad_for_vae, reflect_pad
-from sr.color import METHODS, fix_color
-from sr.noise_predictor import NoisePredictor, NoisePredictorConfig
-from sr.posterior import Posterior, draw_noise
-from sr.schedule import INVSR_TIMESTEPS, alphas_cumprod, few_step_indices, sigma_to_index, sigmas
+from fewstep_sr.image.color import METHODS, fix_color
+from fewstep_sr.image.sizes import pad_for_vae, reflect_pad
+from fewstep_sr.methods.schedule import INVSR_TIMESTEPS, alphas_cumprod, few_step_indices, sigma_to_index, sigmas
+from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
+from fewstep_sr.networks.posterior import Posterior, draw_noise
 
 INVSR = ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_steps5", "invsr_cfg"]
 
 
 def test_imports_nothing_but_torch():
-    code = "import sys, sr.checkpoints, sr.color, sr.canvas, sr.schedule, sr.noise_predictor; print([m for m in ('comfy', 'diffusers', 'peft', 'transformers') if m in sys.modules])"
+    code = "import sys, fewstep_sr.weights.checkpoints, fewstep_sr.image.color, fewstep_sr.image.sizes, fewstep_sr.methods.schedule, fewstep_sr.networks.noise_predictor; print([m for m in ('comfy', 'diffusers', 'peft', 'transformers') if m in sys.modules])"
     root = Path(__file__).resolve().parent.parent
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"

@@ -2,7 +2,7 @@
 
 import torch
 
-from .posterior import Posterior
+from ..networks.posterior import Posterior
 from .tiles import Tile, TileLayout
 
 WINDOW = 64

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from .tagger_swin import SwinConfig, SwinTransformer
+from .swin import SwinConfig, SwinTransformer
 
 # Not visible in the weights' shapes; the same in every published configuration.
 HEADS = 4

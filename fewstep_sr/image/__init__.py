@@ -1,0 +1,1 @@
+"""Images around the networks: sizes, colour, alpha."""

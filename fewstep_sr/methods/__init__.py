@@ -1,0 +1,1 @@
+"""Each published method: its equations, its schedule, its files."""

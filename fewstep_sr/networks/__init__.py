@@ -1,0 +1,1 @@
+"""The networks that the methods bring along, in plain torch."""

@@ -1,0 +1,1 @@
+"""Large images and batches: tiles, windows and groups that fit into memory."""
