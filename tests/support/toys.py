@@ -8,7 +8,7 @@ import numpy as np
 import procedural
 import torch
 
-GOLDEN = Path(__file__).resolve().parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "shapes.json").read_text())
 HEAD_DIM = 16  # of the tiny UNet: 2 heads over 32 channels, 4 over 64
 

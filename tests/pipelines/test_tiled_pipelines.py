@@ -202,7 +202,7 @@ def test_stopped_between_tiles(tmp_path, stop):
     torch.save(toys.osediff_checkpoint(SEED, 4), tmp_path / "osediff.pkl")
     words = ["upscale", source, "-o", out, "--base", tmp_path / "base", "--weights", tmp_path / "osediff.pkl", "--device", "cpu", "--tile", TILE]
     command = [sys.executable, "-m", "pipelines", *map(str, words)]
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     run = subprocess.Popen(
         command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
     )

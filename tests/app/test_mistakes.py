@@ -10,7 +10,7 @@ import pytest
 import torch
 import toys
 from comfy_server import Server, to_prompt
-from test_server import fill, load
+from server_folder import fill, load
 from wrong_models import write_wrong_models
 
 

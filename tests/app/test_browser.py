@@ -16,7 +16,7 @@ import pytest
 from comfy_server import Server
 from conftest import ROOT
 from PIL import Image
-from test_server import fill, photo
+from server_folder import fill, photo
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 

@@ -21,7 +21,7 @@ INVSR = ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_
 
 def test_imports_nothing_but_torch():
     code = "import sys, fewstep_sr.weights.checkpoints, fewstep_sr.image.color, fewstep_sr.image.sizes, fewstep_sr.methods.schedule, fewstep_sr.networks.noise_predictor; print([m for m in ('comfy', 'diffusers', 'peft', 'transformers') if m in sys.modules])"
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 

@@ -20,7 +20,7 @@ from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.processes import require_joined
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 

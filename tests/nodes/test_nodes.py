@@ -568,7 +568,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 sys.argv = ["pytest"]
 import pytest
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "{ROOT}/tests/test_golden_nodes.py", "{ROOT}/tests/test_nodes.py::test_any_size"]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "{ROOT}/tests/nodes/test_golden_nodes.py", "{ROOT}/tests/nodes/test_nodes.py::test_any_size"]))
 """
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and " passed" in found.stdout and "skipped" not in found.stdout, found.stdout + found.stderr
