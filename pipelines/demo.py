@@ -26,7 +26,7 @@ def load_demo(method: str = "invsr") -> tuple[FewStepSRPipeline, torch.Tensor]:
     """
     demos = {key: record.demo for key, record in METHODS.items() if record.demo}
     if method not in demos:
-        raise ValueError(f"method: found {method!r}, expected {' or '.join(map(repr, demos))}.")
+        raise ValueError(f"method: found {method!r}, expected {' or '.join(map(repr, sorted(demos)))}.")
     find("unet/diffusion_pytorch_model.safetensors")
     pipeline = pipeline_class(METHODS[method])(
         vae=AutoencoderKL.from_pretrained(FOLDER / "vae"),
