@@ -1,0 +1,25 @@
+"""Image files: read upright, with alpha, depth, profile and description apart; written whole or not at all."""
+
+from .find import find_in_folder
+from .formats import FORMATS, WRITTEN, readable, unreadable
+from .pixels import Pixels, to_pixels
+from .read import Picture, UnreadableError, read_picture, read_pixels, read_size
+from .write import OutputError, require_writable, write_picture
+
+__all__ = [
+    "FORMATS",
+    "WRITTEN",
+    "OutputError",
+    "Picture",
+    "Pixels",
+    "UnreadableError",
+    "find_in_folder",
+    "read_picture",
+    "read_pixels",
+    "read_size",
+    "readable",
+    "require_writable",
+    "to_pixels",
+    "unreadable",
+    "write_picture",
+]
