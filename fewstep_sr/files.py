@@ -1,7 +1,9 @@
 """Files that are written whole or not at all."""
 
+import errno
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -55,23 +57,32 @@ def remove_stale(folder: Path) -> None:
                 path.unlink()
 
 
-def require_room_to_write(path: Path) -> None:
-    """Make the folder of ``path`` and try to write there, before work is done whose result would be lost.
+def require_room(path: Path, size: int = 4096) -> None:
+    """Try to write where ``path`` shall be, before work is done whose result would be lost. Makes no folders.
+
+    Args:
+        size: bytes that are needed at least.
 
     Raises:
-        OSError: the folder cannot be made or written to, its disk is full, or the name is too long for it.
-        IsADirectoryError: a folder has the file's name.
+        OSError: the place is no folder, is not writable, or its disk is full.
+        ValueError: a folder has the file's name, or the name is too long for its folder.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder is needed", str(folder))
+    longest = _longest_name(folder)
+    for name in (path.name, path.parent.name):
+        if len(os.fsencode(name)) > longest:
+            raise ValueError(f"the name {name[:40]}… is {len(os.fsencode(name))} bytes long, but its folder takes {longest}. Give a shorter one.")
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder has this name. Move it away, or give another name.")
-    longest = _longest_name(path.parent)
-    length = len(os.fsencode(path.name))
-    if length > longest:
-        raise OSError(f"{path.name[:40]}…: the name is {length} bytes long, but {path.parent} takes {longest}. Give a shorter one.")
-    probe = temporary_name(path)
+        raise ValueError(f"{path} is a folder, expected a file or nothing there. Move it away, or give another name.")
+    probe = temporary_name(folder / path.name)
     try:
         probe.write_bytes(bytes(4096))
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     finally:
         with suppress(OSError):
             probe.unlink(missing_ok=True)

@@ -8,8 +8,7 @@ import PIL.Image
 import torch
 
 from .checks import require_picture
-from .pictures import to_pixels
-from .pictures.read import open_again
+from .pictures import from_pil
 
 Pictures = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
@@ -41,7 +40,7 @@ def to_batch(image: Pictures) -> torch.Tensor:
 def _one(image: Any, name: str) -> torch.Tensor:
     if isinstance(image, PIL.Image.Image):
         try:
-            return to_pixels(image, open_again(image)).tensor().contiguous()
+            return from_pil(image).tensor().contiguous()
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if isinstance(image, np.ndarray):

@@ -2,9 +2,9 @@
 
 from .find import find_in_folder
 from .formats import FORMATS, WRITTEN, readable, unreadable
-from .pixels import Pixels, to_pixels
-from .read import Picture, UnreadableError, read_picture, read_pixels, read_size
-from .write import OutputError, require_writable, write_picture
+from .pixels import Pixels
+from .read import Picture, UnreadableError, from_pil, read_picture, read_pixels, read_size
+from .write import OutputError, require_place, require_writable, write_picture
 
 __all__ = [
     "FORMATS",
@@ -14,12 +14,13 @@ __all__ = [
     "Pixels",
     "UnreadableError",
     "find_in_folder",
+    "from_pil",
     "read_picture",
     "read_pixels",
     "read_size",
     "readable",
+    "require_place",
     "require_writable",
-    "to_pixels",
     "unreadable",
     "write_picture",
 ]

@@ -126,8 +126,10 @@ def _values(image: Image.Image, gray_step: int) -> tuple[np.ndarray, bool]:
         return gray[..., None], False
     if image.mode in ("LA", "La"):
         return np.asarray(image.convert("LA")), False
-    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:
-        image.info["transparency"] = tuple(value >> 8 for value in key)  # loaded with 8 of its 16 bits
+    if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 255:  # loaded with 8 of its 16 bits
+        rgb = np.asarray(image)
+        visible = (rgb != np.asarray([value >> 8 for value in key], np.uint8)).any(-1, keepdims=True)
+        return np.concatenate([rgb, np.where(visible, 255, 0).astype(np.uint8)], -1), False
     if image.mode in ("CMYK", "LAB", "YCbCr", "HSV"):
         return np.asarray(_to_srgb(image)), image.mode in ("CMYK", "LAB")
     return np.asarray(image.convert("RGBA" if image.mode in _ALPHA_MODES or key is not None else "RGB")), False

@@ -10,6 +10,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from .bare import without_descriptions
+from .deep import is_deep
 from .formats import readers, unreadable
 from .metadata import Metadata, read_metadata
 from .pixels import Pixels, require_one_frame, to_pixels
@@ -116,6 +117,23 @@ def _open(path: Path, notes: list[str]) -> Image.Image:
 
 def _again(path: Path) -> Image.Image:
     return _open(path, [])
+
+
+def from_pil(image: Image.Image) -> Pixels:
+    """Pixels of an image that a user has opened or made, as :func:`read_picture` gives them; the image stays as it is.
+
+    Raises:
+        ValueError: the range of its values is unknown, or it has several frames.
+    """
+    path = Path(getattr(image, "filename", "") or "")
+    if is_deep(image) and path.is_file():  # not loaded yet: its 16 bits are still there to be read
+
+        def again() -> Image.Image:
+            return Image.open(path, formats=[image.format])
+
+        with again() as fresh:
+            return to_pixels(fresh, again)
+    return to_pixels(image)
 
 
 def _keep_pixels_at_any_cost(image: Image.Image, notes: list[str]) -> None:

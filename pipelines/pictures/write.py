@@ -9,7 +9,8 @@ import torch
 from einops import rearrange
 from PIL import Image, PngImagePlugin
 
-from fewstep_sr.files import written_whole
+from fewstep_sr.files import require_room, written_whole
+from fewstep_sr.image.color import LUMA
 
 from .deep_png import encode_png
 from .formats import DEEP, WRITTEN
@@ -24,8 +25,6 @@ _MAX_BYTES = {"TIFF": 2**32 - 2**20}
 _MAX_JPEG_SEGMENT = 65533
 _MAX_JPEG_PROFILE = 255 * (_MAX_JPEG_SEGMENT - 14)
 _XMP_MARK = b"http://ns.adobe.com/xap/1.0/\0"
-_LUMA = (0.299, 0.587, 0.114)
-"""ITU-R BT.601, as Pillow makes grey of colours."""
 
 
 class OutputError(OSError):
@@ -41,6 +40,19 @@ def require_writable(picture: Picture, size: tuple[int, int], path: Path) -> Non
         raise ValueError(f"the result would be {size[0]} x {size[1]}, but {kind} holds {_MAX_SIDE[kind]} a side. Choose --format png or tiff.")
     if size[0] * size[1] * 4 * (2 if picture.pixels.is_deep else 1) > _MAX_BYTES.get(kind, 2**62):
         raise ValueError(f"the result would be {size[0]} x {size[1]}, but {kind} holds 4 GiB. Choose --format png.")
+
+
+def require_place(path: Path, size: tuple[int, int]) -> None:
+    """Refuse, before the work is done, a place that cannot be written to or has no room for (width, height), at a byte for each ten pixels.
+
+    Raises:
+        OutputError: as the system says it.
+        ValueError: a folder has the name, or it is too long.
+    """
+    try:
+        require_room(path, size[0] * size[1] // 10)
+    except OSError as error:
+        raise _output_error(path, error) from error
 
 
 def write_picture(restored: torch.Tensor, picture: Picture, path: Path, quality: int, record: str | None = None) -> list[str]:
@@ -69,8 +81,14 @@ def write_picture(restored: torch.Tensor, picture: Picture, path: Path, quality:
         with written_whole(path) as partial:
             partial.write_bytes(encoded)
     except OSError as error:
-        raise OutputError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
+        raise _output_error(path, error) from error
     return notes
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    raised = OutputError(f"{path} cannot be written: {error.strerror or error}.")
+    raised.errno = error.errno
+    return raised
 
 
 def _quantize(restored: torch.Tensor, pixels: Pixels, kind: str) -> np.ndarray:
@@ -79,7 +97,7 @@ def _quantize(restored: torch.Tensor, pixels: Pixels, kind: str) -> np.ndarray:
     most = np.iinfo(dtype).max
     rgb = rearrange(restored[0].detach().float().cpu(), "c h w -> h w c").numpy()
     if pixels.is_gray:
-        rgb = (rgb @ np.asarray(_LUMA, rgb.dtype))[..., None]
+        rgb = (rgb @ np.asarray(LUMA, rgb.dtype))[..., None]
         if pixels.values.shape[-1] == 3:
             rgb = rgb.repeat(3, -1)
     values = (rgb.clip(0, 1) * most).round().astype(dtype)
