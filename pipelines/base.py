@@ -89,7 +89,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         def embed(text, embeds, name):
             embeds = self.encode_prompt(to_texts(text, name, batch)) if embeds is None else embeds
             if embeds.ndim != 3:
-                raise ValueError(f"{name}_embeds: found shape {tuple(embeds.shape)}, expected (batch, tokens, {self.unet.config.cross_attention_dim}).")
+                raise ValueError(
+                    f"{name}_embeds: found shape {tuple(embeds.shape)}, expected (batch, tokens, {self.unet.config.cross_attention_dim})."
+                )
             require_one_or_each(embeds, name, batch)
             if embeds.shape[-1] != self.unet.config.cross_attention_dim:
                 raise ValueError(

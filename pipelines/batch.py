@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from fewstep_sr.files import remove_stale
 
-from .jobs import Job
+from .jobs import Job, list_jobs
 from .pictures import OutputError
 from .processes import launched, must_compute_on_cpu, require_joined
 from .runtime import is_out_of_memory
+
+__all__ = ["Job", "Outcome", "Written", "join", "list_jobs", "run", "share"]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Results:
     def __call__(self, job: Job) -> bool:
         """Raises OSError or ValueError where no result can be written there."""
         if self.settings.overwrite or not job.target.is_file() or job.target.stat().st_size == 0:
-            require_room(job.target)
+            self._require_room(job)
             return False
         found, wanted = read_record(job.target), self.record(job)
         if len(self.jobs) == 1 and job.named:
@@ -48,8 +48,15 @@ class Results:
             return True
         else:
             self.other.append((job.target, _difference(recorded_settings(found), recorded_settings(wanted))))
-        require_room(job.target)
+        self._require_room(job)
         return False
+
+    def _require_room(self, job: Job) -> None:
+        try:
+            require_room(job.target)
+        except ValueError:  # about this name alone: the others are done, and it is reported with them
+            if len(self.jobs) == 1:
+                raise
 
     def report(self, done: int) -> None:
         """Say on stderr what was found."""

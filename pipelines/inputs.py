@@ -80,7 +80,9 @@ def to_generators(generator: Generators, batch: int) -> list[torch.Generator] | 
     generators = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     for each in generators:
         if not isinstance(each, torch.Generator):
-            raise ValueError(f"generator: found {type(each).__name__}, expected torch.Generator or a list of them, such as torch.Generator().manual_seed(1).")
+            raise ValueError(
+                f"generator: found {type(each).__name__}, expected torch.Generator or a list of them, such as torch.Generator().manual_seed(1)."
+            )
     return require_one_or_each(generators, "generator", batch)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from .pictures import FORMATS, WRITTEN, find_in_folder, readable, unreadable
+from fewstep_sr.image.formats import FORMATS, WRITTEN, readable, unreadable
+
+from .pictures import find_in_folder
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """Image files: read upright, with alpha, depth, profile and description apart; written whole or not at all."""
 
 from .find import find_in_folder
-from .formats import FORMATS, WRITTEN, readable, unreadable
 from .pixels import Pixels
 from .read import Picture, UnreadableError, from_pil, read_picture, read_pixels, read_size
 from .write import OutputError, require_place, require_writable, write_picture
 
 __all__ = [
-    "FORMATS",
-    "WRITTEN",
     "OutputError",
     "Picture",
     "Pixels",
@@ -18,9 +15,7 @@ __all__ = [
     "read_picture",
     "read_pixels",
     "read_size",
-    "readable",
     "require_place",
     "require_writable",
-    "unreadable",
     "write_picture",
 ]

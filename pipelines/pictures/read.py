@@ -9,9 +9,10 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from fewstep_sr.image.formats import readers, unreadable
+
 from .bare import without_descriptions
 from .deep import is_deep
-from .formats import readers, unreadable
 from .metadata import Metadata, read_metadata
 from .pixels import Pixels, require_one_frame, to_pixels
 

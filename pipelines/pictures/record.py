@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from .formats import readers
+from fewstep_sr.image.formats import readers
 
 RECORD_TAG = 0x000B
 """EXIF's ProcessingSoftware, which PNG, JPEG, WebP and TIFF all hold, and which cameras leave alone."""

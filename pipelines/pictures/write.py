@@ -11,9 +11,9 @@ from PIL import Image, PngImagePlugin
 
 from fewstep_sr.files import require_room, written_whole
 from fewstep_sr.image.color import LUMA
+from fewstep_sr.image.formats import DEEP, WRITTEN
 
 from .deep_png import encode_png
-from .formats import DEEP, WRITTEN
 from .metadata import RESOLUTION_UNIT, X_RESOLUTION, Y_RESOLUTION, Metadata, exif_bytes
 from .pixels import Pixels
 from .read import Picture
