@@ -5,12 +5,13 @@ import os
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from .fewstep_sr.methods import METHODS
 from .nodes import NODES
 
 WEB_DIRECTORY = "./web"  # holds each node's help page, docs/<node id>.md
 
 # An extra_model_paths.yaml is read before this, so that the user's folders stay first; a folder new to ComfyUI has no extensions yet.
-for folder in ("osediff", "invsr", "dape"):
+for folder in (*(method.weights.folder for method in METHODS.values()), "dape"):
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     folder_paths.folder_names_and_paths[folder][1].update({".pkl", ".pt", ".pth", ".safetensors"})
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fewstep_sr.miniature import INVSR_TIMESTEP
+from fewstep_sr.methods import INVSR
 from pipelines.demo import load_demo
 from pipelines.training.degradation import Degradation
 
@@ -44,7 +44,7 @@ def methods() -> dict[str, Restore]:
     return {
         "bicubic": lambda lq: F.interpolate(lq, scale_factor=4, mode="bicubic").clamp(0, 1),
         "OSEDiff": partial(restore, demo=osediff),
-        "InvSR": partial(restore, demo=invsr, timesteps=[INVSR_TIMESTEP]),
+        "InvSR": partial(restore, demo=invsr, **INVSR.demo.call),
         "InvSR, from 200": partial(restore, demo=invsr, num_inference_steps=1),
         "InvSR, 5 steps": partial(restore, demo=invsr, num_inference_steps=5),
     }

@@ -94,23 +94,23 @@ def vae_seams(vae, pictures: dict[str, torch.Tensor], tile: int) -> None:
     """Encoder and decoder in tiles of ``tile`` pixels."""
     from fewstep_sr.tiling.tiles import TileLayout
     from fewstep_sr.tiling.vae import OVERLAP
-    from pipelines.memory import Device
+    from pipelines.runtime import PipelineRuntime
     from pipelines.tiling import Tiling
 
     for name, picture in pictures.items():
         cells = picture.shape[-1] // 8
         layout, cpu = TileLayout(cells, cells, tile // 8, OVERLAP), torch.device("cpu")
-        whole, tiled = (coding.encode(vae, picture, cpu, Device()) for coding in (Tiling(), Tiling(tile // 8)))
+        whole, tiled = (coding.encode(vae, picture, cpu, PipelineRuntime()) for coding in (Tiling(), Tiling(tile // 8)))
         report(f"VAE encoder, {name}", tiled, whole, layout)
         latents = whole[:, :4]
-        whole, tiled = (coding.decode(vae, latents, cpu, Device()) for coding in (Tiling(), Tiling(tile // 8)))
+        whole, tiled = (coding.decode(vae, latents, cpu, PipelineRuntime()) for coding in (Tiling(), Tiling(tile // 8)))
         report(f"VAE decoder, {name}", tiled, whole, layout, 8)
 
 
 def unet_seams(unet, drawn, tile: int, overlaps: list[int]) -> None:
     """One prediction at the methods' timesteps, on 2 x 2 tiles that overlap by that much; ``drawn(size)`` gives the pictures."""
     from fewstep_sr.tiling.tiles import TileLayout
-    from pipelines.memory import Device
+    from pipelines.runtime import PipelineRuntime
     from pipelines.tiling import Tiling
 
     text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(0))
@@ -123,7 +123,7 @@ def unet_seams(unet, drawn, tile: int, overlaps: list[int]) -> None:
             for name, picture in drawn(2 * tile - overlap).items():
                 state = _state(picture)
                 predict = partial(network, timestep)
-                tiled, layout = Tiling(tile, overlap).predict(predict, state, Device()), TileLayout(*state.shape[-2:], tile, overlap)
+                tiled, layout = Tiling(tile, overlap).predict(predict, state, PipelineRuntime()), TileLayout(*state.shape[-2:], tile, overlap)
                 report(f"UNet at {timestep}, overlap {overlap}, {name}", tiled, predict(state, [0]), layout)
 
 

@@ -1,14 +1,12 @@
-"""The miniature: a small Stable-Diffusion-shaped model with an InvSR noise predictor and an OSEDiff adapter, trained on a CPU, that comes with the pack (see miniature/README.md)."""
+"""The miniature: a small Stable-Diffusion-shaped model with a method's weights each, trained on a CPU, that comes with the pack (see miniature/README.md)."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent / "miniature"
 PHOTO = "photo.png"
-OSEDIFF_ADAPTER = "osediff.safetensors"
-OSEDIFF_STRENGTH_VAE = 0.0
-"""How much of the adapter the encoder gets: on photos unlike the training's its part smooths."""
-INVSR_TIMESTEP = 100
-"""Where its one step starts, counted from 1: there it keeps more of the picture than at the published 200."""
+PROMPT_FILE = "prompt_embeds.safetensors"
+COLOR_FIX = "wavelet"
+"""Its VAE knows next to no hues."""
 
 UNET_HEAD_DIM = 32
 VAE_NORM_GROUPS = 8

@@ -7,7 +7,8 @@ import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from ..fewstep_sr.weights.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
+from ..fewstep_sr.methods.osediff import OSEDiffAdapter
+from ..fewstep_sr.weights.lora import LowRank
 from .checks import context_dim
 
 ATTACHMENT = "fewstep_sr_osediff"
@@ -48,7 +49,7 @@ def _patch_low_rank(patcher, layers: dict[str, LowRank], names: dict[str, str], 
     patches, shapes = {}, {}
     for layer, low_rank in layers.items():
         key = names[f"{layer}.weight"]
-        patches[key] = LoRAAdapter(set(), (low_rank.up, low_rank.down, float(LORA_ALPHA), None, None, None))
+        patches[key] = LoRAAdapter(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
         shapes[key] = low_rank.weight_shape
     _patch(patcher, patches, shapes, what, strength)
 

@@ -5,8 +5,9 @@ import comfy.model_sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
+from ..fewstep_sr.bases import BASES, TEXT_WIDTHS, require_text_width
+from ..fewstep_sr.image.pixels import require_pixel_values
 from ..fewstep_sr.image.sizes import VAE_MULTIPLE
-from ..fewstep_sr.methods.bases import BASES, TEXT_WIDTHS, require_pixel_values, require_text_width
 
 LATENT_CHANNELS = 4
 PIXELS_PER_CELL = VAE_MULTIPLE

@@ -4,7 +4,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..fewstep_sr.image.color import METHODS, fix_color
+from ..fewstep_sr.image.color import COLOR_FIXES, fix_color
 from ..fewstep_sr.image.sizes import same_proportions
 from .checks import require_image
 
@@ -23,7 +23,7 @@ class FewStepSRColorFix(io.ComfyNode):
                 io.Image.Input("reference", tooltip="The low-quality picture, enlarged or not: it is brought to the image's size."),
                 io.Combo.Input(
                     "method",
-                    options=list(METHODS),
+                    options=list(COLOR_FIXES),
                     default="adain",
                     tooltip="adain matches mean and contrast (OSEDiff's choice). wavelet takes all low frequencies from the reference (InvSR's choice). "
                     "ycbcr takes only the chroma.",

@@ -14,13 +14,15 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
-from ..fewstep_sr.methods.schedule import METHODS
-from ..fewstep_sr.miniature import OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, PHOTO, UNET_HEAD_DIM, VAE_NORM_GROUPS, find
+from ..fewstep_sr.methods import INVSR, METHODS, load_weights
+from ..fewstep_sr.miniature import PHOTO, PROMPT_FILE, UNET_HEAD_DIM, VAE_NORM_GROUPS, find
 from ..fewstep_sr.networks.noise_predictor import NoisePredictor
-from ..fewstep_sr.weights.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from ..fewstep_sr.weights.lora import Adapter
 from .adapter import adapt_model, adapt_vae
 from .invsr import NoisePredictorSocket
 from .managed import manage
+
+DEMOS = {method.title: method for method in sorted(METHODS.values(), key=lambda method: method.title) if method.demo}
 
 _UNET = {
     "num_res_blocks": [1, 1, 1],
@@ -56,9 +58,9 @@ class FewStepSRDemoLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "method",
-                    options=list(METHODS),
+                    options=list(DEMOS),
                     default="InvSR",
-                    tooltip="InvSR: MODEL is the base's own; start at timestep 100. OSEDiff: it has the adapter on; set OSEDiff One Step's timestep to 249.",
+                    tooltip=" ".join(f"{method.title}: {demo.note}." for method in DEMOS.values() if (demo := method.demo)),
                 ),
             ],
             outputs=[
@@ -75,12 +77,13 @@ class FewStepSRDemoLoader(io.ComfyNode):
     @classmethod
     def execute(cls, method="InvSR") -> io.NodeOutput:
         model, vae = _load_model(), _load_vae()
-        if method == "OSEDiff":
-            adapter = load_osediff_adapter(find(OSEDIFF_ADAPTER))
-            model, vae = adapt_model(model, adapter, 1.0), adapt_vae(vae, adapter, OSEDIFF_STRENGTH_VAE)
-        weights = load_noise_predictor_weights(find("noise_predictor.safetensors"))
+        chosen = DEMOS[method]
+        adapter = load_weights(chosen, find(chosen.demo.file))
+        if isinstance(adapter, Adapter):
+            model, vae = adapt_model(model, adapter, 1.0), adapt_vae(vae, adapter, chosen.demo.strength_vae)
+        weights = load_weights(INVSR, find(INVSR.demo.file))
         predictor = manage(partial(NoisePredictor, weights.config), weights.state_dict)
-        prompt = comfy.utils.load_torch_file(str(find("prompt_embeds.safetensors")))["prompt_embeds"].float()
+        prompt = comfy.utils.load_torch_file(str(find(PROMPT_FILE)))["prompt_embeds"].float()
         photo = np.asarray(Image.open(find(PHOTO)).convert("RGB"), dtype=np.float32) / 255
         return io.NodeOutput(model, vae, [[prompt, {}]], predictor, torch.from_numpy(photo)[None])
 

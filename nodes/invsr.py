@@ -8,19 +8,18 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
+from ..fewstep_sr.diffusion import alpha_bar_of, sigma_to_index, to_sigma_space
 from ..fewstep_sr.image.predictor import fit_picture
-from ..fewstep_sr.methods.schedule import INVSR_MAX_START, sigma_to_index
+from ..fewstep_sr.methods import INVSR, load_weights
+from ..fewstep_sr.methods.invsr import MAX_START, start_state
 from ..fewstep_sr.networks.noise_predictor import NoisePredictor
 from ..fewstep_sr.networks.posterior import Posterior, draw_noise
-from ..fewstep_sr.tiling.batching import run_in_groups
-from ..fewstep_sr.tiling.predictor import MAX_WINDOWS, NoiseCanvas
-from ..fewstep_sr.tiling.tiles import Tile
-from ..fewstep_sr.weights.checkpoints import PREDICTOR_FILE, PREDICTOR_SOURCE, load_noise_predictor_weights
+from ..fewstep_sr.tiling.predictor import predict_noise_map
 from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise
 from .page import find_listed, list_files
-from .streaming import ComfyUI
+from .runtime import ComfyUI
 from .vae import picture_size
 
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
@@ -42,7 +41,7 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "noise_predictor_name",
-                    options=list_files("invsr"),
+                    options=list_files(INVSR.weights.folder),
                     tooltip="File in models/invsr, such as noise_predictor_sd_turbo_v5.pth.",
                 ),
             ],
@@ -51,11 +50,11 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, noise_predictor_name=None) -> bool | str:
-        return find_listed("invsr", noise_predictor_name, PREDICTOR_FILE, PREDICTOR_SOURCE)
+        return find_listed(INVSR, noise_predictor_name)
 
     @classmethod
     def execute(cls, noise_predictor_name) -> io.NodeOutput:
-        weights = load_noise_predictor_weights(folder_paths.get_full_path_or_raise("invsr", noise_predictor_name))
+        weights = load_weights(INVSR, folder_paths.get_full_path_or_raise(INVSR.weights.folder, noise_predictor_name))
         return io.NodeOutput(manage(partial(NoisePredictor, weights.config), weights.state_dict))
 
 
@@ -112,10 +111,12 @@ class InvSRStartState(io.ComfyNode):
         noise = require_finite(noise, "InvSR Start State (the noise predictor)", "--fp32-unet or --bf16-unet")
 
         latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
-        start_state = latent_format.process_out(latent_format.process_in(samples.float()) + sigmas[0] * noise)
+        alpha_bar = alpha_bar_of(float(sigmas[0]))
+        state = start_state(latent_format.process_in(samples.float()), noise, alpha_bar)
+        state = latent_format.process_out(to_sigma_space(state, alpha_bar))
         return io.NodeOutput(
-            PredictedNoise(noise, partial(_require_unnoised, start_state), seed),
-            {**latent, "samples": start_state},
+            PredictedNoise(noise, partial(_require_unnoised, state), seed),
+            {**latent, "samples": state},
             ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls),
         )
 
@@ -136,9 +137,9 @@ def _start_timestep(sigmas: torch.Tensor) -> int:
     if sigmas.numel() < 2:
         raise ValueError("sigmas: found no step to take, expected the SIGMAS of Few-Step Scheduler with 1 step or more.")
     index = sigma_to_index(float(sigmas[0]))
-    if index >= INVSR_MAX_START:
+    if index >= MAX_START:
         raise ValueError(
-            f"sigmas: the first is timestep {index + 1} (counted from 1), expected at most {INVSR_MAX_START}, where InvSR's predictor was trained. "
+            f"sigmas: the first is timestep {index + 1} (counted from 1), expected at most {MAX_START}, where InvSR's predictor was trained. "
             "Use Few-Step Scheduler with method InvSR."
         )
     return index
@@ -147,21 +148,17 @@ def _start_timestep(sigmas: torch.Tensor) -> int:
 def predict_noise(predictor: ManagedNetwork, picture: torch.Tensor, timestep: int) -> Posterior:
     """The noise map's posterior for pictures (B, 3, 2h, 2w) in [0, 1], float32 on the CPU; large pictures window by window."""
     config = predictor.network.config
-    cell = config.pixels_per_cell
-    canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // cell, picture.shape[-1] // cell, config.latent_channels)
-    windows = canvas.windows
-    # Measured on the published dimensions: a peak of 11.4 activations of the first level.
-    per_window = predictor.activation_size(12 * config.block_out_channels[0] * windows[0][1].height * windows[0][1].width * cell**2)
-    predictor.load(per_window)
 
-    def predict(group: list[tuple[int, Tile]]) -> None:
-        pictures = torch.cat([tile.cut(picture[i : i + 1], cell) for i, tile in group])
-        canvas.add(group, predictor.network(predictor.cast(pictures * 2 - 1), timestep))
+    def fitting(height: int, width: int) -> int:
+        # Measured on the published dimensions: a peak of 11.4 activations of the first level.
+        per_window = predictor.activation_size(12 * config.block_out_channels[0] * height * width * config.pixels_per_cell**2)
+        predictor.load(per_window)
+        return int(comfy.model_management.get_free_memory(predictor.device) // per_window)
 
-    fitting = int(comfy.model_management.get_free_memory(predictor.device) // per_window)
-    host = ComfyUI()
-    run_in_groups(windows, max(1, min(MAX_WINDOWS, fitting)), predict, host, host.progress(len(windows)))
-    return canvas.posterior
+    def call(windows: torch.Tensor) -> Posterior:
+        return predictor.network(predictor.cast(windows), timestep)
+
+    return predict_noise_map(call, picture * 2 - 1, config, fitting, ComfyUI())
 
 
 def noise_map_preview(noise: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,9 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
-from ..fewstep_sr.weights.checkpoints import OSEDIFF_FILE, OSEDIFF_SOURCE, load_osediff_adapter
+from ..fewstep_sr.diffusion import alpha_bar_of, to_sigma_space
+from ..fewstep_sr.methods import OSEDIFF, load_weights
+from ..fewstep_sr.methods.osediff import TIMESTEP
 from .adapter import ATTACHMENT, adapt_model, adapt_vae
 from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
 from .noise import PredictedNoise
@@ -37,7 +38,7 @@ class OSEDiffLoader(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Combo.Input(
                     "osediff_name",
-                    options=list_files("osediff"),
+                    options=list_files(OSEDIFF.weights.folder),
                     tooltip="Adapter file in models/osediff, such as osediff.pkl. osediff_face.pkl is for portraits that are already large.",
                 ),
                 io.Float.Input(
@@ -66,7 +67,7 @@ class OSEDiffLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, osediff_name=None) -> bool | str:
-        return find_listed("osediff", osediff_name, OSEDIFF_FILE, OSEDIFF_SOURCE)
+        return find_listed(OSEDIFF, osediff_name)
 
     @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
@@ -81,7 +82,7 @@ class OSEDiffLoader(io.ComfyNode):
                 for name, strength in extreme.items()
             ],
         )
-        adapter = load_osediff_adapter(folder_paths.get_full_path_or_raise("osediff", osediff_name))
+        adapter = load_weights(OSEDIFF, folder_paths.get_full_path_or_raise(OSEDIFF.weights.folder, osediff_name))
         adapted_for = "faces" if "face" in osediff_name.lower() else "photos"
         logging.info("OSEDiff adapter for %s %s: rank %d on the UNet, %d on the VAE", adapted_for, osediff_name, adapter.rank_unet, adapter.rank_vae)
         return io.NodeOutput(adapt_model(model, adapter, strength_model), adapt_vae(vae, adapter, strength_vae))
@@ -114,9 +115,9 @@ class OSEDiffOneStep(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "timestep",
-                    default=OSEDIFF_TIMESTEP,
+                    default=TIMESTEP,
                     min=0,
-                    max=OSEDIFF_TIMESTEP,
+                    max=TIMESTEP,
                     advanced=True,
                     tooltip="Index of the noise table at which the one step is taken. The published adapters are trained at 999 alone.",
                 ),
@@ -126,7 +127,7 @@ class OSEDiffOneStep(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, latent, negative=None, cfg=1.0, timestep=OSEDIFF_TIMESTEP) -> io.NodeOutput:
+    def execute(cls, model, positive, latent, negative=None, cfg=1.0, timestep=TIMESTEP) -> io.NodeOutput:
         require_stable_diffusion(model)
         samples = require_picture(latent)
         if not is_tiled(model) and "model_function_wrapper" not in model.model_options:  # other packs' tiling
@@ -144,7 +145,7 @@ class OSEDiffOneStep(io.ComfyNode):
         trained_at = model.get_attachment(ATTACHMENT)
         if trained_at is None:
             warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
-        elif timestep == OSEDIFF_TIMESTEP != trained_at:
+        elif timestep == TIMESTEP != trained_at:
             warnings.append(f"timestep: found {timestep}, expected {trained_at}, this adapter's. Set it to {trained_at}.")
         warn(cls, warnings)
 
@@ -176,15 +177,16 @@ class OSEDiffOneStep(io.ComfyNode):
 def _one_step_noise(model, samples: torch.Tensor, sampling, sigma: torch.Tensor) -> torch.Tensor:
     """The NOISE with which ComfyUI's sampler starts from the latent itself.
 
-    In ComfyUI's parameterisation the state at ``sigma`` is ``sqrt(1 + sigma^2) * z`` for OSEDiff's start z, the scaled latent. The sampler
+    OSEDiff's start is the scaled latent z itself, taken for the state at ``sigma`` (:func:`fewstep_sr.methods.osediff.one_step`). The sampler
     starts from ``factor * noise + z``. Its factor is asked for, not assumed: from the end of the table it is not sigma. With the latent in
     place instead of zeros, a noise mask keeps the low-quality picture outside it.
     """
     z = model.model.process_latent_in(samples.float())
+    start = to_sigma_space(z, alpha_bar_of(sigma))
     unit, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     at_end = bool(sigma >= sampling.sigma_max.to(sigma) * (1 - 1e-5))
     factor = sampling.noise_scaling(sigma.reshape(1), unit, zero, at_end).item()
-    return z * ((1 + sigma**2).sqrt() - 1) / factor
+    return (start - z) / factor
 
 
 class OSEDiffStartState(io.ComfyNode):

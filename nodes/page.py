@@ -7,6 +7,8 @@ import folder_paths
 from comfy_api.latest import io
 from server import PromptServer
 
+from ..fewstep_sr.methods.method import Method
+
 
 def list_files(folder: str) -> list[str]:
     """A model folder's files for a widget. Where there is none it says so, since the page shows an empty list as "undefined" and sends nothing."""
@@ -17,7 +19,12 @@ def _empty(folder: str) -> str:
     return f"models/{folder} is empty"
 
 
-def find_listed(folder: str, name: str | None, published: str, source: str) -> bool | str:
+def find_listed(published: Method, name: str | None) -> bool | str:
+    """:func:`find_in_folder` for a method's weights."""
+    return find_in_folder(published.weights.folder, name, published.published_name, published.source)
+
+
+def find_in_folder(folder: str, name: str | None, published: str, source: str) -> bool | str:
     """Whether a model folder has a file of that name, as ``validate_inputs`` answers: True, or what to do.
 
     Args:

@@ -3,8 +3,11 @@
 import torch
 from comfy_api.latest import io
 
-from ..fewstep_sr.methods.schedule import METHODS, few_step_indices
+from ..fewstep_sr.methods import METHODS
+from ..fewstep_sr.methods.schedule import parse_timesteps
 from .checks import require_stable_diffusion
+
+SCHEDULES = {method.title: method.schedule for method in sorted(METHODS.values(), key=lambda method: method.title) if method.schedule}
 
 
 class FewStepScheduler(io.ComfyNode):
@@ -19,7 +22,7 @@ class FewStepScheduler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will sample; it says which sigma belongs to a timestep."),
                 io.Combo.Input(
-                    "method", options=list(METHODS), default="InvSR", tooltip="Whose schedule: InvSR starts at 200 or 250 of 1000, OSEDiff at 999."
+                    "method", options=list(SCHEDULES), default="InvSR", tooltip="Whose schedule: InvSR starts at 200 or 250 of 1000, OSEDiff at 999."
                 ),
                 io.Int.Input(
                     "steps",
@@ -41,6 +44,6 @@ class FewStepScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, model, method="InvSR", steps=1, timesteps="") -> io.NodeOutput:
         require_stable_diffusion(model)
-        indices = few_step_indices(method, steps, timesteps)
+        indices = SCHEDULES[method].indices(steps, parse_timesteps(timesteps))
         sigmas = model.get_model_object("model_sampling").sigma(torch.tensor(indices))
         return io.NodeOutput(torch.cat([sigmas.float().cpu(), torch.zeros(1)]))

@@ -3,21 +3,20 @@
 import logging
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from server import PromptServer
 
-from ..fewstep_sr.networks.ram import Tagger, prepare_picture
+from ..fewstep_sr.networks.ram import Tagger
 from ..fewstep_sr.networks.vocabulary import TagVocabulary
-from ..fewstep_sr.weights.tagger import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, add_dape, by_preference, load_tagger_weights
+from ..fewstep_sr.tiling import tagging
+from ..fewstep_sr.weights.tagger import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, by_preference, load_tagger_weights
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
-from .page import find_listed, list_files
+from .page import find_in_folder, list_files
+from .runtime import ComfyUI
 
 TaggerSocket = io.Custom("DAPE_TAGGER")
 
@@ -60,16 +59,13 @@ class DAPETaggerLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, tagger_name=None) -> bool | str:
-        return find_listed("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
+        return find_in_folder("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
 
     @classmethod
     def execute(cls, tagger_name, dape_name="auto") -> io.NodeOutput:
-        weights = load_tagger_weights(folder_paths.get_full_path_or_raise("dape", tagger_name))
-        if dape_name == "auto":
-            files = folder_paths.get_filename_list("dape")
-            dape_name = next((name for name in files if Path(name).name == DAPE_FILE and not weights.dape), "none")
-        if dape_name != "none":
-            weights = add_dape(weights, folder_paths.get_full_path_or_raise("dape", dape_name))
+        path = partial(folder_paths.get_full_path_or_raise, "dape")
+        among = map(path, folder_paths.get_filename_list("dape")) if dape_name == "auto" else ()
+        weights = load_tagger_weights(path(tagger_name), None if dape_name in ("auto", "none") else path(dape_name), among)
         logging.info("Tagger %s: %d tags, %s", tagger_name, weights.config.num_tags, f"with {weights.dape}" if weights.dape else "without DAPE")
         return io.NodeOutput(LoadedTagger(manage(partial(Tagger, weights.config), weights.state_dict), weights.vocabulary))
 
@@ -128,10 +124,5 @@ def tag_logits(tagger: LoadedTagger, pictures: torch.Tensor) -> torch.Tensor:
     managed, config = tagger.managed, tagger.managed.network.config
     # Measured: 310 MiB in float32 at full size, six of the tagging head's widest activation.
     managed.load(6 * managed.activation_size(config.num_tags * config.mlp_channels))
-    progress = comfy.utils.ProgressBar(len(pictures))
-    logits = []
-    for picture in pictures.split(1):
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        logits.append(managed.network(managed.cast(prepare_picture(picture, config.image_size))).float().cpu())
-        progress.update(1)
-    return require_finite(torch.cat(logits), "DAPE Tagger", "--fp32-unet or --bf16-unet")
+    logits = tagging.tag_logits(lambda image: managed.network(managed.cast(image)), pictures, config, ComfyUI())
+    return require_finite(logits, "DAPE Tagger", "--fp32-unet or --bf16-unet")

@@ -9,9 +9,7 @@ import comfy.utils
 import torch
 
 from ..fewstep_sr.tiling.tiles import Tile
-
-Item = tuple[int, Tile]
-"""A picture of the batch and a tile of it."""
+from ..fewstep_sr.tiling.unet import Item
 
 
 @dataclass(frozen=True)

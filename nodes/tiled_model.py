@@ -1,16 +1,17 @@
 """Model calls on overlapping latent tiles, blended inside the step: any sampler, guider and step count works on top."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from ..fewstep_sr.tiling.batching import run_in_groups
 from ..fewstep_sr.tiling.tiles import TileLayout
-from .streaming import ComfyUI
-from .tiled_conds import Item, PlacedCond
+from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles
+from .runtime import ComfyUI
+from .tiled_conds import PlacedCond
 
 KEY = "FewStepSRTiledModel"
 
@@ -101,7 +102,7 @@ class TiledPrediction:
     def __call__(self, executor, model, conds, x: torch.Tensor, timestep: torch.Tensor, model_options: dict):
         """Predictions for each of ``conds`` at ``x`` (B, C, h, w), as ``comfy.samplers.calc_cond_batch`` gives them."""
         layout = self._layout(*x.shape[-2:])
-        items = [(picture, tile) for picture in range(x.shape[0]) for tile in layout.tiles]
+        items = list_items(len(x), layout)
         group = self._fitting(model, items, x)
         if len(layout.tiles) == 1 and len(items) <= group:
             return executor(model, conds, x, timestep, model_options)
@@ -110,22 +111,18 @@ class TiledPrediction:
         conds = [None if cond is None else [placed for c in cond if (placed := PlacedCond.place(c, x, timestep))] for cond in conds]
         blended = [torch.zeros_like(x) for _ in conds]
 
-        def predict(group: list[Item]) -> None:
+        def predict(group: Sequence[Item]) -> list[torch.Tensor]:
             controls = {}
-            parts = executor(
+            return executor(
                 model,
                 [None if cond is None else [c.cut(group, controls) for c in cond if c.acts_on(group)] for cond in conds],
-                torch.cat([tile.cut(x[picture : picture + 1]) for picture, tile in group]),
+                cut_items(x, group),
                 timestep[[picture for picture, _ in group]],
                 model_options,
             )
-            for canvas, predictions in zip(blended, parts, strict=True):
-                for (picture, tile), prediction in zip(group, predictions, strict=True):
-                    tile.cut(canvas[picture]).add_(prediction * layout.window(tile).to(prediction))
 
         logging.debug("Tiled model: %d tiles of %d pictures, %d at a time", len(items), x.shape[0], group)
-        host = ComfyUI()
-        run_in_groups(items, group, predict, host, host.progress(len(items)))
+        predict_in_tiles(predict, blended, layout, group, ComfyUI())
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:

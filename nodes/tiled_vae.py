@@ -14,7 +14,7 @@ from ..fewstep_sr.image.sizes import pad_for_vae, padded_side
 from ..fewstep_sr.tiling.vae import MIN_TILE, TiledCoder
 from ..fewstep_sr.tiling.whole_picture import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
-from .streaming import ComfyUI
+from .runtime import ComfyUI
 
 MAX_TILE = 256
 """Side of the largest tiles that are chosen from free memory, in cells."""
@@ -55,9 +55,9 @@ def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0) -> torch.Ten
 
 def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], result: torch.Tensor, prepare: Callable, tile_size: int) -> None:
     """Add the network's answer for each picture of ``source`` to ``result``."""
-    into, out_of = (PIXELS_PER_CELL, 1) if method == "encode" else (1, PIXELS_PER_CELL)
+    scale_in, scale_out = (PIXELS_PER_CELL, 1) if method == "encode" else (1, PIXELS_PER_CELL)
     memory_used = partial(_memory_used, vae, method)
-    tile = _choose_tile(tile_size, vae, memory_used, *(side // out_of for side in result.shape[-2:]))
+    tile = _choose_tile(tile_size, vae, memory_used, *(side // scale_out for side in result.shape[-2:]))
 
     def call(network, part: torch.Tensor) -> torch.Tensor:
         return getattr(network, method)(prepare(part).to(vae.device, vae.vae_dtype)).float()
@@ -65,7 +65,7 @@ def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], resul
     def fitting(height: int, width: int) -> int:
         return min(MAX_GROUP, int(vae.patcher.get_free_memory(vae.device) // memory_used(height, width)))
 
-    TiledCoder(network, call, _share_attention, into, out_of, fitting, ComfyUI()).run(source, result, tile)
+    TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI()).run(source, result, tile)
 
 
 def _share_attention(copied, block, whole: WholePicture) -> None:

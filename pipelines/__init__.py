@@ -1,7 +1,33 @@
-"""The methods without ComfyUI: diffusers pipelines and a command line, ``python -m pipelines``."""
+"""The methods without ComfyUI: diffusers pipelines and a command line, ``python -m pipelines``.
 
-from .invsr import InvSRPipeline
-from .noise_predictor import InvSRNoisePredictor
-from .osediff import OSEDiffPipeline
+Pipelines are imported when they are asked for: torch and diffusers take seconds that ``--help`` need not.
+"""
 
-__all__ = ["InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewstep_sr.methods.method import Method
+
+    from .base import FewStepSRPipeline
+    from .invsr import InvSRPipeline
+    from .noise_predictor import InvSRNoisePredictor
+    from .osediff import OSEDiffPipeline
+
+__all__ = ["InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline", "pipeline_class"]
+
+
+def pipeline_class(method: "Method") -> "type[FewStepSRPipeline]":
+    """A method's pipeline: the class that its record names, in the module of its key."""
+    return getattr(import_module(f".{method.key}", __name__), method.pipeline)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "InvSRNoisePredictor":
+        return import_module(".noise_predictor", __name__).InvSRNoisePredictor
+    from fewstep_sr.methods import METHODS
+
+    for method in METHODS.values():
+        if method.pipeline == name:
+            return pipeline_class(method)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,7 +4,7 @@ import warnings
 
 from peft import LoraConfig
 
-from fewstep_sr.weights.checkpoints import LORA_ALPHA, LowRank
+from fewstep_sr.weights.lora import LowRank
 
 
 def require_layers(model, layers: dict[str, LowRank], what: str) -> None:
@@ -24,9 +24,15 @@ def put_on(model, layers: dict[str, LowRank], groups: dict[str, str], strength: 
     names = list(dict.fromkeys(groups.values()))
     for name in names:
         members = {layer: low_rank for layer, low_rank in layers.items() if groups[layer] == name}
-        rank = next(iter(members.values())).rank
-        other_ranks = {layer: low_rank.rank for layer, low_rank in members.items() if low_rank.rank != rank}
-        config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, target_modules=list(members), rank_pattern=other_ranks)
+        first = next(iter(members.values()))
+        others = {layer: low_rank for layer, low_rank in members.items() if (low_rank.rank, low_rank.alpha) != (first.rank, first.alpha)}
+        config = LoraConfig(
+            r=first.rank,
+            lora_alpha=first.alpha,
+            target_modules=list(members),
+            rank_pattern={layer: low_rank.rank for layer, low_rank in others.items()},
+            alpha_pattern={layer: low_rank.alpha for layer, low_rank in others.items()},
+        )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what OSEDiff has
             model.add_adapter(config, adapter_name=name)

@@ -1,6 +1,8 @@
 """What both pipelines share: pictures in and out, text, VAE, guidance."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -12,10 +14,11 @@ from diffusers.loaders import FromSingleFileMixin
 
 from fewstep_sr.image.color import fix_color
 from fewstep_sr.image.sizes import VAE_MULTIPLE
+from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
 
 from .checks import require_finite, require_picture, require_stable_diffusion
-from .memory import Device
+from .runtime import PipelineRuntime
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
 from .tiling import Tiling
 
@@ -33,6 +36,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     of generators one draw for each; without any, the draw is that of seed 12345.
     """
 
+    method: ClassVar[Method]
+    """What is published of the method."""
+
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
@@ -43,8 +49,8 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         self._tiling = Tiling()
 
     @property
-    def _host(self) -> Device:
-        return Device(self.progress_bar)
+    def _runtime(self) -> PipelineRuntime:
+        return PipelineRuntime(self.progress_bar)
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
@@ -56,6 +62,21 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         pipeline = super().from_single_file(str(pretrained_model_link_or_path), config=str(config or CONFIG), tokenizer=tokenizer, **kwargs)
         require_noise_prediction(pipeline.unet, Path(str(pretrained_model_link_or_path)).name)
         return pipeline
+
+    def load_weights(self, path: str | Path, strength_vae: float = 1.0) -> None:
+        """Load the method's own weights, under one name for all methods. ``strength_vae`` is for those that adapt the VAE's encoder.
+
+        Raises:
+            FileNotFoundError, ValueError: as :func:`fewstep_sr.methods.load_weights`, or they do not fit this base.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says here how its weights are loaded.")
+
+    def prepare(self, options: Mapping[str, Any]) -> None:
+        """What the method's own options (:class:`fewstep_sr.methods.method.Option`) ask for before the first image."""
+
+    def call_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The method's own options as arguments of a call."""
+        return {}
 
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Text embeddings (B, 77, width) of the base's own text encoder."""
@@ -102,7 +123,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
             posterior: ``"mean"`` gives the same latents each time, ``"sample"`` draws as the published programs do.
             generator: for ``"sample"``.
         """
-        moments = self._tiling.encode(self.vae, image, self._execution_device, self._host)
+        moments = self._tiling.encode(self.vae, image, self._execution_device, self._runtime)
         return self.vae.config.scaling_factor * self._draw(moments, posterior, generator)
 
     def _draw(self, moments: torch.Tensor, posterior: str, generator: Generators) -> torch.Tensor:
@@ -111,7 +132,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, size: tuple[int, int] | None = None) -> torch.Tensor:
         """Pictures (B, 3, H, W) in [0, 1] on the CPU, cropped to ``size`` (height, width) where it is given."""
-        decoded = self._tiling.decode(self.vae, latents / self.vae.config.scaling_factor, self._execution_device, self._host)
+        decoded = self._tiling.decode(self.vae, latents / self.vae.config.scaling_factor, self._execution_device, self._runtime)
         height, width = size or decoded.shape[-2:]
         for image in decoded:  # in place, one at a time: video batches are long
             require_finite(image, "the VAE").div_(2).add_(0.5).clamp_(0, 1)
@@ -132,7 +153,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
             return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds[pictures]).sample
 
-        return require_finite(self._tiling.predict(network, latents.to(device), self._host), "the UNet")
+        return require_finite(self._tiling.predict(network, latents.to(device), self._runtime), "the UNet")
 
     def enable_tiling(self, tile: int = 1024) -> None:
         """VAE and UNet in overlapping tiles of ``tile`` pixels of the result, a multiple of 64 from 256 on; smaller pictures stay whole."""

@@ -12,9 +12,9 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from .memory import is_out_of_memory
 from .pictures import FORMATS
 from .processes import launched, must_compute_on_cpu, require_joined
+from .runtime import is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 import torch
 
-from fewstep_sr.methods.bases import BASES, require_pixel_values, require_text_width
+from fewstep_sr.bases import BASES, require_text_width
+from fewstep_sr.diffusion import alphas_cumprod
+from fewstep_sr.image.pixels import require_pixel_values
 
 
 def require_stable_diffusion(unet, vae, scheduler) -> None:
@@ -15,6 +17,16 @@ def require_stable_diffusion(unet, vae, scheduler) -> None:
         raise ValueError(
             f"scheduler: found a base of prediction type {scheduler.config.prediction_type} (Stable Diffusion 2.1 at 768 pixels is one), "
             f"expected epsilon, a base that predicts noise. Load {BASES}."
+        )
+    schedule = getattr(scheduler, "alphas_cumprod", None)
+    if (
+        schedule is None
+        or schedule.shape != alphas_cumprod().shape
+        or not torch.allclose(schedule.float().cpu(), alphas_cumprod(), rtol=1e-3, atol=0)
+    ):
+        raise ValueError(
+            f"scheduler: found {type(scheduler).__name__} with another noise schedule than Stable Diffusion's (betas from 0.00085 to 0.012, scaled linear, "
+            f"without rescaling to zero terminal SNR). Load the scheduler of {BASES}."
         )
     if vae.config.latent_channels != 4:
         raise ValueError(f"vae: found {vae.config.latent_channels} latent channels, expected 4. Load the VAE of {BASES}.")

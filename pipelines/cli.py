@@ -7,11 +7,12 @@ import sys
 import warnings
 from pathlib import Path
 
-from fewstep_sr.image.color import METHODS
-from fewstep_sr.methods.schedule import parse_timesteps
+from fewstep_sr.image.color import COLOR_FIXES
+from fewstep_sr.methods import METHODS
 
 from .files import convert, describe_file
 from .pictures import FORMATS
+from .settings import DEFAULT, DEMO_DEFAULT, Settings, every_option
 from .training.cli import add_commands as add_training
 
 _UPSCALE = """\
@@ -79,19 +80,25 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     )
 
     method = command.add_argument_group("method")
-    method.add_argument("--method", choices=["osediff", "invsr"], help="default: osediff, invsr with --demo")
+    method.add_argument("--method", choices=list(METHODS), help=f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
     method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
-    method.add_argument("--steps", type=int, default=1, help="InvSR: 1 to 5 (default: %(default)s)")
-    method.add_argument(
-        "--timesteps", nargs="+", metavar="T", help="InvSR: instead of --steps, such as 250 150 50 (descending, 250 at most; with --demo: 100)"
-    )
     method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
     method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
     method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
-    method.add_argument("--tagger", type=Path, help="OSEDiff: a tagger that reads each picture's prompt off it; --prompt is added at its end")
-    method.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*METHODS, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
+    method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
+
+    for name, owners in every_option().items():
+        option = owners[0][1]
+        titles = " and ".join(owner.title for owner, _ in owners)
+        default = "" if option.default in (None, ()) else f" (default: {option.default})"
+        method.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=option.parse,
+            nargs="+" if option.many else None,
+            metavar=option.metavar,
+            help=f"{titles}: {option.help}{default}",
+        )
 
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
@@ -115,8 +122,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
 def _upscale(arguments: argparse.Namespace) -> int:
     from .upscale import upscale  # torch and diffusers take seconds that --help need not
 
-    arguments.timesteps = parse_timesteps(" ".join(arguments.timesteps or []))
-    return upscale(arguments)
+    return upscale(Settings.from_arguments(arguments))
 
 
 def _convert(arguments: argparse.Namespace) -> int:

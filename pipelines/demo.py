@@ -4,37 +4,36 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 
-from fewstep_sr.miniature import FOLDER, OSEDIFF_ADAPTER, OSEDIFF_STRENGTH_VAE, find
+from fewstep_sr.methods import METHODS
+from fewstep_sr.miniature import FOLDER, PROMPT_FILE, find
 
-from .invsr import InvSRPipeline
-from .osediff import OSEDiffPipeline
+from . import pipeline_class
+from .base import FewStepSRPipeline
 
 
-def load_demo(method: str = "invsr") -> tuple[InvSRPipeline | OSEDiffPipeline, torch.Tensor]:
+def load_demo(method: str = "invsr") -> tuple[FewStepSRPipeline, torch.Tensor]:
     """The miniature as a pipeline, in float32, and its one prompt, ``prompt_embeds`` (1, tokens, width), since it has no text encoder::
 
         pipeline, prompt_embeds = load_demo()
         pipeline(image, prompt_embeds=prompt_embeds, timesteps=[100], color_fix="wavelet").images[0]
 
     Args:
-        method: ``"invsr"`` or ``"osediff"``.
+        method: a method's key, such as ``"invsr"`` or ``"osediff"``.
 
     Raises:
         FileNotFoundError: this copy lacks a file.
-        ValueError: there is no such method.
+        ValueError: there is no such method, or the miniature has no weights for it.
     """
-    if method not in ("invsr", "osediff"):
-        raise ValueError(f"method: found {method!r}, expected 'invsr' or 'osediff'.")
+    demos = {key: record.demo for key, record in METHODS.items() if record.demo}
+    if method not in demos:
+        raise ValueError(f"method: found {method!r}, expected {' or '.join(map(repr, sorted(demos)))}.")
     find("unet/diffusion_pytorch_model.safetensors")
-    pipeline = (InvSRPipeline if method == "invsr" else OSEDiffPipeline)(
+    pipeline = pipeline_class(METHODS[method])(
         vae=AutoencoderKL.from_pretrained(FOLDER / "vae"),
         text_encoder=None,
         tokenizer=None,
         unet=UNet2DConditionModel.from_pretrained(FOLDER / "unet"),
         scheduler=DDIMScheduler.from_pretrained(FOLDER / "scheduler"),
     )
-    if method == "invsr":
-        pipeline.load_noise_predictor(find("noise_predictor.safetensors"))
-    else:
-        pipeline.load_osediff(find(OSEDIFF_ADAPTER), strength_vae=OSEDIFF_STRENGTH_VAE)
-    return pipeline, load_file(find("prompt_embeds.safetensors"))["prompt_embeds"].float()
+    pipeline.load_weights(find(demos[method].file), strength_vae=demos[method].strength_vae)
+    return pipeline, load_file(find(PROMPT_FILE))["prompt_embeds"].float()

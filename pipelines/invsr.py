@@ -1,26 +1,23 @@
 """InvSR (Yue et al., CVPR 2025): a predicted noise map makes the low-quality picture a state of the diffusion trajectory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from fewstep_sr.diffusion import alpha_bar_at, from_sigma_space, to_sigma_space
 from fewstep_sr.image.predictor import fit_picture
-from fewstep_sr.methods.schedule import few_step_indices
+from fewstep_sr.methods import INVSR
+from fewstep_sr.methods import invsr as paper
 from fewstep_sr.networks.posterior import Posterior
-from fewstep_sr.tiling.batching import run_in_groups
-from fewstep_sr.tiling.predictor import MAX_WINDOWS, NoiseCanvas
-from fewstep_sr.tiling.tiles import Tile
+from fewstep_sr.tiling.predictor import MAX_WINDOWS, predict_noise_map
 
 from .base import FewStepSRPipeline, Generators, Pictures, draw
 from .checks import require_finite
 from .noise_predictor import InvSRNoisePredictor
-
-# The published prompts (sampler_invsr.py).
-PROMPT = "Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without deformations"
-NEGATIVE_PROMPT = "Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch, oil painting"
 
 
 class InvSRPipeline(FewStepSRPipeline):
@@ -33,6 +30,7 @@ class InvSRPipeline(FewStepSRPipeline):
     The states are those of an Euler scheduler, ``latents + sigma * noise``; a base's scheduler of another kind is replaced by one.
     """
 
+    method = INVSR
     model_cpu_offload_seq = "text_encoder->noise_predictor->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "noise_predictor"]
 
@@ -54,6 +52,12 @@ class InvSRPipeline(FewStepSRPipeline):
         """Read InvSR's noise predictor (.pth or .safetensors) in the UNet's dtype and onto its device."""
         self.register_modules(noise_predictor=InvSRNoisePredictor.from_weights(path, self.unet.dtype).to(self.unet.device))
 
+    def load_weights(self, path: str | Path, strength_vae: float = 1.0) -> None:
+        self.load_noise_predictor(path)
+
+    def call_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"num_inference_steps": options["steps"], "timesteps": list(options["timesteps"])}
+
     @torch.no_grad()
     def start_state(
         self,
@@ -64,7 +68,7 @@ class InvSRPipeline(FewStepSRPipeline):
         posterior: str = "sample",
         generator: Generators = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state at ``timestep`` from which the diffusion model goes on (InvSR, eq. 8).
+        """The state at ``timestep`` from which the diffusion model goes on, :func:`fewstep_sr.methods.invsr.start_state`, in sigma space.
 
         Args:
             image: low-quality pictures (B, 3, H, W) in [0, 1], not enlarged.
@@ -78,24 +82,21 @@ class InvSRPipeline(FewStepSRPipeline):
         """
         if self.noise_predictor is None:
             raise ValueError("InvSR: no noise predictor is loaded. Call load_noise_predictor first.")
-        cell = self.noise_predictor.pixels_per_cell
-        picture = fit_picture(image, size, latents.shape[-2:], cell) * 2 - 1
-        noise = draw(self._predict(picture, timestep, cell), posterior, generator)
+        picture = fit_picture(image, size, latents.shape[-2:], self.noise_predictor.pixels_per_cell) * 2 - 1
+        noise = draw(self._predict(picture, timestep), posterior, generator)
         noise = require_finite(noise, "the noise predictor").to(latents.device)
         self.scheduler.set_timesteps(timesteps=[timestep])
-        return latents + self.scheduler.sigmas[0].item() * noise, noise
+        alpha_bar = alpha_bar_at(timestep, latents)
+        return to_sigma_space(paper.start_state(latents, noise, alpha_bar), alpha_bar), noise
 
-    def _predict(self, picture: torch.Tensor, timestep: int, cell: int) -> Posterior:
-        """The noise map's posterior for pictures in [-1, 1], window by window as the predictor was trained, float32 on the CPU."""
-        canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // cell, picture.shape[-1] // cell)
+    def _predict(self, picture: torch.Tensor, timestep: int) -> Posterior:
+        """The noise map's posterior for pictures in [-1, 1], float32 on the CPU."""
         device, dtype = self._execution_device, self.noise_predictor.dtype
 
-        def predict(group: list[tuple[int, Tile]]) -> None:
-            windows = torch.cat([tile.cut(picture[i : i + 1], cell) for i, tile in group])
-            canvas.add(group, self.noise_predictor(windows.to(device, dtype), timestep))
+        def call(windows: torch.Tensor) -> Posterior:
+            return self.noise_predictor(windows.to(device, dtype), timestep)
 
-        run_in_groups(canvas.windows, MAX_WINDOWS, predict, self._host, self._host.progress(len(canvas.windows)))
-        return canvas.posterior
+        return predict_noise_map(call, picture, self.noise_predictor.dimensions, lambda height, width: MAX_WINDOWS, self._runtime)
 
     @torch.no_grad()
     def denoise(
@@ -110,11 +111,14 @@ class InvSRPipeline(FewStepSRPipeline):
     ) -> torch.Tensor:
         """Euler steps over ``timesteps`` (indices of the noise table, descending) to the restored latents; no noise is added between them."""
         tensors = {"latents": state, "prompt_embeds": prompt_embeds}
-        self.scheduler.set_timesteps(timesteps=timesteps)
+        self.scheduler.set_timesteps(timesteps=timesteps)  # for callbacks, which look at it
+        levels = [alpha_bar_at(timestep, state.float().to(self._execution_device)) for timestep in timesteps]
+        levels.append(torch.ones_like(levels[-1]))  # the end of the trajectory has no noise
         for step, timestep in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            scaled = self.scheduler.scale_model_input(tensors["latents"], timestep)
-            noise_pred = self.predict_noise(scaled, timestep, tensors["prompt_embeds"], negative_prompt_embeds, guidance_scale)
-            tensors["latents"] = self.scheduler.step(noise_pred, timestep, tensors["latents"].to(noise_pred)).prev_sample
+            x_t = from_sigma_space(tensors["latents"].to(levels[step]), levels[step])
+            noise_pred = self.predict_noise(x_t, timestep, tensors["prompt_embeds"], negative_prompt_embeds, guidance_scale)
+            x_t = paper.trajectory_step(x_t, noise_pred, levels[step], levels[step + 1])
+            tensors["latents"] = to_sigma_space(x_t, levels[step + 1])
             tensors = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, step, timestep, tensors)
         return tensors["latents"]
 
@@ -122,8 +126,8 @@ class InvSRPipeline(FewStepSRPipeline):
     def __call__(
         self,
         image: Pictures,
-        prompt: str | list[str] = PROMPT,
-        negative_prompt: str | list[str] = NEGATIVE_PROMPT,
+        prompt: str | list[str] = INVSR.prompt,
+        negative_prompt: str | list[str] = INVSR.negative_prompt,
         scale: float = 4.0,
         num_inference_steps: int = 1,
         timesteps: list[int] | None = None,
@@ -155,7 +159,7 @@ class InvSRPipeline(FewStepSRPipeline):
         Returns:
             ``ImagePipelineOutput`` with ``images``, or a tuple of them.
         """
-        indices = few_step_indices("InvSR", num_inference_steps, list(timesteps or []))
+        indices = INVSR.schedule.indices(num_inference_steps, list(timesteps or []))
         low_quality, enlarged = self.preprocess(image, scale)
         size = tuple(enlarged.shape[-2:])
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])

@@ -6,9 +6,9 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
+from fewstep_sr.methods import INVSR, load_weights
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 from fewstep_sr.networks.posterior import Posterior
-from fewstep_sr.weights.checkpoints import load_noise_predictor_weights
 
 
 class InvSRNoisePredictor(ModelMixin, ConfigMixin):
@@ -41,13 +41,17 @@ class InvSRNoisePredictor(ModelMixin, ConfigMixin):
         return self._network[0](image, timestep)
 
     @property
+    def dimensions(self) -> NoisePredictorConfig:
+        return self._network[0].config
+
+    @property
     def pixels_per_cell(self) -> int:
-        return self._network[0].config.pixels_per_cell
+        return self.dimensions.pixels_per_cell
 
     @classmethod
     def from_weights(cls, path: str | Path, torch_dtype: torch.dtype | None = None) -> "InvSRNoisePredictor":
-        """Read a published file (.pth) or its safetensors form. Raises as :func:`fewstep_sr.weights.checkpoints.load_noise_predictor_weights` does."""
-        weights = load_noise_predictor_weights(path)
+        """Read a published file (.pth) or its safetensors form. Raises as :func:`fewstep_sr.methods.load_weights` does."""
+        weights = load_weights(INVSR, path)
         network = cls(**vars(weights.config))
         network.load_state_dict(weights.state_dict)
         network.encoder.to(torch_dtype or torch.float32)

@@ -1,16 +1,18 @@
 """OSEDiff (Wu et al., NeurIPS 2024): the low-quality latent is the start of a single diffusion step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
-from fewstep_sr.weights.checkpoints import OSEDiffAdapter, load_osediff_adapter
-from fewstep_sr.weights.convert import VAE_GROUP, save_osediff_adapter, unet_group
+from fewstep_sr.diffusion import alpha_bar_at
+from fewstep_sr.methods import OSEDIFF, load_weights
+from fewstep_sr.methods import osediff as paper
+from fewstep_sr.methods.osediff import VAE_GROUP, OSEDiffAdapter, save_adapter, unet_group
 
 from .adapter import put_on, require_layers
 from .base import FewStepSRPipeline, Generators, Pictures
@@ -30,6 +32,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         osediff: the adapter's file beside the base, written by ``save_pretrained``, and the strengths it is loaded with.
     """
 
+    method = OSEDIFF
     model_cpu_offload_seq = "text_encoder->unet->vae"
 
     def __init__(
@@ -70,7 +73,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         try:
             self.register_to_config(osediff={"file": ADAPTER_FILE, **strengths})
             super().save_pretrained(save_directory, *args, **kwargs)
-            save_osediff_adapter(adapter, Path(save_directory) / ADAPTER_FILE)
+            save_adapter(adapter, Path(save_directory) / ADAPTER_FILE)
         finally:
             self._put_on(adapter, **strengths)
             if fused:
@@ -87,7 +90,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         Raises:
             FileNotFoundError, ValueError: no adapter, or not one for this base; the pipeline is as before then.
         """
-        adapter = load_osediff_adapter(path)
+        adapter = load_weights(OSEDIFF, path)
         width = self.unet.config.cross_attention_dim
         if adapter.context_dim != width:
             raise ValueError(
@@ -108,6 +111,14 @@ class OSEDiffPipeline(FewStepSRPipeline):
         put_on(self.vae, adapter.vae, dict.fromkeys(adapter.vae, VAE_GROUP), strength_vae)
         self._adapter = adapter
         self.register_to_config(osediff={"file": ADAPTER_FILE, "strength_model": strength_model, "strength_vae": strength_vae})
+
+    def load_weights(self, path: str | Path, strength_vae: float = 1.0) -> None:
+        self.load_osediff(path, strength_vae=strength_vae)
+
+    def prepare(self, options: Mapping[str, Any]) -> None:
+        self.fuse()
+        if options.get("tagger"):
+            self.load_tagger(options["tagger"], options.get("dape"))
 
     def unload_osediff(self) -> None:
         """Take the adapter off; the base is as it was."""
@@ -158,13 +169,23 @@ class OSEDiffPipeline(FewStepSRPipeline):
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None = None,
         guidance_scale: float = 1.0,
-        timestep: int = OSEDIFF_TIMESTEP,
+        timestep: int | None = None,
     ) -> torch.Tensor:
-        """The restored latents of OSEDiff: the latents themselves are the state at ``timestep``, from which x0 is predicted."""
+        """The restored latents (B, 4, h, w) of OSEDiff, :func:`fewstep_sr.methods.osediff.one_step`.
+
+        Args:
+            latents: of the upscaled low-quality images, times the scaling factor.
+            timestep: 0 to 999; by default the one that the adapter was trained at, 999 for the published ones and for a base that has one merged in.
+        """
+        timestep = self._timestep if timestep is None else timestep
         latents = latents.to(self._execution_device)
         noise_pred = self.predict_noise(latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale)
-        alpha = self.scheduler.alphas_cumprod[timestep].item()
-        return (latents - (1 - alpha) ** 0.5 * noise_pred) / alpha**0.5
+        return paper.one_step(latents, noise_pred, alpha_bar_at(timestep, latents))
+
+    @property
+    def _timestep(self) -> int:
+        """Of the one step, where nothing else is said."""
+        return paper.TIMESTEP if self._adapter is None else self._adapter.timestep
 
     @torch.no_grad()
     def __call__(
@@ -207,7 +228,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
             prompt = self.prompts(enlarged, prompt)
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
         latents = self.encode(enlarged, posterior, generator)
-        timestep = self._adapter.timestep if timestep is None else timestep
+        timestep = self._timestep if timestep is None else timestep
         latents = self.one_step(latents, *embeds, guidance_scale, timestep)
         tensors = {"latents": latents, "prompt_embeds": embeds[0]}
         tensors = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, 0, timestep, tensors)

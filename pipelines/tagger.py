@@ -4,9 +4,12 @@ from pathlib import Path
 
 import torch
 
-from fewstep_sr.networks.ram import Tagger, prepare_picture
-from fewstep_sr.networks.vocabulary import TagVocabulary, osediff_prompt
-from fewstep_sr.weights.tagger import DAPE_FILE, add_dape, load_tagger_weights
+from fewstep_sr.methods.osediff import prompt_of
+from fewstep_sr.networks.ram import Tagger
+from fewstep_sr.networks.vocabulary import TagVocabulary
+from fewstep_sr.tiling.batching import Runtime
+from fewstep_sr.tiling.tagging import tag_logits
+from fewstep_sr.weights.tagger import DAPE_FILE, load_tagger_weights
 
 from .checks import require_finite
 
@@ -28,12 +31,7 @@ class PromptTagger:
         Raises:
             FileNotFoundError, ValueError: a file is missing, damaged or something else.
         """
-        weights = load_tagger_weights(path)
-        beside = Path(path).with_name(DAPE_FILE)
-        if dape_path is None and weights.dape is None and beside.is_file():
-            dape_path = beside
-        if dape_path is not None:
-            weights = add_dape(weights, dape_path)
+        weights = load_tagger_weights(path, dape_path, [Path(path).with_name(DAPE_FILE)])
         network = Tagger(weights.config)
         network.load_state_dict(weights.state_dict)
         return cls(network, weights.vocabulary)
@@ -49,9 +47,6 @@ class PromptTagger:
         if len(texts) != len(pictures):
             raise ValueError(f"prompt: found {len(texts)} texts, expected 1 or {len(pictures)}, as many as pictures.")
         weight = self.network.fc.weight
-        prompts = []
-        for picture, own in zip(pictures.split(1), texts, strict=True):
-            logits = self.network(prepare_picture(picture, self.network.config.image_size).to(weight))
-            (tags,) = self.vocabulary.tags(require_finite(logits.float(), "the tagger"))
-            prompts.append(osediff_prompt(tags, own))
-        return prompts
+        logits = tag_logits(lambda image: self.network(image.to(weight)), pictures, self.network.config, Runtime())
+        tags = self.vocabulary.tags(require_finite(logits, "the tagger"))
+        return [prompt_of(own, text) for own, text in zip(tags, texts, strict=True)]

@@ -1,7 +1,7 @@
 """Large pictures and batches: the networks on tiles of a canvas, and on a few pictures at a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,9 @@ from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
 from fewstep_sr.image.sizes import VAE_MULTIPLE, pad_for_vae, padded_side
-from fewstep_sr.tiling.batching import Host, run_in_groups
+from fewstep_sr.tiling.batching import Runtime
 from fewstep_sr.tiling.tiles import TileLayout
+from fewstep_sr.tiling.unet import Item, cut_items, predict_in_tiles
 from fewstep_sr.tiling.vae import TiledCoder
 from fewstep_sr.tiling.whole_picture import WholePicture
 
@@ -31,7 +32,7 @@ class Tiling:
     tile: int | None = None
     overlap: int = 0
 
-    def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device, host: Host) -> torch.Tensor:
+    def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device, runtime: Runtime) -> torch.Tensor:
         """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1] of any size, float32 on the CPU."""
 
         def call(vae, part):
@@ -39,33 +40,31 @@ class Tiling:
 
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, host)
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
-    def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, host: Host) -> torch.Tensor:
+    def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, runtime: Runtime) -> torch.Tensor:
         """Pictures (B, 3, 8h, 8w) in [-1, 1] of the VAE's own latents (B, 4, h, w), float32 on the CPU."""
 
         def call(vae, part):
             return vae.decode(part.to(device, vae.dtype)).sample.float()
 
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, host)
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime)
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 
-    def predict(self, network: Callable[[torch.Tensor, list[int]], torch.Tensor], latents: torch.Tensor, host: Host) -> torch.Tensor:
+    def predict(self, network: Callable[[torch.Tensor, list[int]], torch.Tensor], latents: torch.Tensor, runtime: Runtime) -> torch.Tensor:
         """The UNet's predictions for ``latents`` (B, 4, h, w), float32: ``network(tiles, pictures)`` is called with the tiles and whose they are."""
         layout = TileLayout(*latents.shape[-2:], tile=self._side(latents), overlap=self.overlap)
-        items = [(picture, tile) for picture in range(len(latents)) for tile in layout.tiles]
         blended = torch.zeros_like(latents, dtype=torch.float32)
 
-        def predict(group) -> None:
-            parts = network(torch.cat([tile.cut(latents[picture : picture + 1]) for picture, tile in group]), [picture for picture, _ in group])
-            for (picture, tile), part in zip(group, parts.float(), strict=True):
-                tile.cut(blended[picture]).add_(part * layout.window(tile).to(part))
+        def predict(items: Sequence[Item]) -> list[torch.Tensor]:
+            return [network(cut_items(latents, items), [picture for picture, _ in items])]
 
-        run_in_groups(items, fitting(layout.tiles[0].height, layout.tiles[0].width), predict, host, host.progress(len(items)))
+        group = fitting(layout.tiles[0].height, layout.tiles[0].width)
+        predict_in_tiles(predict, [blended], layout, group, runtime)
         return blended
 
     def _side(self, latents: torch.Tensor) -> int:

@@ -59,7 +59,7 @@ def _mix(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return torch.einsum("oc,bchw->bohw", matrix.to(image), image)
 
 
-METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"adain": adain, "wavelet": wavelet, "ycbcr": ycbcr}
+COLOR_FIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"adain": adain, "wavelet": wavelet, "ycbcr": ycbcr}
 
 
 def fix_color(image: torch.Tensor, reference: torch.Tensor, method: str = "wavelet", strength: float = 1.0) -> torch.Tensor:
@@ -74,13 +74,13 @@ def fix_color(image: torch.Tensor, reference: torch.Tensor, method: str = "wavel
     Raises:
         ValueError: an unknown method, or a reference batch that is neither 1 nor the image's.
     """
-    if method not in METHODS:
-        raise ValueError(f"method: found {method!r}, expected one of {', '.join(METHODS)}.")
+    if method not in COLOR_FIXES:
+        raise ValueError(f"method: found {method!r}, expected one of {', '.join(COLOR_FIXES)}.")
     if reference.shape[0] not in (1, image.shape[0]):
         raise ValueError(f"reference: found a batch of {reference.shape[0]} pictures, expected 1 or {image.shape[0]}, as many as in image.")
     content = image.float()
     reference = reference.to(content)
     if reference.shape[-2:] != content.shape[-2:]:
         reference = F.interpolate(reference, size=content.shape[-2:], mode="bicubic", align_corners=False, antialias=True)
-    fixed = METHODS[method](content, reference)
+    fixed = COLOR_FIXES[method](content, reference)
     return torch.lerp(content, fixed, strength).clamp(0.0, 1.0)

@@ -65,8 +65,3 @@ def _lines(path: Path) -> list[str]:
             "It is published with RAM, in the folder ram/data of github.com/xinyu1205/recognize-anything and of OSEDiff's own repository."
         )
     return path.read_text(encoding="utf-8").splitlines()
-
-
-def osediff_prompt(tags: Iterable[str], text: str = "") -> str:
-    """OSEDiff's prompt, "tag, tag, ..., text,", to the last comma as its authors write it, with or without a text."""
-    return f"{', '.join(tags)}, {text},"

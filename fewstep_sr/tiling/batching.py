@@ -1,9 +1,9 @@
-"""Work that goes through a network in groups that fit into memory."""
+"""Work that goes through a network in groups that fit into memory: the one place that halves a group where memory runs out."""
 
 from collections.abc import Callable, Sequence
 
 
-class Host:
+class Runtime:
     """What the program around a network does at its calls, with memory, progress and a stop button of its own. By itself it does nothing."""
 
     def before_call(self) -> None:
@@ -20,7 +20,9 @@ class Host:
         return lambda done: None
 
 
-def run_in_groups(items: Sequence, group: int, run: Callable[[Sequence], None], host: Host, update: Callable[[int], object] | None = None) -> int:
+def run_in_groups(
+    items: Sequence, group: int, run: Callable[[Sequence], None], runtime: Runtime, update: Callable[[int], object] | None = None
+) -> int:
     """Give all ``items`` to ``run``, ``group`` at a time, and halve the group when memory runs out.
 
     ``run`` changes nothing until it has succeeded, since a group may be given again in two halves.
@@ -30,16 +32,16 @@ def run_in_groups(items: Sequence, group: int, run: Callable[[Sequence], None], 
     """
     done, group = 0, min(group, len(items))
     while done < len(items):
-        host.before_call()
+        runtime.before_call()
         part, out_of_memory = items[done : done + group], False
         try:
             run(part)
         except Exception as error:
-            if group == 1 or not host.is_out_of_memory(error):
+            if group == 1 or not runtime.is_out_of_memory(error):
                 raise
             out_of_memory = True
         if out_of_memory:  # outside the except block, which keeps the tensors alive
-            host.free_memory()
+            runtime.free_memory()
             group //= 2
             continue
         done += len(part)

@@ -1,8 +1,12 @@
 """InvSR's noise predictor on windows of a large picture: its attention is quadratic, and it was trained on windows of one size."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 
+from ..networks.noise_predictor import NoisePredictorConfig
 from ..networks.posterior import Posterior
+from .batching import Runtime, run_in_groups
 from .tiles import Tile, TileLayout
 
 WINDOW = 64
@@ -32,7 +36,7 @@ class NoiseCanvas:
         """Each picture's index with each of its windows."""
         return [(picture, tile) for picture in range(len(self.mean)) for tile in self.layout.tiles]
 
-    def add(self, windows: list[tuple[int, Tile]], predicted: Posterior) -> None:
+    def add(self, windows: Sequence[tuple[int, Tile]], predicted: Posterior) -> None:
         """Blend in the predictions (n, 4, h, w) for n windows."""
         mean, std = predicted.mean.float().cpu(), torch.exp(0.5 * predicted.logvar.float()).cpu()
         for i, (picture, tile) in enumerate(windows):
@@ -43,3 +47,29 @@ class NoiseCanvas:
     @property
     def posterior(self) -> Posterior:
         return Posterior(self.mean, 2 * self.std.log())
+
+
+def predict_noise_map(
+    call: Callable[[torch.Tensor], Posterior],
+    picture: torch.Tensor,
+    config: NoisePredictorConfig,
+    fitting: Callable[[int, int], int],
+    runtime: Runtime,
+) -> Posterior:
+    """The noise map's posterior (B, 4, h, w), window by window as the predictor was trained, float32 on the CPU.
+
+    Args:
+        call: what the predictor says of windows (n, 3, h, w) in [-1, 1], at the timestep that is asked for.
+        picture: low-quality images (B, 3, H, W) in [-1, 1], at ``config.pixels_per_cell`` pixels for each latent pixel along a side.
+        fitting: how many windows of (height, width) latent pixels go into one call.
+    """
+    scale = config.pixels_per_cell
+    canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // scale, picture.shape[-1] // scale, config.latent_channels)
+    windows = canvas.windows
+
+    def predict(group: Sequence[tuple[int, Tile]]) -> None:
+        canvas.add(group, call(torch.cat([tile.cut(picture[i : i + 1], scale) for i, tile in group])))
+
+    group = max(1, min(MAX_WINDOWS, fitting(windows[0][1].height, windows[0][1].width)))
+    run_in_groups(windows, group, predict, runtime, runtime.progress(len(windows)))
+    return canvas.posterior

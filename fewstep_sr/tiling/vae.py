@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .batching import Host, run_in_groups
+from .batching import Runtime, run_in_groups
 from .tiles import Tile, TileLayout
 from .whole_picture import WholePicture, mosaic, share_whole_picture
 
@@ -30,18 +30,18 @@ class TiledCoder:
         network: the VAE.
         call: what it makes of a part (n, C, h, w), float32: ``call(network, part)``, with a copy of the network where there are tiles.
         attention: see :func:`fewstep_sr.tiling.whole_picture.share_whole_picture`.
-        into, out_of: elements for each latent cell along a side, of what goes in and of what comes out.
+        scale_in, scale_out: elements for each latent pixel along a side, of what goes in and of what comes out.
         fitting: how many tiles of (height, width) cells go through it in one call.
-        host: see :class:`fewstep_sr.tiling.batching.Host`.
+        runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
     """
 
     network: nn.Module
     call: Callable[[nn.Module, torch.Tensor], torch.Tensor]
     attention: Callable[[nn.Module, nn.Module, WholePicture], None]
-    into: int
-    out_of: int
+    scale_in: int
+    scale_out: int
     fitting: Callable[[int, int], int]
-    host: Host
+    runtime: Runtime
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -51,33 +51,33 @@ class TiledCoder:
             result: zeros (B, C, h, w), to which the answers are added.
             tile: side of the tiles in cells, or less where as many smaller ones cover the picture.
         """
-        cells = tuple(side // self.out_of for side in result.shape[-2:])
+        cells = tuple(side // self.scale_out for side in result.shape[-2:])
         most = None
         while True:
             out_of_memory = False
             try:
                 return self._run(source, result, TileLayout(*cells, max(even_tile(side, tile) for side in cells), OVERLAP), most)
             except Exception as error:
-                if tile <= MIN_TILE or not self.host.is_out_of_memory(error):
+                if tile <= MIN_TILE or not self.runtime.is_out_of_memory(error):
                     raise
                 out_of_memory = True
             if out_of_memory:  # outside the except block, which keeps the tensors alive
-                self.host.free_memory()
+                self.runtime.free_memory()
                 tile, most = max(MIN_TILE, min(tile, max(cells)) // 2), 1
-                logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * max(self.into, self.out_of))
+                logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * max(self.scale_in, self.scale_out))
                 result.zero_()
 
     def _run(self, source, result: torch.Tensor, layout: TileLayout, most: int | None) -> None:
         first = layout.tiles[0]
         group = most or max(1, self.fitting(first.height, first.width))
-        update = self.host.progress(len(result) * len(layout.tiles))
+        update = self.runtime.progress(len(result) * len(layout.tiles))
         if len(layout.tiles) == 1:  # pictures go together
 
             def code_whole(pictures: range) -> None:
                 answers = self.call(self.network, torch.cat([source(i) for i in pictures]))
                 result[pictures.start : pictures.stop] = answers.to(result)
 
-            run_in_groups(range(len(result)), group, code_whole, self.host, update)
+            run_in_groups(range(len(result)), group, code_whole, self.runtime, update)
             return
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
@@ -88,13 +88,13 @@ class TiledCoder:
             canvas = source(i)
 
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
-                answers = self.call(network, torch.cat([tile.cut(canvas, self.into) for tile in tiles])).to(result)
+                answers = self.call(network, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(result)
                 for tile, answer in zip(tiles, answers, strict=True):
-                    tile.cut(blended, self.out_of).add_(answer * layout.window(tile, self.out_of))
+                    tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out))
 
-            self.host.before_call()
-            whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.into), layout.height * layout.width)
-            group = run_in_groups(layout.tiles, group, code_tiles, self.host, update)
+            self.runtime.before_call()
+            whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.scale_in), layout.height * layout.width)
+            group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
 
 
 def even_tile(length: int, tile: int) -> int:

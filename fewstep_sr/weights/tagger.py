@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from ..methods import identify
 from ..networks.ram import Tagger, TaggerConfig
 from ..networks.vocabulary import TagVocabulary
-from .read import describe, read_weights, strip_wrappers
+from .kinds import strip_wrappers
+from .read import read_weights
 from .save import save_safetensors
 
 DAPE_FILE, TAGGER_FILE = "DAPE.pth", "ram_swin_large_14m.pth"
@@ -28,7 +30,7 @@ class TaggerWeights:
     dape: str | None
 
 
-def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None) -> TaggerWeights:
+def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None, dape_among: Iterable[str | Path] = ()) -> TaggerWeights:
     """Read a tagger: ``ram_swin_large_14m.pth`` with the two text files beside it, or one file made by :func:`convert_tagger`.
 
     Of the published file, five sixths of which tagging never uses, only what the network needs is read into memory.
@@ -36,6 +38,7 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None) -
     Args:
         path: the tagger.
         dape_path: DAPE's low-rank weights, to be merged into it; None for plain RAM, or where the tagger already holds them.
+        dape_among: without a ``dape_path``, files of which one that is there and has DAPE's published name is merged, where the tagger has none yet.
 
     Raises:
         FileNotFoundError: one of the files is missing.
@@ -47,7 +50,9 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None) -
     inner = nested if isinstance(nested, Mapping) else state
     weights = {strip_wrappers(k).replace("vision_multi.", "tagging_head."): w for k, w in inner.items() if isinstance(w, torch.Tensor)}
     if not {"visual_encoder.patch_embed.proj.weight", "label_embed"} <= weights.keys() or "reweight_scale" in weights:
-        raise ValueError(f"{name}: found {describe(state)}; expected RAM's tagger, or a file converted from it. Choose another file: {TAGGER_SOURCE}")
+        raise ValueError(
+            f"{name}: found {identify(state).phrase}; expected RAM's tagger, or a file converted from it. Choose another file: {TAGGER_SOURCE}"
+        )
     if _TAGS in metadata:
         vocabulary = TagVocabulary(tuple(json.loads(metadata[_TAGS])), tuple(json.loads(metadata[_THRESHOLDS])))
     else:
@@ -65,6 +70,8 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None) -
         raise ValueError(f"{name}: {error}") from None
 
     tagger = TaggerWeights(config, state_dict, vocabulary, metadata.get(_DAPE) or None)
+    if dape_path is None and tagger.dape is None:
+        dape_path = next((file for file in map(Path, dape_among) if file.name == DAPE_FILE and file.is_file()), None)
     return tagger if dape_path is None else add_dape(tagger, dape_path)
 
 
@@ -95,7 +102,7 @@ def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
     halves = {strip_wrappers(k): w for k, w in state.items() if isinstance(w, torch.Tensor)}
     layers = sorted({m.group(1) for k in halves if (m := re.match(r"((?:visual_encoder|tagging_head)\..+)\.lora_[AB]$", k))})
     if not layers:
-        raise ValueError(f"{name}: found {describe(state)}; expected DAPE's low-rank weights such as {DAPE_FILE}.")
+        raise ValueError(f"{name}: found {identify(state).phrase}; expected DAPE's low-rank weights such as {DAPE_FILE}.")
     merged = dict(tagger.state_dict)
     for layer in layers:
         down, up, weight = halves.get(f"{layer}.lora_A"), halves.get(f"{layer}.lora_B"), merged.get(f"{layer}.weight")

@@ -7,9 +7,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
 from torch import nn
 
-from fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
-from fewstep_sr.weights.checkpoints import LORA_ALPHA, LowRank, OSEDiffAdapter
-from fewstep_sr.weights.convert import VAE_GROUP, unet_group
+from fewstep_sr.methods.osediff import TIMESTEP, VAE_GROUP, OSEDiffAdapter, unet_group
+from fewstep_sr.weights.lora import PEFT_ALPHA, LowRank
 
 # The layers that OSEDiff's training adapts are those whose names hold one of these (train_osediff.py), and no "norm".
 UNET_LAYERS = ("conv", "to_k", "to_q", "to_v", "to_out.0", "proj_out", "proj_in", "ff.net.2", "ff.net.0.proj")
@@ -54,7 +53,7 @@ def _layers(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
 def _adapt(model: nn.Module, groups: dict[str, list[str]], rank: int) -> None:
     model.requires_grad_(False)
     for name, layers in groups.items():
-        config = LoraConfig(r=rank, lora_alpha=LORA_ALPHA, init_lora_weights="gaussian", target_modules=layers)
+        config = LoraConfig(r=rank, lora_alpha=PEFT_ALPHA, init_lora_weights="gaussian", target_modules=layers)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are what OSEDiff has
             model.add_adapter(config, adapter_name=name)
@@ -63,8 +62,8 @@ def _adapt(model: nn.Module, groups: dict[str, list[str]], rank: int) -> None:
         parameter.requires_grad_(".lora_" in name)
 
 
-def extract_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = OSEDIFF_TIMESTEP) -> OSEDiffAdapter:
-    """The updates trained at ``timestep``, copied to the CPU, as :func:`fewstep_sr.weights.convert.save_osediff_adapter` writes them and the nodes and pipelines load them."""
+def extract_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = TIMESTEP) -> OSEDiffAdapter:
+    """The updates trained at ``timestep``, copied to the CPU, as :func:`fewstep_sr.methods.osediff.save_adapter` writes them and the nodes and pipelines load them."""
     replaced = {f"conv_in.{name}": _copy(parameter) for name, parameter in unet.conv_in.base_layer.named_parameters()}
     return OSEDiffAdapter(unet=_low_rank(unet), vae=_low_rank(vae), unet_replaced=replaced, timestep=timestep)
 

@@ -9,6 +9,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from safetensors.torch import save_file
 from torch import nn
 
+from fewstep_sr.diffusion import add_noise, alpha_bar_at, predict_x0
+
 from . import distillation
 from .bases import PROMPT_FILE
 from .common import denoiser, draw
@@ -66,8 +68,9 @@ class BaseUNetTask:
         rows = [torch.cat(list(batch["hq"]), -1)]
         for timestep in (200, 400, 600):
             timesteps = torch.full((len(latents),), timestep, device=latents.device)
-            noisy = distillation.add_noise(latents, noise, timesteps)
-            x0 = distillation.predict_x0(noisy, denoiser(self.unet)(noisy, timesteps, self._prompt(latents)), timesteps)
+            alpha_bar = alpha_bar_at(timestep, latents)
+            noisy = add_noise(latents, noise, alpha_bar)
+            x0 = predict_x0(noisy, denoiser(self.unet)(noisy, timesteps, self._prompt(latents)), alpha_bar)
             restored = self.vae.decode((x0 / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
             rows.append(torch.cat(list(restored / 2 + 0.5), -1))
         return torch.cat(rows, -2)

@@ -1,4 +1,4 @@
-"""Variational score distillation in latent space (OSEDiff, eqs. 6 to 9; Wang et al., ProlificDreamer, NeurIPS 2023).
+"""Variational score distillation in latent space (OSEDiff, eqs. 9 and 10; Wang et al., ProlificDreamer, NeurIPS 2023).
 
 Two copies of the base judge the generator's latents. The frozen one knows what pictures look like; the regulariser learns, as a low-rank update,
 what the generator's own latents look like. The difference of their predictions pulls the generator's latents towards pictures.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from fewstep_sr.methods.schedule import NUM_TRAIN_TIMESTEPS, alphas_cumprod
+from fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS, add_noise, alpha_bar_at, predict_x0
 
 MIN_TIMESTEP, MAX_TIMESTEP = 20, 980
 """The distillation draws its timesteps from here (the first included, the last not); the regulariser's own loss from all."""
@@ -18,22 +18,6 @@ GUIDANCE = 7.5
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """``noise_pred = denoiser(noisy_latents, timesteps, prompt_embeds)``."""
-
-
-def add_noise(latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """The state at ``timesteps`` (B,): sqrt(a) * latents + sqrt(1 - a) * noise."""
-    alpha = _alpha(timesteps, latents)
-    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-
-
-def predict_x0(noisy_latents: torch.Tensor, noise_pred: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """The clean latents that the state and the predicted noise imply."""
-    alpha = _alpha(timesteps, noisy_latents)
-    return (noisy_latents - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
-
-
-def _alpha(timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return alphas_cumprod().to(like)[timesteps.to(like.device)].view(-1, 1, 1, 1)
 
 
 def draw_timesteps(batch: int, generator: torch.Generator, low: int = 0, high: int = NUM_TRAIN_TIMESTEPS) -> torch.Tensor:
@@ -51,7 +35,7 @@ def distillation_loss(
     negative_prompt_embeds: torch.Tensor,
     guidance: float = GUIDANCE,
 ) -> torch.Tensor:
-    """A loss whose gradient with respect to the latents is the distillation's, times 2 / latents.numel().
+    """A loss whose gradient with respect to the latents is the distillation's (OSEDiff, eq. 10), times 2 / latents.numel().
 
     That gradient, (x0 of the regulariser - x0 of the frozen one) / mean distance of the latents to the frozen one's x0, goes through neither network:
     it depends on how they judge, not on how to change their judgement.
@@ -63,13 +47,14 @@ def distillation_loss(
         guidance: classifier-free guidance of the frozen one; 1 needs no negative prompt.
     """
     with torch.no_grad():
-        noisy = add_noise(latents, noise, timesteps)
-        x0_regulariser = predict_x0(noisy, regulariser(noisy, timesteps, prompt_embeds).float(), timesteps)
+        alpha_bar = alpha_bar_at(timesteps, latents)
+        noisy = add_noise(latents, noise, alpha_bar)
+        x0_regulariser = predict_x0(noisy, regulariser(noisy, timesteps, prompt_embeds).float(), alpha_bar)
         noise_pred = frozen(noisy, timesteps, prompt_embeds).float()
         if guidance != 1:
             negative = frozen(noisy, timesteps, negative_prompt_embeds).float()
             noise_pred = negative + guidance * (noise_pred - negative)
-        x0_frozen = predict_x0(noisy, noise_pred, timesteps)
+        x0_frozen = predict_x0(noisy, noise_pred, alpha_bar)
         distance = (latents - x0_frozen).abs().mean(dim=(1, 2, 3), keepdim=True)
         target = latents - (x0_regulariser - x0_frozen) / distance
     return F.mse_loss(latents, target)
@@ -78,6 +63,7 @@ def distillation_loss(
 def regulariser_loss(
     latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, regulariser: Denoiser, prompt_embeds: torch.Tensor
 ) -> torch.Tensor:
-    """How well the regulariser predicts the noise in the generator's latents: the loss that it learns with. The generator gets no gradient."""
-    noise_pred = regulariser(add_noise(latents.detach(), noise, timesteps), timesteps, prompt_embeds)
+    """How well the regulariser predicts the noise in the generator's latents: the loss that it learns with (OSEDiff, eq. 9). The generator gets no gradient."""
+    noisy = add_noise(latents.detach(), noise, alpha_bar_at(timesteps, latents))
+    noise_pred = regulariser(noisy, timesteps, prompt_embeds)
     return F.mse_loss(noise_pred.float(), noise.float())

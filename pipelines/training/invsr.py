@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at
 from fewstep_sr.image.predictor import fit_picture
-from fewstep_sr.methods.schedule import NUM_TRAIN_TIMESTEPS, sigmas
+from fewstep_sr.methods.invsr import NoisePredictorWeights, intermediate_state, reverse_step, save_noise_predictor, start_state
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
-from fewstep_sr.weights.checkpoints import NoisePredictorWeights
-from fewstep_sr.weights.convert import save_noise_predictor
 
 from .bases import Base, Prompts
 from .common import cells, denoiser, draw, enlarge, sample_grid
@@ -124,11 +123,10 @@ class InvSRTask:
         return fit_picture(lq, tuple(hq.shape[-2:]), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
 
     def restore(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """x0 of one model call on the state ``clean + sigma * noise`` (eqs. 8 and 10 on the scale of an Euler sampler)."""
-        sigma = sigmas().to(clean.device)[timesteps].view(-1, 1, 1, 1)
-        state = clean + sigma * noise
-        noise_pred = denoiser(self.base.unet)(state / (sigma**2 + 1).sqrt(), timesteps, embeds)
-        return state - sigma * noise_pred
+        """x0 of one model call on the start state of low-quality latents, or in the middle on the intermediate state of high-quality ones."""
+        alpha_bar = alpha_bar_at(timesteps, clean)
+        state = (start_state if self.options.start else intermediate_state)(clean, noise, alpha_bar)
+        return reverse_step(state, denoiser(self.base.unet)(state, timesteps, embeds), alpha_bar)
 
     def _discriminate(self):
         target, timesteps, embeds = self._seen

@@ -104,11 +104,13 @@ def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
 
 
 def _base(arguments: argparse.Namespace, method: str):
-    from ..find import BASES, find
+    from fewstep_sr.methods import METHODS
+
+    from ..find import find_base
     from .bases import load_base
 
     comfyui = Path(arguments.comfyui).expanduser() if arguments.comfyui else None
-    return load_base(find(BASES[method], arguments.base, comfyui, arguments.download), arguments.download, comfyui)
+    return load_base(find_base(METHODS[method], arguments.base, comfyui, arguments.download), arguments.download, comfyui)
 
 
 def _pairs(arguments: argparse.Namespace):
@@ -120,10 +122,12 @@ def _pairs(arguments: argparse.Namespace):
 
 
 def _osediff(arguments: argparse.Namespace) -> int:
+    from fewstep_sr.methods.osediff import NEGATIVE_PROMPT
+
     from ..tagger import PromptTagger
     from .bases import Prompts
     from .loop import train
-    from .osediff import NEGATIVE_PROMPT, OSEDiffOptions, OSEDiffTask
+    from .osediff import OSEDiffOptions, OSEDiffTask
     from .perceptual import load_lpips
 
     loop, pictures = loop_options(arguments), _pairs(arguments)
@@ -152,10 +156,9 @@ def _osediff(arguments: argparse.Namespace) -> int:
 
 
 def _invsr(arguments: argparse.Namespace) -> int:
+    from fewstep_sr.methods import INVSR, load_weights
     from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
-    from fewstep_sr.weights.checkpoints import load_noise_predictor_weights
 
-    from ..invsr import PROMPT
     from .bases import Prompts
     from .invsr import TIMESTEPS, InvSROptions, InvSRTask
     from .loop import train
@@ -165,7 +168,7 @@ def _invsr(arguments: argparse.Namespace) -> int:
         raise ValueError("--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay.")
     loop, pictures = loop_options(arguments), _pairs(arguments)
     base = _base(arguments, "invsr")
-    prompts = Prompts(base, PROMPT if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
+    prompts = Prompts(base, INVSR.prompt if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
     start = arguments.mode == "start"
     options = InvSROptions(
         start=start,
@@ -180,7 +183,7 @@ def _invsr(arguments: argparse.Namespace) -> int:
         adversarial_from=arguments.adversarial_from,
         discriminator_channels=tuple(arguments.discriminator_channels),
     )
-    weights = load_noise_predictor_weights(arguments.init) if arguments.init else None
+    weights = load_weights(INVSR, arguments.init) if arguments.init else None
     config = (
         weights.config
         if weights

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from fewstep_sr.methods.schedule import OSEDIFF_TIMESTEP
-from fewstep_sr.weights.convert import save_osediff_adapter
+from fewstep_sr.diffusion import alpha_bar_at
+from fewstep_sr.methods.osediff import TIMESTEP, one_step, save_adapter
 
 from ..osediff import ADAPTER_FILE
 from . import distillation
@@ -20,12 +20,6 @@ from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
 from .latents import Encoder
 from .losses import gradient_similarity
-
-NEGATIVE_PROMPT = (
-    "painting, oil painting, illustration, drawing, art, sketch, cartoon, CG Style, 3D render, unreal engine, blurring, dirty, messy, worst quality, "
-    "low quality, frames, watermark, signature, jpeg artifacts, deformed, lowres, over-smooth"
-)
-"""What the frozen base is led away from in the published training (OSEDiff's README)."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +43,14 @@ class OSEDiffOptions:
     latent_l1: bool = False
     gradients: float = 0.0
     structure: float = 0.0
-    timestep: int = OSEDIFF_TIMESTEP
+    timestep: int = TIMESTEP
     vae_lr: float | None = None
 
 
 class Generator(nn.Module):
     """Low-quality pictures to restored latents and pictures, by the networks that learn."""
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = OSEDIFF_TIMESTEP):
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: int = TIMESTEP):
         super().__init__()
         self.unet, self.vae, self.timestep = unet, vae, timestep
 
@@ -79,7 +73,7 @@ class Generator(nn.Module):
         latents = (latents * scale).float()
         timesteps = torch.full((len(latents),), self.timestep, device=latents.device)
         noise_pred = self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds).sample.float()
-        restored = distillation.predict_x0(latents, noise_pred, timesteps)
+        restored = one_step(latents, noise_pred, alpha_bar_at(timesteps, latents))
         return restored, self.vae.decode(restored / scale).sample.float().clamp(-1, 1) if decode else None
 
 
@@ -183,4 +177,4 @@ class OSEDiffTask:
         return sample_grid(batch["lq"], pictures / 2 + 0.5, batch["hq"])
 
     def save(self, folder: Path) -> None:
-        save_osediff_adapter(extract_adapter(self.generator.unet, self.generator.vae, self.generator.timestep), folder / ADAPTER_FILE)
+        save_adapter(extract_adapter(self.generator.unet, self.generator.vae, self.generator.timestep), folder / ADAPTER_FILE)

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 
-from fewstep_sr.weights.checkpoints import load_noise_predictor_weights, load_osediff_adapter
+from fewstep_sr.methods import INVSR, OSEDIFF, load_weights
 from fewstep_sr.weights.save import save_safetensors
 
 from .bases import PROMPT_FILE
@@ -20,9 +20,9 @@ def pack(base: Path, osediff: Path | None, noise_predictor: Path | None, folder:
         OSError, ValueError: a part is missing or is something else; nothing has been written then.
     """
     weights = {"osediff.safetensors": osediff, "noise_predictor.safetensors": noise_predictor}
-    for source, load in ((osediff, load_osediff_adapter), (noise_predictor, load_noise_predictor_weights)):
+    for method, source in ((OSEDIFF, osediff), (INVSR, noise_predictor)):
         if source:
-            load(source)
+            load_weights(method, source)
     networks = {"unet": UNet2DConditionModel.from_pretrained(base / "unet"), "vae": AutoencoderKL.from_pretrained(base / "vae")}
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in networks.items():

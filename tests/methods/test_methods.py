@@ -10,9 +10,12 @@ import torch
 import toys
 from toys import gaussian, golden, relative_error
 
-from fewstep_sr.image.color import METHODS, fix_color
+from fewstep_sr.diffusion import alphas_cumprod, sigma_to_index, sigmas
+from fewstep_sr.image.color import COLOR_FIXES, fix_color
 from fewstep_sr.image.sizes import pad_for_vae, reflect_pad
-from fewstep_sr.methods.schedule import INVSR_TIMESTEPS, alphas_cumprod, few_step_indices, sigma_to_index, sigmas
+from fewstep_sr.methods import INVSR as METHOD
+from fewstep_sr.methods import METHODS, OSEDIFF, osediff
+from fewstep_sr.methods.schedule import parse_timesteps
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 from fewstep_sr.networks.posterior import Posterior, draw_noise
 
@@ -20,8 +23,9 @@ INVSR = ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_
 
 
 def test_imports_nothing_but_torch():
-    code = "import sys, fewstep_sr.weights.checkpoints, fewstep_sr.image.color, fewstep_sr.image.sizes, fewstep_sr.methods.schedule, fewstep_sr.networks.noise_predictor; print([m for m in ('comfy', 'diffusers', 'peft', 'transformers') if m in sys.modules])"
     root = Path(__file__).resolve().parents[2]
+    modules = [".".join(path.relative_to(root).with_suffix("").parts) for path in (root / "fewstep_sr").rglob("*.py") if path.stem != "__init__"]
+    code = f"import sys, {', '.join(modules)}; print([m for m in ('comfy', 'diffusers', 'peft', 'transformers') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -29,7 +33,7 @@ def test_imports_nothing_but_torch():
 @pytest.mark.parametrize("case", INVSR)
 def test_golden_schedule(case):
     settings, arrays = golden(case)
-    indices = few_step_indices("InvSR", len(settings["timesteps"]), "" if case != "invsr_cfg" else settings["timesteps"])
+    indices = METHOD.schedule.indices(len(settings["timesteps"]), () if case != "invsr_cfg" else settings["timesteps"])
     assert indices == [t - 1 for t in settings["timesteps"]]
     assert relative_error(sigmas()[indices], arrays["sigmas"][:-1]) < 1e-5
     assert [sigma_to_index(s.item()) for s in arrays["sigmas"][:-1]] == indices
@@ -44,45 +48,44 @@ def test_noise_table_is_stable_diffusions():
 def test_golden_one_step_formula(case):
     """OSEDiff's x0 from its noise prediction at index 999: the table's last entry, not another."""
     settings, arrays = golden(case)
-    [index] = few_step_indices("OSEDiff", 1)
+    [index] = OSEDIFF.schedule.indices(1)
     assert index == settings["timestep"]
-    a = alphas_cumprod()[index]
-    x0 = (arrays["latent"] - (1 - a).sqrt() * arrays["noise_pred"]) / a.sqrt()
+    x0 = osediff.one_step(arrays["latent"], arrays["noise_pred"], alphas_cumprod()[index])
     assert relative_error(x0, arrays["x0"]) < 1e-4
 
 
 def test_schedules():
-    for steps, published in INVSR_TIMESTEPS.items():
-        assert few_step_indices("InvSR", steps) == [t - 1 for t in published]
-    assert few_step_indices("InvSR", 10)[0] == 249 and len(few_step_indices("InvSR", 10)) == 10
-    assert few_step_indices("InvSR", 250) == list(range(249, -1, -1))
-    assert few_step_indices("InvSR", 3, "250; 120 1") == [249, 119, 0]
-    assert few_step_indices("OSEDiff", 1) == [999]
-    assert few_step_indices("OSEDiff", 2, "999, 500") == [999, 500]
+    for steps, published in {1: [200], 2: [200, 100], 3: [200, 100, 50], 4: [200, 150, 100, 50], 5: [250, 200, 150, 100, 50]}.items():
+        assert METHOD.schedule.indices(steps) == [t - 1 for t in published]
+    assert METHOD.schedule.indices(10) == [249, 224, 199, 174, 149, 124, 99, 74, 49, 24]
+    assert METHOD.schedule.indices(250) == list(range(249, -1, -1))
+    assert METHOD.schedule.indices(3, parse_timesteps("250; 120 1")) == [249, 119, 0]
+    assert OSEDIFF.schedule.indices(1) == [999]
+    assert OSEDIFF.schedule.indices(2, parse_timesteps("999, 500")) == [999, 500]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("InvSR", 0), "steps: found 0"),
-        (("InvSR", 251), "steps: found 251"),
-        (("InvSR", 1, "300"), "from 250 down to 1"),
-        (("InvSR", 1, "0"), "from 250 down to 1"),
-        (("InvSR", 1, "100, 200"), "smaller than the one before"),
-        (("InvSR", 1, "200, x"), "whole numbers"),
-        (("OSEDiff", 1, "1000"), "from 999 down to 0"),
-        (("OSEDiff", 1, "500"), "expected 999 first"),
-        (("DDIM", 1), "method: found 'DDIM'"),
+        (("invsr", 0), "steps: found 0"),
+        (("invsr", 251), "steps: found 251"),
+        (("invsr", 1, "300"), "from 250 down to 1"),
+        (("invsr", 1, "0"), "from 250 down to 1"),
+        (("invsr", 1, "100, 200"), "smaller than the one before"),
+        (("invsr", 1, "200, x"), "whole numbers"),
+        (("osediff", 1, "1000"), "from 999 down to 0"),
+        (("osediff", 1, "500"), "expected 999 first"),
     ],
 )
 def test_schedule_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
-        few_step_indices(*arguments)
+        key, steps, *timesteps = arguments
+        METHODS[key].schedule.indices(steps, parse_timesteps("".join(timesteps)))
 
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, 100.0, float("nan")])
-def test_sigma_outside_the_table(sigma):
-    with pytest.raises(ValueError, match="noise table"):
+def test_sigma_outside_the_schedule(sigma):
+    with pytest.raises(ValueError, match="noise schedule"):
         sigma_to_index(sigma)
 
 
@@ -112,15 +115,15 @@ def test_noise_predictor_refuses_odd_sides():
         network(torch.zeros(1, 3, 6, 7), 199)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COLOR_FIXES)
 def test_golden_color(method):
     content, reference = (toys.picture(seed, 64, 48).movedim(-1, 1) for seed in (3, 4))
     with np.load(toys.GOLDEN / "color.npz") as arrays:
         expected = torch.from_numpy(arrays[method])
-    assert relative_error(METHODS[method](content, reference), expected) < 1e-4
+    assert relative_error(COLOR_FIXES[method](content, reference), expected) < 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COLOR_FIXES)
 def test_fix_color(method):
     content, reference = torch.rand(2, 3, 9, 7), torch.rand(1, 3, 5, 5)
     assert torch.equal(fix_color(content, reference, method, strength=0.0), content)

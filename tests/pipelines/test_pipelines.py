@@ -8,7 +8,7 @@ import toys
 from diffusers import UNet2DConditionModel
 from toys import gaussian, picture, relative_error
 
-from fewstep_sr.weights.checkpoints import load_noise_predictor_weights
+from fewstep_sr.methods import INVSR, load_weights
 from pipelines import InvSRNoisePredictor, InvSRPipeline, OSEDiffPipeline
 from pipelines.single_file import find_tokenizer, require_noise_prediction
 
@@ -85,7 +85,7 @@ def test_noise_predictor_component_is_a_published_file(tmp_path):
     pipeline = invsr(tmp_path)
     pipeline.save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "noise_predictor" / "diffusion_pytorch_model.safetensors"
-    weights = load_noise_predictor_weights(file)
+    weights = load_weights(INVSR, file)
     assert all(torch.equal(weights.state_dict[k], v) for k, v in toys.predictor_state_dict(3).items())
     again = InvSRNoisePredictor.from_weights(file)
     assert again.pixels_per_cell == 2

@@ -8,7 +8,7 @@ from benchmarks.networks import smooth, textured
 from benchmarks.seams import borders, measure
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.vae import OVERLAP
-from pipelines.memory import Device
+from pipelines.runtime import PipelineRuntime
 from pipelines.tiling import Tiling
 
 PICTURES = pytest.mark.parametrize("draw", [smooth, textured])
@@ -61,7 +61,7 @@ def test_more_pictures_show_a_fainter_seam():
 @torch.no_grad()
 def test_tiles_of_the_vae_show_no_seams(vae, draw):
     cpu, layout = torch.device("cpu"), TileLayout(24, 24, 16, OVERLAP)
-    tiled, whole = (tiling.encode(vae, draw(192), cpu, Device()) for tiling in (Tiling(16), Tiling()))
+    tiled, whole = (tiling.encode(vae, draw(192), cpu, PipelineRuntime()) for tiling in (Tiling(16), Tiling()))
     assert measure(tiled, whole, *borders(layout)).gradient_ratio < 1.1
-    tiled, whole = (tiling.decode(vae, whole[:, :4], cpu, Device()) for tiling in (Tiling(16), Tiling()))
+    tiled, whole = (tiling.decode(vae, whole[:, :4], cpu, PipelineRuntime()) for tiling in (Tiling(16), Tiling()))
     assert 0.9 < measure(tiled, whole, *borders(layout, 8)).gradient_ratio < 1.1

@@ -7,11 +7,12 @@ import toys
 from diffusers import UNet2DConditionModel
 from toys import gaussian, golden, relative_error
 
+from fewstep_sr.diffusion import add_noise, alpha_bar_at, predict_x0
 from fewstep_sr.networks.posterior import Posterior
 from pipelines.training.adapters import adapt_regulariser
 from pipelines.training.common import denoiser
 from pipelines.training.discriminator import LatentDiscriminator
-from pipelines.training.distillation import add_noise, distillation_loss, predict_x0, regulariser_loss
+from pipelines.training.distillation import distillation_loss, regulariser_loss
 from pipelines.training.losses import adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
 from pipelines.training.perceptual import _VGG, LatentLPIPS, load_lpips
 
@@ -76,7 +77,8 @@ def test_distillation_stands_still_where_both_agree(tensors):
 
 def test_noise_and_x0_are_each_others_inverse():
     latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
-    assert torch.allclose(predict_x0(add_noise(latents, noise, timesteps), noise, timesteps), latents, atol=1e-4)
+    alpha_bar = alpha_bar_at(timesteps, latents)
+    assert torch.allclose(predict_x0(add_noise(latents, noise, alpha_bar), noise, alpha_bar), latents, atol=1e-4)
 
 
 def test_gaussian_constraint():

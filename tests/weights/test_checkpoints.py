@@ -10,9 +10,8 @@ import safetensors.torch
 import torch
 import toys
 
-from fewstep_sr.weights.checkpoints import load_noise_predictor_weights, load_osediff_adapter
-from fewstep_sr.weights.convert import save_osediff_adapter
-from fewstep_sr.weights.read import describe
+from fewstep_sr.methods import INVSR, METHODS, OSEDIFF, identify, load_weights
+from fewstep_sr.methods.osediff import save_adapter
 
 TENSOR = torch.zeros(4, 4)
 
@@ -29,7 +28,7 @@ def save(path: Path, content) -> Path:
 @pytest.mark.parametrize("rank", [1, 4, 16])
 def test_osediff_adapter(tmp_path, extension, rank):
     checkpoint = toys.osediff_checkpoint(seed=3, rank=rank)
-    adapter = load_osediff_adapter(save(tmp_path / f"a.{extension}", checkpoint))
+    adapter = load_weights(OSEDIFF, save(tmp_path / f"a.{extension}", checkpoint))
     check_adapter(adapter, checkpoint, rank)
 
 
@@ -47,23 +46,23 @@ def check_adapter(adapter, checkpoint, rank):
 def test_osediff_adapter_in_safetensors(tmp_path):
     checkpoint = toys.osediff_checkpoint(seed=3, rank=4)
     tensors = {f"{part}.{k}": v for part in ("unet", "vae") for k, v in checkpoint[f"state_dict_{part}"].items()}
-    check_adapter(load_osediff_adapter(save(tmp_path / "a.safetensors", tensors)), checkpoint, 4)
+    check_adapter(load_weights(OSEDIFF, save(tmp_path / "a.safetensors", tensors)), checkpoint, 4)
 
 
 def test_timestep_of_an_adapter(tmp_path):
     """The published ones say nothing and are for 999; what was trained at another keeps it through a conversion."""
-    adapter = load_osediff_adapter(save(tmp_path / "a.pkl", toys.osediff_checkpoint(seed=3, rank=4)))
+    adapter = load_weights(OSEDIFF, save(tmp_path / "a.pkl", toys.osediff_checkpoint(seed=3, rank=4)))
     assert adapter.timestep == 999
-    save_osediff_adapter(dataclasses.replace(adapter, timestep=249), tmp_path / "b.safetensors")
-    assert load_osediff_adapter(tmp_path / "b.safetensors").timestep == 249
+    save_adapter(dataclasses.replace(adapter, timestep=249), tmp_path / "b.safetensors")
+    assert load_weights(OSEDIFF, tmp_path / "b.safetensors").timestep == 249
     tensors = safetensors.torch.load_file(tmp_path / "b.safetensors")
     safetensors.torch.save_file(tensors, tmp_path / "c.safetensors", {"timestep": "1000"})
     with pytest.raises(ValueError, match="c.safetensors: found the timestep '1000' in its metadata, expected 0 to 999"):
-        load_osediff_adapter(tmp_path / "c.safetensors")
+        load_weights(OSEDIFF, tmp_path / "c.safetensors")
 
 
 def test_osediff_adapter_written_by_the_authors_code():
-    adapter = load_osediff_adapter(toys.GOLDEN / "osediff_square.pkl")
+    adapter = load_weights(OSEDIFF, toys.GOLDEN / "osediff_square.pkl")
     check_adapter(adapter, toys.osediff_checkpoint(seed=0, rank=4), 4)
     low_rank = adapter.unet["conv_in"]
     assert low_rank.weight_shape == (32, 4, 3, 3)
@@ -82,14 +81,14 @@ WRAPPINGS = {
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_noise_predictor(tmp_path, wrapping):
     state_dict = toys.predictor_state_dict(seed=2)
-    weights = load_noise_predictor_weights(save(tmp_path / "p.pth", WRAPPINGS[wrapping](state_dict)))
+    weights = load_weights(INVSR, save(tmp_path / "p.pth", WRAPPINGS[wrapping](state_dict)))
     assert weights.config.block_out_channels == (64, 128) and weights.state_dict.keys() == state_dict.keys()
     assert all(torch.equal(weights.state_dict[k], v) for k, v in state_dict.items())
 
 
 def test_noise_predictor_in_safetensors(tmp_path):
     state_dict = toys.predictor_state_dict(seed=2)
-    weights = load_noise_predictor_weights(save(tmp_path / "p.safetensors", state_dict))
+    weights = load_weights(INVSR, save(tmp_path / "p.safetensors", state_dict))
     assert all(torch.equal(weights.state_dict[k], v) for k, v in state_dict.items())
 
 
@@ -101,9 +100,9 @@ class Payload:
         return open, (self.target, "w")
 
 
-@pytest.mark.parametrize("load", [load_osediff_adapter, load_noise_predictor_weights])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain"])
-def test_malicious_pickle_does_not_run(tmp_path, load, form):
+def test_malicious_pickle_does_not_run(tmp_path, method, form):
     target, path = tmp_path / "created", tmp_path / "osediff.pkl"
     content = {"state_dict_unet": {}, "payload": Payload(target)}
     if form == "plain":
@@ -111,7 +110,7 @@ def test_malicious_pickle_does_not_run(tmp_path, load, form):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
     with pytest.raises(ValueError, match=r"osediff\.pkl: refused"):
-        load(path)
+        load_weights(method, path)
     assert not target.exists()
     # The payload works where a pickle is run, so that the test means something.
     torch.load(path, weights_only=False) if form != "plain" else pickle.loads(path.read_bytes())
@@ -152,24 +151,22 @@ WRONG = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-@pytest.mark.parametrize(
-    ("load", "wanted"), [(load_osediff_adapter, "expected an OSEDiff adapter"), (load_noise_predictor_weights, "expected an InvSR noise predictor")]
-)
-def test_wrong_file_is_named(tmp_path, load, wanted, what):
-    assert describe(WRONG[what]).startswith(what)
+@pytest.mark.parametrize(("method", "wanted"), [(OSEDIFF, "expected an OSEDiff adapter"), (INVSR, "expected an InvSR noise predictor")])
+def test_wrong_file_is_named(tmp_path, method, wanted, what):
+    assert identify(WRONG[what]).phrase.startswith(what)
     with pytest.raises(ValueError) as error:
-        load(save(tmp_path / "weights.pth", WRONG[what]))
+        load_weights(method, save(tmp_path / "weights.pth", WRONG[what]))
     assert f"weights.pth: found {what}" in str(error.value) and wanted in str(error.value)
     if all(isinstance(v, torch.Tensor) for v in WRONG[what].values()):
         with pytest.raises(ValueError, match=wanted):
-            load(save(tmp_path / "weights.safetensors", WRONG[what]))
+            load_weights(method, save(tmp_path / "weights.safetensors", WRONG[what]))
 
 
 def test_files_of_the_other_method_are_named(tmp_path):
     with pytest.raises(ValueError, match="found an OSEDiff adapter; expected an InvSR noise predictor"):
-        load_noise_predictor_weights(toys.GOLDEN / "osediff_square.pkl")
+        load_weights(INVSR, toys.GOLDEN / "osediff_square.pkl")
     with pytest.raises(ValueError, match="found an InvSR noise predictor; expected an OSEDiff adapter"):
-        load_osediff_adapter(save(tmp_path / "p.pth", {"state_dict": toys.predictor_state_dict(seed=0)}))
+        load_weights(OSEDIFF, save(tmp_path / "p.pth", {"state_dict": toys.predictor_state_dict(seed=0)}))
 
 
 def corrupt(path: Path, kind: str) -> None:
@@ -199,8 +196,8 @@ CORRUPT = {
 
 @pytest.mark.parametrize("kind", CORRUPT)
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-@pytest.mark.parametrize("load", [load_osediff_adapter, load_noise_predictor_weights])
-def test_damaged_file_is_named(tmp_path, load, form, kind):
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_damaged_file_is_named(tmp_path, method, form, kind):
     path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
     state_dict = toys.predictor_state_dict(seed=0)
     if form == "safetensors":
@@ -209,19 +206,19 @@ def test_damaged_file_is_named(tmp_path, load, form, kind):
         torch.save(state_dict, path, _use_new_zipfile_serialization=form == "zip")
     corrupt(path, kind)
     with pytest.raises(ValueError, match=CORRUPT[kind]) as error:
-        load(path)
+        load_weights(method, path)
     assert path.name in str(error.value)
 
 
 def test_other_unusable_files(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
-        load_osediff_adapter(tmp_path / "missing.pkl")
+        load_weights(OSEDIFF, tmp_path / "missing.pkl")
     with pytest.raises(ValueError, match="single Tensor, expected a dictionary"):
-        load_osediff_adapter(save(tmp_path / "tensor.pth", TENSOR))
+        load_weights(OSEDIFF, save(tmp_path / "tensor.pth", TENSOR))
     with zipfile.ZipFile(tmp_path / "other.pth", "w") as archive:
         archive.writestr("readme.txt", "no weights here")
     with pytest.raises(ValueError, match="damaged or cut off"):
-        load_osediff_adapter(tmp_path / "other.pth")
+        load_weights(OSEDIFF, tmp_path / "other.pth")
 
 
 def test_incomplete_adapters_are_named(tmp_path):
@@ -229,32 +226,32 @@ def test_incomplete_adapters_are_named(tmp_path):
     key = next(k for k in checkpoint["state_dict_unet"] if "lora_B" in k)
     del checkpoint["state_dict_unet"][key]
     with pytest.raises(ValueError, match="has lora_A but not its other half"):
-        load_osediff_adapter(save(tmp_path / "half.pkl", checkpoint))
+        load_weights(OSEDIFF, save(tmp_path / "half.pkl", checkpoint))
     checkpoint["state_dict_unet"][key] = torch.zeros(32, 5, 1, 1)
     with pytest.raises(ValueError, match="ranks 4 and 5"):
-        load_osediff_adapter(save(tmp_path / "ranks.pkl", checkpoint))
+        load_weights(OSEDIFF, save(tmp_path / "ranks.pkl", checkpoint))
     del checkpoint["state_dict_unet"]["conv_in.base_layer.bias"]
     with pytest.raises(ValueError, match=r"conv_in\.base_layer\.bias is missing"):
-        load_osediff_adapter(save(tmp_path / "bias.pkl", checkpoint))
+        load_weights(OSEDIFF, save(tmp_path / "bias.pkl", checkpoint))
     checkpoint = toys.osediff_checkpoint(seed=0, rank=4)
     checkpoint["state_dict_vae"] = {}
     with pytest.raises(ValueError, match="VAE: no low-rank weights"):
-        load_osediff_adapter(save(tmp_path / "no_vae.pkl", checkpoint))
+        load_weights(OSEDIFF, save(tmp_path / "no_vae.pkl", checkpoint))
 
 
 def test_incomplete_predictors_are_named(tmp_path):
     state_dict = toys.predictor_state_dict(seed=0)
     del state_dict["encoder.conv_out.weight"]
     with pytest.raises(ValueError, match=r"'encoder\.conv_out\.weight' is missing"):
-        load_noise_predictor_weights(save(tmp_path / "p.pth", state_dict))
+        load_weights(INVSR, save(tmp_path / "p.pth", state_dict))
     state_dict["encoder.conv_out.weight"] = torch.zeros(8, 128, 3, 3)
     layer = "encoder.mid_block.attentions.0.to_q.weight"
     with pytest.raises(ValueError, match=r"to_q\.weight has shape \(2, 2\), expected \(128, 128\)"):
-        load_noise_predictor_weights(save(tmp_path / "p.pth", state_dict | {layer: torch.zeros(2, 2)}))
+        load_weights(INVSR, save(tmp_path / "p.pth", state_dict | {layer: torch.zeros(2, 2)}))
     with pytest.raises(ValueError, match=r"to_q\.weight has no tensor, expected \(128, 128\)"):
-        load_noise_predictor_weights(save(tmp_path / "p.pth", {k: v for k, v in state_dict.items() if k != layer}))
+        load_weights(INVSR, save(tmp_path / "p.pth", {k: v for k, v in state_dict.items() if k != layer}))
     with pytest.raises(ValueError, match="extra is no part of the network"):
-        load_noise_predictor_weights(save(tmp_path / "p.pth", state_dict | {"extra": TENSOR}))
+        load_weights(INVSR, save(tmp_path / "p.pth", state_dict | {"extra": TENSOR}))
     state_dict["encoder.conv_out.weight"] = torch.zeros(32, 128, 3, 3)
     with pytest.raises(ValueError, match="32 output channels"):
-        load_noise_predictor_weights(save(tmp_path / "p.pth", state_dict))
+        load_weights(INVSR, save(tmp_path / "p.pth", state_dict))

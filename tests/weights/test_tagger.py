@@ -11,9 +11,10 @@ from conftest import ROOT
 from tagger_toys import DAPE, NAMES, golden_picture, golden_tags, tagger_state_dict, write_ram, write_vocabulary
 from toys import golden, picture, relative_error
 
+from fewstep_sr.methods.osediff import prompt_of
 from fewstep_sr.networks.ram import Tagger, TaggerConfig, prepare_picture
 from fewstep_sr.networks.swin import SwinConfig, SwinTransformer
-from fewstep_sr.networks.vocabulary import TagVocabulary, osediff_prompt
+from fewstep_sr.networks.vocabulary import TagVocabulary
 from fewstep_sr.weights.tagger import add_dape, by_preference, convert_tagger, load_tagger_weights
 
 TOLERANCE = 1e-4
@@ -131,8 +132,8 @@ def test_tags():
 
 
 def test_prompt():
-    assert osediff_prompt(["cat", "old house"], "sharp") == "cat, old house, sharp,"
-    assert osediff_prompt(["cat"]) == "cat, ,"
+    assert prompt_of(["cat", "old house"], "sharp") == "cat, old house, sharp,"
+    assert prompt_of(["cat"]) == "cat, ,"
 
 
 def test_compact_files_come_first():

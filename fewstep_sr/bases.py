@@ -1,6 +1,4 @@
-"""Which base models fit, and what pictures may hold: the checks that the nodes and the pipelines share."""
-
-import torch
+"""Which base models fit: what the nodes and the pipelines check alike."""
 
 BASES = "SD 2.1-base (512 pixels) for OSEDiff or SD-Turbo for InvSR"
 
@@ -18,12 +16,3 @@ def require_text_width(width: int | None, channels: int, name: str) -> None:
     if width != TEXT_WIDTH and (width is None or width in TEXT_WIDTHS or channels >= 320):
         base = TEXT_WIDTHS.get(width, "another model")
         raise ValueError(f"{name}: found a text width of {width} ({base}), expected {TEXT_WIDTH} (Stable Diffusion 2.x). Load {BASES}.")
-
-
-def require_pixel_values(picture: torch.Tensor, name: str) -> None:
-    """Refuse pixels that are not finite, or not scaled to [0, 1]. Values a little outside, which bicubic enlargement makes, may be."""
-    low, high = picture.amin(), picture.amax()  # unlike aminmax they make no copy
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError(f"{name}: found values that are not numbers (NaN or infinity). Look at what made the picture.")
-    if low < -1 or high > 2:
-        raise ValueError(f"{name}: found values from {low:.4g} to {high:.4g}, expected [0, 1]. Divide 8-bit values by 255.")

@@ -6,7 +6,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 
-from fewstep_sr.tiling.batching import Host
+from fewstep_sr.tiling.batching import Runtime
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -14,7 +14,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
-class Device(Host):
+class PipelineRuntime(Runtime):
     """``progress_bar(total=n)`` makes the bar for n tiles, which is gone when they are done; a single one has none."""
 
     def __init__(self, progress_bar: Callable[..., tqdm] | None = None):

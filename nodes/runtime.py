@@ -8,10 +8,10 @@ from collections.abc import Callable
 import comfy.model_management
 import comfy.utils
 
-from ..fewstep_sr.tiling.batching import Host
+from ..fewstep_sr.tiling.batching import Runtime
 
 
-class ComfyUI(Host):
+class ComfyUI(Runtime):
     def before_call(self) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
 

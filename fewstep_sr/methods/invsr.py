@@ -1,0 +1,157 @@
+"""InvSR (Yue et al., CVPR 2025): a predicted noise map makes the low-quality image a state of the diffusion trajectory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..diffusion import add_noise, predict_x0
+from ..networks.noise_predictor import NoisePredictor, NoisePredictorConfig
+from ..weights.kinds import FileKind, has_key, strip_wrappers, unwrap
+from ..weights.save import save_safetensors
+from .method import Demo, Method, Option, Paper, Source
+from .schedule import Schedule, parse_timesteps
+
+MAX_START = 250
+"""The noise predictor is trained for start timesteps up to this one, counted from 1."""
+
+
+def start_state(z_lq: torch.Tensor, noise: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """The state from which the diffusion model goes on, x_t = sqrt(a_t) y_0 + sqrt(1 - a_t) f_w(y_0, t) (eq. 8).
+
+    Args:
+        z_lq: latents (B, 4, h, w) of the upscaled low-quality images, times the scaling factor.
+        noise: the predicted noise map f_w(y_0, t), as ``z_lq``.
+        alpha_bar: of the noise schedule at t.
+    """
+    return add_noise(z_lq, noise, alpha_bar)
+
+
+def intermediate_state(z_hq: torch.Tensor, noise: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """A training state on the way, of the high-quality latents instead, x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) f_w(y_0, t) (eq. 10)."""
+    return add_noise(z_hq, noise, alpha_bar)
+
+
+def reverse_step(x_t: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
+    """The high-quality latents that one call of the diffusion model sees from a state, (x_t - sqrt(1 - a_t) eps(x_t, t)) / sqrt(a_t) (eq. 9)."""
+    return predict_x0(x_t, noise_pred, alpha_bar)
+
+
+def trajectory_step(
+    x_t: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | torch.Tensor, next_alpha_bar: float | torch.Tensor
+) -> torch.Tensor:
+    """One step along the inversion trajectory, x_s = g(x_t, t) (eq. 6), with the deterministic g that the authors' program samples with.
+
+    g is DDIM's (Song et al., ICLR 2021, eq. 12 with eta 0), which in sigma space is Euler's. The term of eq. 6 that adds noise on the way has
+    standard deviation 0 there. ``next_alpha_bar`` is 1 at the end of the trajectory.
+    """
+    return add_noise(reverse_step(x_t, noise_pred, alpha_bar), noise_pred, next_alpha_bar)
+
+
+@dataclass(frozen=True)
+class NoisePredictorWeights:
+    """A noise predictor's weights under the keys of :class:`fewstep_sr.networks.noise_predictor.NoisePredictor`."""
+
+    config: NoisePredictorConfig
+    state_dict: dict[str, torch.Tensor]
+
+
+def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> NoisePredictorWeights:
+    """A bare state dict, or a training checkpoint with one inside. Dimensions come from the weights' shapes."""
+    inner = unwrap(state) or state
+    weights = {strip_wrappers(k): v for k, v in inner.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    try:
+        config = NoisePredictorConfig.from_state_dict(weights)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    _check_shapes(weights, config, name)
+    return NoisePredictorWeights(config, {key: weight.clone() for key, weight in weights.items()})  # the file may be a read-only map
+
+
+def _check_shapes(weights: Mapping[str, torch.Tensor], config: NoisePredictorConfig, name: str) -> None:
+    expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
+    for key, shape in expected.items():
+        found = tuple(weights[key].shape) if key in weights else None
+        if found != shape:
+            raise ValueError(f"{name}: {key} has {f'shape {found}' if found else 'no tensor'}, expected {shape}; the file is incomplete or damaged.")
+    if surplus := sorted(set(weights) - set(expected)):
+        raise ValueError(f"{name}: {surplus[0]} is no part of the network ({len(surplus)} such tensors); the file is of another network.")
+
+
+def save_noise_predictor(weights: NoisePredictorWeights, path: str | Path) -> None:
+    """Write a noise predictor as safetensors under its published keys."""
+    save_safetensors(weights.state_dict, path, {"family": "InvSR noise predictor"})
+
+
+def _summary(weights: NoisePredictorWeights) -> list[str]:
+    published = "as published" if weights.config == NoisePredictorConfig() else "not the published dimensions"
+    blocks = ", ".join(f"{n} layers of {c}" for c, n in zip(weights.config.block_out_channels, weights.config.layers_per_block, strict=True))
+    return [f"  network: {blocks} ({published})", "  fits: SD-Turbo (and Stable Diffusion 2.1-base, whose latents are the same)"]
+
+
+def _timestep(text: str) -> tuple[int, ...]:
+    return tuple(parse_timesteps(text))
+
+
+INVSR = Method(
+    key="invsr",
+    title="InvSR",
+    paper=Paper(
+        authors="Zongsheng Yue, Kang Liao, Chen Change Loy",
+        title="Arbitrary-steps Image Super-resolution via Diffusion Inversion",
+        venue="CVPR 2025",
+        url="https://arxiv.org/abs/2412.09013",
+        code="https://github.com/zsyOAOA/InvSR",
+    ),
+    base=Source(
+        what="SD-Turbo",
+        folder="checkpoints",
+        names=("sd_turbo.safetensors", "sd-turbo.safetensors"),
+        licence="Stability AI's licence, https://huggingface.co/stabilityai/sd-turbo/blob/main/LICENSE.md",
+        size="5.2 GB",
+        repository="stabilityai/sd-turbo",
+    ),
+    weights=Source(
+        what="InvSR's noise predictor",
+        folder="invsr",
+        names=("noise_predictor_sd_turbo_v5.safetensors", "noise_predictor_sd_turbo_v5.pth"),
+        licence="NTU S-Lab License 1.0 (no commercial use), https://github.com/zsyOAOA/InvSR/blob/master/LICENSE",
+        size="135 MB in float32",
+        repository="OAOA/InvSR",
+        file="noise_predictor_sd_turbo_v5.pth",
+    ),
+    kind=FileKind("invsr", "an InvSR noise predictor", has_key(r"^encoder\.(down_blocks\.0\.resnets\.0\.time_emb_proj|time_embedding\.linear_1)\.")),
+    contents="one encoder with a time embedding",
+    source="noise_predictor_sd_turbo_v5.pth is at huggingface.co/OAOA/InvSR.",
+    parse=_parse,
+    save=save_noise_predictor,
+    summary=_summary,
+    pipeline="InvSRPipeline",
+    color_fix=None,
+    # As published (sampler_invsr.py), to the missing space after "noisy,".
+    prompt="Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without deformations",
+    negative_prompt="Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch, oil painting",
+    schedule=Schedule(
+        start=MAX_START,
+        origin=1,
+        reason="InvSR's noise predictor is trained for start timesteps up to 250 (counted from 1)",
+        published={1: (200,), 2: (200, 100), 3: (200, 100, 50), 4: (200, 150, 100, 50), 5: (250, 200, 150, 100, 50)},  # inference_invsr.py
+    ),
+    options=(
+        Option("steps", "1 to 5 as published, or more, evenly spaced", int, default=1),
+        Option(
+            "timesteps",
+            "instead of --steps, such as 250 150 50 (descending, 250 at most; with --demo: 100)",
+            _timestep,
+            default=(),
+            metavar="T",
+            many=True,
+        ),
+    ),
+    demo=Demo(
+        file="noise_predictor.safetensors",
+        note="MODEL is the base's own; start at timestep 100",
+        call={"timesteps": (100,)},  # there it keeps more of the photo than at the published 200
+    ),
+)

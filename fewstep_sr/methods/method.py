@@ -1,0 +1,113 @@
+"""What there is to say of a published method, in one record: everything that lists methods reads it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..weights.kinds import FileKind
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method is published."""
+
+    authors: str
+    title: str
+    venue: str
+    url: str
+    code: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file or a base to load: the names that it has in ComfyUI's models folder, and where it is published under which licence.
+
+    ``repository`` is a hub id; ``file`` a file in it (None: a whole diffusers repository); ``url`` is for what is on no hub. ``size`` is in words.
+    """
+
+    what: str
+    folder: str
+    names: tuple[str, ...]
+    licence: str
+    size: str
+    repository: str | None = None
+    file: str | None = None
+    url: str | None = None
+
+    @property
+    def page(self) -> str:
+        """Where a person downloads it."""
+        return self.url or f"https://huggingface.co/{self.repository}"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting that a method has beside those that all have, as the command line offers it.
+
+    ``parse`` reads one word of it and raises ValueError where it is wrong; ``many`` takes several words, each of which ``parse`` turns into a tuple.
+    ``needed`` refuses the option beside another method, whose result would lack what was asked for; others are passed over with a word.
+    """
+
+    name: str
+    help: str
+    parse: Callable[[str], Any]
+    default: Any = None
+    metavar: str | None = None
+    many: bool = False
+    needed: bool = False
+
+
+@dataclass(frozen=True)
+class Demo:
+    """How a method runs on the miniature: its file there, and what differs from the published settings."""
+
+    file: str
+    note: str
+    strength_vae: float = 1.0
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method.
+
+    Args:
+        key: its name on the command line, of its module here, in ``nodes`` and in ``pipelines``, and of its folder below ComfyUI's models.
+        title: its name as published.
+        base, weights: the diffusion model, and what the method brings for it.
+        kind: of the weights' file; ``contents`` says what such a file holds, and ``source`` where it is.
+        parse: ``parse(state, metadata, name)`` turns a file's dictionary, which is of ``kind``, into typed weights; raises ValueError where it is damaged.
+        save: ``save(weights, path)`` writes them as safetensors.
+        summary: a few lines on them for ``info``.
+        pipeline: name of the class in ``pipelines/<key>.py``.
+        color_fix, prompt, negative_prompt: as published, where nothing else is said; None where the method has none.
+        schedule: for samplers; None for methods whose step no sampler takes.
+        options: of its own, beside those that all methods have.
+        demo: None where the miniature has no weights for it.
+    """
+
+    key: str
+    title: str
+    paper: Paper
+    base: Source
+    weights: Source
+    kind: FileKind
+    contents: str
+    source: str
+    parse: Callable[[Mapping[str, Any], Mapping[str, str], str], Any]
+    save: Callable[[Any, str | Path], None]
+    summary: Callable[[Any], list[str]]
+    pipeline: str
+    color_fix: str | None
+    prompt: str = ""
+    negative_prompt: str = ""
+    schedule: Schedule | None = None
+    options: tuple[Option, ...] = ()
+    demo: Demo | None = None
+
+    @property
+    def published_name(self) -> str:
+        """The weights' file as the authors name it."""
+        return self.weights.names[-1]

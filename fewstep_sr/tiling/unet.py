@@ -1,0 +1,45 @@
+"""A UNet's predictions on overlapping tiles of the latents, a few at a time, blended into one."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .batching import Runtime, run_in_groups
+from .tiles import Tile, TileLayout
+
+Item = tuple[int, Tile]
+"""An image of the batch and a tile of it."""
+
+
+def list_items(images: int, layout: TileLayout) -> list[Item]:
+    """Every tile of every image, in the order in which they are predicted."""
+    return [(image, tile) for image in range(images) for tile in layout.tiles]
+
+
+def cut_items(latents: torch.Tensor, items: Sequence[Item]) -> torch.Tensor:
+    """The tiles (n, C, h, w) out of latents (B, C, H, W)."""
+    return torch.cat([tile.cut(latents[image : image + 1]) for image, tile in items])
+
+
+def predict_in_tiles(
+    predict: Callable[[Sequence[Item]], Sequence[torch.Tensor]],
+    blended: Sequence[torch.Tensor],
+    layout: TileLayout,
+    group: int,
+    runtime: Runtime,
+) -> None:
+    """Predict every tile and add it to the results, weighted by its window.
+
+    Args:
+        predict: gives for a group of n items one tensor (n, C, h, w) for each of ``blended``.
+        blended: zeros (B, C, H, W) to add to, one for each of the predictions that ``predict`` gives (one for each conditioning, say).
+        group: how many items go into one call, fewer where memory runs out.
+    """
+    items = list_items(len(blended[0]), layout)
+
+    def add(part: Sequence[Item]) -> None:
+        for canvas, predictions in zip(blended, predict(part), strict=True):
+            for (image, tile), prediction in zip(part, predictions.to(canvas.dtype), strict=True):
+                tile.cut(canvas[image]).add_(prediction * layout.window(tile).to(prediction))
+
+    run_in_groups(items, group, add, runtime, runtime.progress(len(items)))

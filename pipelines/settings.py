@@ -1,0 +1,144 @@
+"""What ``upscale`` was asked for, complete and checked: behind this nothing reads the command line."""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewstep_sr.methods import METHODS
+from fewstep_sr.methods.method import Method, Option
+from fewstep_sr.miniature import COLOR_FIX
+
+DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
+"""Methods where none is named."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run.
+
+    Args:
+        inputs: images, folders and globs.
+        output: folder for the results, or a file for a single image; None beside a single image.
+        options: the method's own, by name; see :class:`fewstep_sr.methods.method.Option`.
+        prompt, negative_prompt: None for the method's own.
+        color_fix: None for none.
+        base, weights: paths, names or hub ids; None for the published ones.
+        suffix: of the results, such as ``".png"``; None for each image's own.
+        device, dtype: names; None for what suits the machine.
+        tile: side of tiles in pixels of the result; 0 for whole images.
+    """
+
+    inputs: tuple[str, ...]
+    output: Path | None
+    method: Method
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scale: float = 4.0
+    prompt: str | None = None
+    negative_prompt: str | None = None
+    cfg: float = 1.0
+    seed: int = 12345
+    color_fix: str | None = None
+    demo: bool = False
+    base: str | None = None
+    weights: str | None = None
+    comfyui: Path | None = None
+    download: bool = False
+    device: str | None = None
+    dtype: str | None = None
+    tile: int = 1024
+    offload: bool = False
+    suffix: str | None = None
+    quality: int = 95
+    overwrite: bool = False
+
+    def __post_init__(self):
+        if not self.scale > 0:
+            raise ValueError(f"--scale: found {self.scale:g}, expected more than 0.")
+        if self.demo:
+            self._require_demo()
+        if self.comfyui and not (self.comfyui / "models").is_dir():
+            raise FileNotFoundError(f"--comfyui: there is no models folder in {self.comfyui}. Give the folder that ComfyUI's main.py is in.")
+        if self.method.schedule and "timesteps" in self.options:
+            self.method.schedule.indices(self.options["steps"], self.options["timesteps"])
+
+    def _require_demo(self) -> None:
+        if self.method.demo is None:
+            demos = ", ".join(method.key for method in METHODS.values() if method.demo)
+            raise ValueError(f"--demo: the miniature has no weights for {self.method.title}. Choose --method {demos}.")
+        refused = {"--base": self.base, "--weights": self.weights, "--prompt": self.prompt, "--tagger": self.options.get("tagger")}
+        if given := [option for option, value in refused.items() if value is not None]:
+            raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
+        if self.cfg != 1:
+            raise ValueError(f"--cfg: found {self.cfg:g}, expected 1 with --demo: the miniature has no negative prompt.")
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "Settings":
+        """The settings that a command line asks for. Says on stderr which options the chosen method passes over.
+
+        Raises:
+            ValueError, FileNotFoundError: an option is wrong, or does not go with another.
+        """
+        method = METHODS[arguments.method or (DEMO_DEFAULT if arguments.demo else DEFAULT)]
+        color_fix = arguments.color_fix or (COLOR_FIX if arguments.demo else method.color_fix)
+        return cls(
+            inputs=tuple(arguments.input),
+            output=arguments.output,
+            method=method,
+            options=_method_options(method, arguments),
+            scale=arguments.scale,
+            prompt=arguments.prompt,
+            negative_prompt=arguments.negative_prompt,
+            cfg=arguments.cfg,
+            seed=arguments.seed,
+            color_fix=None if color_fix == "none" else color_fix,
+            demo=arguments.demo,
+            base=arguments.base,
+            weights=arguments.weights,
+            comfyui=Path(arguments.comfyui).expanduser() if arguments.comfyui else None,
+            download=arguments.download,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            tile=arguments.tile,
+            offload=arguments.offload,
+            suffix=f".{arguments.format}" if arguments.format else None,
+            quality=arguments.quality,
+            overwrite=arguments.overwrite,
+        )
+
+
+def every_option() -> dict[str, list[tuple[Method, Option]]]:
+    """The methods' own options by name, each with the methods that have it."""
+    found: dict[str, list[tuple[Method, Option]]] = {}
+    for method in METHODS.values():
+        for option in method.options:
+            found.setdefault(option.name, []).append((method, option))
+    return found
+
+
+def _method_options(method: Method, arguments: argparse.Namespace) -> dict[str, Any]:
+    own = {option.name: option for option in method.options}
+    for name, owners in every_option().items():
+        if getattr(arguments, name) is None or name in own:
+            continue
+        flag, having = "--" + name.replace("_", "-"), " or ".join(other.key for other, _ in owners)
+        if any(option.needed for _, option in owners):
+            raise ValueError(f"{flag}: {method.title} has no such option, expected --method {having} with a {name}. Leave it out, or choose that method.")
+        print(f"{flag} is passed over: it belongs to --method {having}, and the method is {method.key}.", file=sys.stderr)
+    demo = method.demo.call if arguments.demo and method.demo else {}
+    return {name: _value(getattr(arguments, name), option) for name, option in own.items()} | _demo_call(demo, own, arguments)
+
+
+def _value(given: Any, option: Option) -> Any:
+    if given is None:
+        return option.default
+    return tuple(value for word in given for value in word) if option.many else given
+
+
+def _demo_call(demo: Mapping[str, Any], own: Mapping[str, Option], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the miniature does otherwise than the published method, where nobody asked for something else."""
+    if any(getattr(arguments, name) is not None and getattr(arguments, name) != option.default for name, option in own.items()):
+        return {}
+    return dict(demo)
