@@ -8,6 +8,13 @@ MAX_DEPTH = 32
 MAX_ENTRIES = 1_000_000
 MAX_KEY = 512
 
+_NAMES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+_WEIGHT_DTYPES = {getattr(torch, name) for name in _NAMES if hasattr(torch, name)}  # older PyTorch has not all of them
+
+
+class Refused(ValueError):
+    """A reason to refuse a file, as the end of a sentence that begins with the file's name."""
+
 
 def require_plain(state: Mapping) -> None:
     """Refuse a dictionary that is no plain tree of tensors, numbers and text.
@@ -17,7 +24,7 @@ def require_plain(state: Mapping) -> None:
     or each other many times over, end there.
 
     Raises:
-        ValueError: with the key.
+        Refused: with the key.
     """
     entries = 0
     stack: list[tuple[tuple, object]] = [((), state)]
@@ -30,7 +37,10 @@ def require_plain(state: Mapping) -> None:
             continue
         entries += len(value)
         if len(place) > MAX_DEPTH or entries > MAX_ENTRIES:
-            raise ValueError("its dictionaries hold themselves or each other without end; expected plain tensors under text keys. Download it again.")
+            raise Refused(
+                f"it goes on for more than {MAX_DEPTH} levels or {MAX_ENTRIES:,} entries (a dictionary that holds itself does); "
+                "expected tensors under text keys. The file is damaged."
+            )
         if isinstance(value, Mapping):
             if not place or any(isinstance(member, torch.Tensor) for member in value.values()):
                 _require_text_keys(place, value)
@@ -44,53 +54,59 @@ def _require_text_keys(place: tuple, mapping: Mapping) -> None:
         if not isinstance(key, str) or not key.isprintable() or len(key) > MAX_KEY:
             where = f" under {_name(place)}" if place else ""
             found = f"the key {_shortened(key)}" if isinstance(key, (str, int, float)) else f"a {type(key).__name__} for a key"
-            raise ValueError(f"found {found}{where}; expected text of at most {MAX_KEY} printable characters. The file is damaged.")
+            raise Refused(f"found {found}{where}; expected text of at most {MAX_KEY} printable characters. The file is damaged.")
 
 
 def _require_plain_tensor(name: str, tensor: torch.Tensor) -> None:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized:
         kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, "sparse": tensor.layout != torch.strided}
         kind = next((kind for kind, found in kinds.items() if found), type(tensor).__name__)
-        raise ValueError(f"{name} is a {kind} tensor; expected a dense one of floating-point numbers. Choose another file.")
+        raise Refused(f"{name} is a {kind} tensor; expected a dense one of floating-point numbers. Choose another file.")
     if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on the device {tensor.device.type!r}, without any numbers in the file. Choose another file.")
+        raise Refused(f"{name} is on the device {tensor.device.type!r}, without any numbers in the file. Choose another file.")
     stored = tensor.untyped_storage().nbytes()
     if tensor.numel() * tensor.element_size() > stored:
         shape = _shape(tensor)
-        raise ValueError(f"{name} claims the shape {shape}, {tensor.numel() * tensor.element_size():,} bytes, but {stored:,} are stored. Download it again.")
+        raise Refused(
+            f"{name} claims the shape {shape}, {tensor.numel() * tensor.element_size():,} bytes, but {stored:,} are stored. Download it again."
+        )
 
 
-def own_copies(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def own_copies(weights: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
     """Copies of the tensors that a network will use: the file may be a read-only map, of which only these pages are read.
 
     Compare the shapes before: only the copies cost memory.
+
+    Args:
+        weights: by key.
+        what: the file, or the file and its part, for messages.
 
     Raises:
         ValueError: a tensor is not of floating-point numbers, holds none or one that is not finite, or together they are more than is stored.
     """
     for name, tensor in weights.items():
-        require_weights(name, tensor)
+        require_weights(tensor, f"{what}: {printable(name)}")
     stored = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in weights.values()}
     claimed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     if claimed > sum(stored.values()):
-        raise ValueError(f"the tensors claim {claimed:,} bytes, but share {sum(stored.values()):,} stored ones. Download it again.")
+        raise ValueError(f"{what}: the tensors claim {claimed:,} bytes, but share {sum(stored.values()):,} stored ones. Download it again.")
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
 
 
-def require_weights(name: str, tensor: torch.Tensor) -> None:
+def require_weights(tensor: torch.Tensor, what: str) -> None:
     """Refuse a tensor that cannot be a network's weight: not of floating-point numbers, empty, or with values that are not finite.
 
     Raises:
-        ValueError: with the name, what was found and what was expected.
+        ValueError: with ``what`` in front, what was found and what was expected.
     """
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} is {_shortened(tensor)}, expected a tensor; the file is damaged.")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers. Choose another file.")
+        raise ValueError(f"{what} is {_shortened(tensor)}, expected a tensor; the file is damaged.")
+    if tensor.dtype not in _WEIGHT_DTYPES:
+        raise ValueError(f"{what} is of {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers. Choose another file.")
     if not tensor.numel():
-        raise ValueError(f"{name} has the shape {_shape(tensor)}, which holds no numbers; the file is damaged.")
+        raise ValueError(f"{what} has the shape {_shape(tensor)}, which holds no numbers; the file is damaged.")
     if not all(_finite(part) for part in _parts(tensor.detach())):
-        raise ValueError(f"{name} holds values that are not finite (NaN or infinity); the file is damaged. Download it again.")
+        raise ValueError(f"{what} holds values that are not finite (NaN or infinity); the file is damaged. Download it again.")
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -118,6 +134,8 @@ def _shortened(value) -> str:
         return repr(value[:60]) if len(value) <= 60 else f"{value[:60]!r}..."
     if isinstance(value, int):
         return str(value) if abs(value) < 10**20 else "a number of more than 20 digits"
+    if isinstance(value, float):
+        return str(value)
     if isinstance(value, tuple) and len(value) <= 12 and all(isinstance(n, int) for n in value):
         return str(value)
     return f"a {type(value).__name__}"

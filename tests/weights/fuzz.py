@@ -10,6 +10,7 @@ import argparse
 import collections
 import contextlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -217,7 +218,7 @@ def main() -> int:
 def in_parallel(first: int, last: int, seed: int, jobs: int) -> list[dict]:
     bounds = [first + (last - first) * i // jobs for i in range(jobs + 1)]
     command = [sys.executable, str(Path(__file__)), "--lines", "--seed", str(seed)]
-    ranges = [["--first", str(a), "--count", str(b - a)] for a, b in zip(bounds, bounds[1:], strict=False)]
+    ranges = [["--first", str(a), "--count", str(b - a)] for a, b in itertools.pairwise(bounds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [subprocess.Popen(command + part, stdout=subprocess.PIPE, text=True, env=environment) for part in ranges]
     lines = [line for worker in workers for line in worker.communicate()[0].splitlines()]

@@ -179,7 +179,9 @@ def wrong_safetensors(rng: random.Random, data: bytes) -> bytes:
         elif deed == 5:
             header["empty"] = {"dtype": "F32", "shape": rng.choice([[0], [0, 2**40], [5, 0]]), "data_offsets": [len(body)] * 2}
         elif deed == 6:
-            text = rng.choice(["5", "[" * 100_000, '["a"]', "null", "[1, 2]", json.dumps(["x"] * 10), '[NaN, 1e999, "a"]', "\ud800", "{}", "9" * 5000])
+            text = rng.choice(
+                ["5", "[" * 100_000, '["a"]', "null", "[1, 2]", json.dumps(["x"] * 10), '[NaN, 1e999, "a"]', "\ud800", "{}", "9" * 5000]
+            )
             metadata = header["__metadata__"] if isinstance(header.get("__metadata__"), dict) else header.setdefault("metadata", {})
             metadata[rng.choice(["tagger_tags", "tagger_thresholds", "timestep", "lora_alpha", "rank_unet", "format", "tagger_dape"])] = text
         elif deed == 7:

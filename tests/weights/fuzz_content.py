@@ -182,5 +182,5 @@ def make_wrong(rng: random.Random, content: dict):
             place.clear()
             place.update(renamed)
         else:
-            return rng.choice([[content], content[key] if key in content else [], (content, 1), "text", None, {0: content}, {"x": content}])
+            return rng.choice([[content], content.get(key, []), (content, 1), "text", None, {0: content}, {"x": content}])
     return content

@@ -40,7 +40,7 @@ def prepare(folder: Path) -> None:
 
 
 def outcome(kind: str, path: Path) -> str:
-    """"loaded" and "refused" are right; anything else says what is wrong."""
+    """ "loaded" and "refused" are right; anything else says what is wrong."""
     loaded = _try(path, lambda: load(kind, path))
     described = _try(path, lambda: describe_file(path))
     for result in (loaded, described):
@@ -63,7 +63,11 @@ def _try(path: Path, read):
         message = str(error)
         named = path.name in message or "ram_tag_list" in message
         sentence = len(message) <= 1500 and not re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", message)
-        return "refused" if named and sentence and type(error) in (ValueError, FileNotFoundError) else f"wrong: {type(error).__name__}: {message[:200]!r}"
+        return (
+            "refused"
+            if named and sentence and type(error) in (ValueError, FileNotFoundError)
+            else f"wrong: {type(error).__name__}: {message[:200]!r}"
+        )
     except Exception as error:
         return f"wrong: {type(error).__name__}: {str(error)[:200]!r}"
 
