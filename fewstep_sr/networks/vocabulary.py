@@ -84,7 +84,7 @@ class TagVocabulary:
 
 
 def _counted(value) -> str:
-    return f"a list of {len(value)}" if isinstance(value, list) else f"a {type(value).__name__}"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"no list ({type(value).__name__})"
 
 
 def _lines(path: Path) -> list[str]:

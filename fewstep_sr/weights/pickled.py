@@ -52,12 +52,12 @@ class _ZipStorages:
         with zipfile.ZipFile(_Bounded(file, MAX_DIRECTORY)) as archive:
             entries = archive.infolist()
             names = Counter(entry.filename.lower() for entry in entries)  # as PyTorch's reader looks for them
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise Refused("this is a TorchScript archive, a program and its weights; expected a dictionary of tensors. Choose another file.")
             if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
                 raise Refused("its entries are compressed, which torch.save never does; expected a file of torch.save, or safetensors.")
             if sum(entry.file_size for entry in entries) > _size(file) or max(names.values(), default=0) > 1:
                 raise Refused("the archive's entries overlap or have the same name; the file is damaged. Download it again.")
-            if any(name.endswith("/constants.pkl") for name in names):
-                raise Refused("this is a TorchScript archive, a program and its weights; expected a dictionary of tensors. Choose another file.")
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             for entry in pickles[:1]:  # without one, PyTorch's reader says what is missing
                 if entry.file_size > MAX_PICKLE:

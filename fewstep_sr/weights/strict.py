@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import torch
 
 MAX_DEPTH = 32
-MAX_ENTRIES = 1_000_000
+MAX_ENTRIES = 500_000
 MAX_KEY = 512
 
 _NAMES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")

@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,20 +133,19 @@ def _memory(what: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(first: int, last: int, seed: int) -> list[dict]:
+def run(first: int, last: int, seed: int) -> Iterator[dict]:
     """Read the files in a forked worker, and in another one from the next file on where one hangs or dies."""
     import fuzz_targets
 
     warnings.filterwarnings("ignore")
-    results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fuzz_targets.prepare(folder)
         while first < last:
             worker, pipe = _fork(lambda send, first=first: _read_files(folder, first, last, seed, send))
-            results += _watch(worker, pipe, first)
-            first = results[-1]["number"] + 1 if results else last
-    return results
+            for result in _watch(worker, pipe):
+                yield result
+                first = result["number"] + 1
 
 
 def _fork(work) -> tuple[int, int]:
@@ -165,28 +165,28 @@ def _fork(work) -> tuple[int, int]:
         os._exit(status)
 
 
-def _watch(worker: int, pipe: int, first: int) -> list[dict]:
-    """The worker's results; a last one is made up where it hangs or dies."""
-    results, waiting, current = [], b"", first
+def _watch(worker: int, pipe: int) -> Iterator[dict]:
+    """The worker's results; a last one is made up where it hangs or dies. Only the reading of a file is timed, not its making."""
+    waiting, reading, number = b"", False, None
     with os.fdopen(pipe, "rb", buffering=0) as stream:
         while True:
-            ready, _, _ = select.select([stream], [], [], SECONDS)
+            ready, _, _ = select.select([stream], [], [], SECONDS if reading else 10 * SECONDS)
             read = stream.read(1 << 16) if ready else b""
             if not read:
                 break
             *lines, waiting = (waiting + read).split(b"\n")
             for message in map(json.loads, lines):
-                current = message["number"]
-                if "result" in message:
-                    results.append(message)
+                reading, number = "result" not in message, message["number"]
+                if not reading:
+                    yield message
     os.kill(worker, signal.SIGKILL)
     _, status = os.waitpid(worker, 0)
     if os.WIFEXITED(status) and os.WEXITSTATUS(status) == BROKEN:
         raise RuntimeError("the fuzzer itself failed; see above.")
-    if not results or results[-1]["number"] < current or not ready:
-        number = current if not results or results[-1]["number"] < current else current + 1
-        results.append({"number": number, "result": "wrong: died" if ready else "wrong: hang", "seconds": SECONDS, "kind": "", "file": ""})
-    return results
+    if reading:
+        yield {"number": number, "result": "wrong: died" if ready else "wrong: hang", "seconds": SECONDS, "kind": "", "file": ""}
+    elif not ready:
+        raise RuntimeError(f"making the file after number {number} took too long.")
 
 
 def main() -> int:
@@ -205,7 +205,7 @@ def main() -> int:
         return 0
     if arguments.lines:
         for result in run(arguments.first, last, arguments.seed):
-            print(json.dumps(result))
+            print(json.dumps(result), flush=True)
         return 0
     results = in_parallel(arguments.first, last, arguments.seed, arguments.jobs)
     findings = [result for result in results if result["result"].startswith("wrong")]
