@@ -1,7 +1,7 @@
 """What both pipelines share: pictures in and out, text, VAE, guidance."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -180,7 +180,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     def disable_tiling(self) -> None:
         self._tiling = Tiling()
 
-    def _call_back(self, callback, names: list[str], step: int, timestep, tensors: dict) -> dict:
+    def _call_back(self, callback, names: Sequence[str], step: int, timestep, tensors: dict) -> dict:
         """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""
         if callback is None:
             return tensors

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from fewstep_sr.image.color import COLOR_FIXES
 from fewstep_sr.methods import METHODS
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _add_upscale(command: argparse.ArgumentParser) -> None:
