@@ -81,12 +81,10 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> OSEDiffAda
     if not isinstance(unet, Mapping) or not isinstance(vae, Mapping):
         raise ValueError(f"{name}: its UNet's or its VAE's part is no dictionary of tensors; the file is damaged.")
     unet, vae = without_wrappers(unet, f"{name}: UNet"), without_wrappers(vae, f"{name}: VAE")
-    replaced = {f"conv_in.{kind}": unet.get(f"conv_in.base_layer.{kind}") for kind in ("weight", "bias")}
-    for name_in_base, tensor in replaced.items():
-        if not isinstance(tensor, torch.Tensor):
-            missing = name_in_base.replace("conv_in", "conv_in.base_layer")
-            raise ValueError(f"{name}: UNet: the tensor {missing} is missing; the file is incomplete.")
-    weight, bias = replaced["conv_in.weight"], replaced["conv_in.bias"]
+    weight, bias = (unet.get(f"conv_in.base_layer.{kind}") for kind in ("weight", "bias"))
+    if not isinstance(weight, torch.Tensor) or not isinstance(bias, torch.Tensor):
+        missing = "bias" if isinstance(weight, torch.Tensor) else "weight"
+        raise ValueError(f"{name}: UNet: the tensor conv_in.base_layer.{missing} is missing; the file is incomplete.")
     if weight.ndim < 2 or bias.shape != weight.shape[:1]:
         shapes = f"{tuple(weight.shape[:8])} and {tuple(bias.shape[:8])}"
         raise ValueError(f"{name}: UNet: conv_in.base_layer has weight and bias of shapes {shapes}, expected (out, in, h, w) and (out,).")
@@ -99,7 +97,7 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> OSEDiffAda
     return OSEDiffAdapter(
         unet=one_adapter(read_lora(unet, f"{name}: UNet", alpha), f"{name}: UNet"),
         vae=one_adapter(read_lora(vae, f"{name}: VAE", alpha), f"{name}: VAE"),
-        unet_replaced=own_copies(replaced, f"{name}: UNet"),
+        unet_replaced=own_copies({"conv_in.weight": weight, "conv_in.bias": bias}, f"{name}: UNet"),
         timestep=int(timestep),
     )
 

@@ -54,7 +54,7 @@ def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> set[str
         if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4"):
             raise python_objects()
         if opcode.name == "GLOBAL":
-            name = argument.replace(" ", ".").replace("__builtin__.", "builtins.")
+            name = str(argument).replace(" ", ".").replace("__builtin__.", "builtins.")
             if found := next((words for pattern, words in _NOT_WEIGHTS if re.fullmatch(pattern, name)), None):
                 raise Refused(f"found {found} ({name[:100]}); expected dense tensors of floating-point numbers. Choose another file.")
         elif isinstance(argument, str):

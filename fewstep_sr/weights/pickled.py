@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import torch
 
@@ -81,7 +81,7 @@ class _LegacyStorages:
     """In a file from before PyTorch 1.6, five pickles, the last of which names the storages whose numbers follow it."""
 
     def __init__(self, file: BinaryIO):
-        reader = _Bounded(file, MAX_PICKLE)
+        reader = cast(BinaryIO, _Bounded(file, MAX_PICKLE))
         texts = [require_weights_alone(reader, magic=torch.serialization.MAGIC_NUMBER if i == 0 else None) for i in range(5)]
         self.named, self.stored = len(texts[4]), _size(file) - file.tell()
         self.placed = self.claimed = 0
@@ -124,7 +124,7 @@ class _Bounded(io.RawIOBase):
             raise Refused(_too_long(wanted))
         return self.file.read(wanted)
 
-    def readline(self, size: int = -1) -> bytes:
+    def readline(self, size: int | None = -1) -> bytes:
         return self.file.readline(self.limit)
 
 

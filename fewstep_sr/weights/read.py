@@ -79,7 +79,7 @@ def _regular_file_size(path: Path) -> int:
 
 def _os_reason(error: OSError) -> str:
     reasons = {errno.EACCES: "no permission", errno.EPERM: "no permission", errno.ELOOP: "a symbolic link that leads back to itself"}
-    return reasons.get(error.errno, error.strerror or type(error).__name__)
+    return reasons.get(error.errno or 0, error.strerror or type(error).__name__)
 
 
 def _not_weights(head: bytes) -> str | None:
