@@ -47,7 +47,7 @@ def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> set[str
         Refused: it calls for something that weights have no use for, or has too many opcodes.
         Exception: it is no pickle.
     """
-    texts, seen_magic, depths = set(), magic is None, _TupleDepths()
+    texts, seen_magic, values = set(), magic is None, _Values()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MAX_OPCODES:
             raise Refused(f"its pickle has more than {MAX_OPCODES:,} steps; expected tensors, numbers and text. The file is damaged.")
@@ -55,22 +55,30 @@ def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> set[str
             raise python_objects()
         if opcode.name == "GLOBAL":
             name = str(argument).replace(" ", ".").replace("__builtin__.", "builtins.")
+            if not re.fullmatch(r"[\w.]{1,200}", name):  # PyTorch's message would quote it, and search it in quadratic time
+                raise python_objects()
             if found := next((words for pattern, words in _NOT_WEIGHTS if re.fullmatch(pattern, name)), None):
                 raise Refused(f"found {found} ({name[:100]}); expected dense tensors of floating-point numbers. Choose another file.")
         elif isinstance(argument, str):
             texts.add(argument)
         seen_magic |= magic is not None and argument == magic
-        depths.follow(opcode, argument)
+        values.follow(opcode, argument)
     if not seen_magic:
         raise Refused("this pickle was not written by torch.save; expected a file of torch.save, or safetensors.")
     return texts
 
 
-class _TupleDepths:
-    """How deep tuples hold tuples, by a stack of depths in the place of the pickle's values (as ``pickletools.dis`` follows them)."""
+_GLOBAL = -1
+
+
+class _Values:
+    """What the pickle's values are, by a stack of numbers in their place (as ``pickletools.dis`` follows them).
+
+    A number is how deep a tuple holds tuples, or :data:`_GLOBAL`, and None a mark.
+    """
 
     def __init__(self):
-        self.stack: list[int | None] = []  # None is a mark
+        self.stack: list[int | None] = []
         self.memo: dict[int, int] = {}
 
     def follow(self, opcode: pickletools.OpcodeInfo, argument) -> None:
@@ -84,7 +92,11 @@ class _TupleDepths:
         if pops:
             taken += [depth or 0 for depth in self.stack[-pops:]]
             del self.stack[-pops:]
-        if opcode.name.startswith("TUPLE"):
+        if opcode.name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX") and taken[:1] != [_GLOBAL]:
+            raise Refused("its pickle calls something that is no function; the file is damaged. Download it again.")
+        if opcode.name == "GLOBAL":
+            self.stack.append(_GLOBAL)
+        elif opcode.name.startswith("TUPLE"):
             depth = 1 + max(taken, default=0)
             if depth > MAX_NESTED_TUPLES:
                 raise Refused("its pickle has tuples in tuples without end; expected tensors, numbers and text. The file is damaged.")

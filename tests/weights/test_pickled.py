@@ -161,6 +161,16 @@ def test_call_that_takes_memory(tmp_path, call):
 
 
 @limits.forks
+@pytest.mark.parametrize("length", [10_000, 1_000_000])
+def test_names_and_texts_that_are_called(tmp_path, length):
+    """PyTorch quotes them in its message, which it then searches in quadratic time: minutes for a name of 100 kB."""
+    refused(save_pickle(tmp_path / "a.pth", b"\x80\x02c" + b"a" * length + b"\nb\n)R."), "the pickle holds Python objects")
+    text = b"\x80\x02X" + struct.pack("<L", length) + b"a" * length + b"q\x000h\x00"
+    for call in (b")R.", b")\x81."):
+        refused(save_pickle(tmp_path / "b.pth", text + call), "calls something that is no function")
+
+
+@limits.forks
 def test_pickle_of_too_many_steps(tmp_path):
     refused(save_pickle(tmp_path / "a.pth", b"\x80\x02" + b"]" * 3_000_000 + b"."), "more than 500,000 steps")
     refused(save_pickle(tmp_path / "b.pth", b"\x80\x02X" + struct.pack("<L", 20 << 20) + bytes(20 << 20) + b"."), "a part that is not numbers claims")
