@@ -1,6 +1,7 @@
 """The training as published: the timesteps of distillation, and what the loop makes of gradients that are known, so that each weight can be worked out by hand."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_gradients_accumulate_to_their_mean_before_they_are_clipped(run, accumul
 def moves(task: Slope, accumulate: int = 1) -> list[float]:
     """How far each step went, relative to the learning rate: with betas (0, 0) AdamW goes its learning rate against the gradient's sign."""
     weights = first_weights(task)[::accumulate]
-    return [(before - after) / 0.1 for before, after in zip(weights, weights[1:], strict=False)]
+    return [(before - after) / 0.1 for before, after in pairwise(weights)]
 
 
 def test_rate_is_constant_by_default(run):
