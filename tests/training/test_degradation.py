@@ -5,7 +5,6 @@ options/train_realesrnet_x4plus.yml (ranges and chances), realesrgan/data/reales
 realesrgan/models/realesrnet_model.py (order of the parts), basicsr/data/degradations.py (kernels, noise).
 """
 
-import io
 import math
 from types import SimpleNamespace
 
@@ -13,66 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 pytest.importorskip("diffusers")
 
+from draws import KINDS, MODES, NO, YES, Draws, below, by_formula, filtered, jpeg_by_pillow, noisy_picture, profile
+
 from pipelines.training import degradation as module
-from pipelines.training.degradation import Degradation, Order, _blur_kernel, _cutoff, _factor, _filter, _resize, _sinc_kernel, jpeg
-
-MODES = ["area", "bilinear", "bicubic"]
-
-
-class Draws:
-    """Stands in for a random generator: what is drawn is given in the order in which it is to be drawn, with what it is to be drawn from.
-
-    ``("uniform", 1, 30, 7.5)``: uniform(1, 30) shall be asked for and gives 7.5. Arrays come from a real generator.
-    """
-
-    def __init__(self, *expected: tuple):
-        self.expected, self.real, self.arrays = list(expected), np.random.default_rng(0), []
-
-    def _next(self, *asked):
-        assert self.expected, f"drew {asked}, expected no more"
-        *wanted, result = self.expected.pop(0)
-        assert len(asked) == len(wanted), f"drew {asked}, expected {wanted}"
-        for found, value in zip(asked, wanted, strict=True):
-            assert found == (pytest.approx(value) if isinstance(value, float | tuple) else value), f"drew {asked}, expected {wanted}"
-        return result
-
-    def random(self):
-        return self._next("random")
-
-    def uniform(self, low, high):
-        return self._next("uniform", low, high)
-
-    def integers(self, low, high):
-        return self._next("integers", low, high)
-
-    def choice(self, what, p=None):
-        return self._next("choice", what, *(() if p is None else (tuple(p),)))
-
-    def standard_normal(self, shape, dtype):
-        self.arrays.append(self.real.standard_normal(shape, dtype))
-        return self._next("standard_normal", shape, dtype) or self.arrays[-1]
-
-    def poisson(self, rates):
-        self.arrays.append(rates)
-        return self._next("poisson") or np.round(rates + 0.5)
-
-    def done(self) -> bool:
-        return not self.expected
-
-
-# What a chance is compared with is seen from both sides: a draw just below it, and one at it.
-YES, NO = 1e-9, 1 - 1e-9
-
-
-def below(chance: float) -> float:
-    return chance - 1e-9
-
-
-# ---- the configuration
+from pipelines.training.degradation import Degradation, Order, _sinc_kernel
 
 
 def test_ranges_and_chances_are_the_published_ones():
@@ -124,186 +70,6 @@ def test_ranges_and_chances_are_the_published_ones():
     assert found == published
     assert ours.first.blur_chance == 1  # the first blur has no chance of its own there
 
-
-# ---- kernels
-
-
-def grid(side: int):
-    """Distances of a kernel's cells from its middle, to the right and down."""
-    cells = np.arange(side) - (side - 1) / 2
-    return np.meshgrid(cells, cells)
-
-
-def by_formula(side: int, sigmas: tuple[float, float], angle: float, profile) -> np.ndarray:
-    """profile(q) over the quadratic form q = v^T S^-1 v, S = R diag(sigmas^2) R^T with R the rotation by ``angle``, to the sum 1."""
-    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    inverse = np.linalg.inv(rotation @ np.diag(np.square(sigmas)) @ rotation.T)
-    x, y = grid(side)
-    kernel = profile(inverse[0, 0] * x * x + 2 * inverse[0, 1] * x * y + inverse[1, 1] * y * y)
-    return kernel / kernel.sum()
-
-
-KINDS = ("choice", ["gauss", "general", "plateau"], (0.7, 0.15, 0.15))
-# kernel_prob of the configuration: iso 0.45, aniso 0.25, generalized_iso 0.12, generalized_aniso 0.03, plateau_iso 0.12, plateau_aniso 0.03
-ISO = {"gauss": 0.45 / (0.45 + 0.25), "general": 0.12 / (0.12 + 0.03), "plateau": 0.12 / (0.12 + 0.03)}
-SHAPES = {"gauss": (1.0, 1.0), "general": (0.5, 4.0), "plateau": (1.0, 2.0)}  # betag_range, betap_range
-
-
-def profile(kind: str, shape: float):
-    return (lambda q: 1 / (1 + q**shape)) if kind == "plateau" else (lambda q: np.exp(-0.5 * q**shape))
-
-
-@pytest.mark.parametrize("side", [7, 21])
-@pytest.mark.parametrize("small", [True, False])
-@pytest.mark.parametrize("kind", ISO)
-def test_blur_kernels(kind, small, side):
-    """Round and stretched, with a shape below 1 and above 1: both sides of each chance, and each value of the kernel by its formula."""
-    low, high = SHAPES[kind]
-    end = (low, 1.0) if small else (1.0, high)
-    shape = 1.0 if kind == "gauss" else end[0] + 0.7 * (end[1] - end[0])
-    which = ("random", below(0.5) if small else 0.5), ("uniform", *end, shape)
-    sigma = (0.2, 3.0)
-
-    draws = Draws((*KINDS, kind), ("uniform", *sigma, 1.7), ("random", below(ISO[kind])), *which)
-    kernel = _blur_kernel(draws, side, sigma)
-    assert draws.done() and kernel.dtype == torch.float32
-    np.testing.assert_allclose(kernel, by_formula(side, (1.7, 1.7), 0, profile(kind, shape)), atol=1e-6)
-
-    stretched = ("uniform", *sigma, 2.5), ("random", ISO[kind] + 1e-9), ("uniform", *sigma, 0.8), ("uniform", -math.pi, math.pi, 0.6)
-    draws = Draws((*KINDS, kind), *stretched, *which)
-    kernel = _blur_kernel(draws, side, sigma)
-    assert draws.done() and abs(kernel.sum().item() - 1) < 1e-6
-    np.testing.assert_allclose(kernel, by_formula(side, (2.5, 0.8), 0.6, profile(kind, shape)), atol=1e-6)
-
-
-def bessel_j1(x: np.ndarray) -> np.ndarray:
-    """Bessel's integral, (1 / pi) times that of cos(t - x sin t) from 0 to pi, by the trapezium rule, which is exact to rounding for it."""
-    t = (np.arange(2000) + 0.5) * math.pi / 2000
-    return np.cos(t - x[..., None] * np.sin(t)).mean(-1)
-
-
-@pytest.mark.parametrize("side, cutoff", [(7, math.pi / 3), (13, 1.0), (21, math.pi)])
-def test_sinc_kernels(side, cutoff):
-    """The Fourier transform of a disc of radius ``cutoff``: cutoff J1(cutoff r) / (2 pi r), and cutoff^2 / (4 pi) in the middle."""
-    x, y = grid(side)
-    r = np.hypot(x, y)
-    r[side // 2, side // 2] = 1
-    expected = cutoff * bessel_j1(cutoff * r) / (2 * math.pi * r)
-    expected[side // 2, side // 2] = cutoff**2 / (4 * math.pi)
-    kernel = _sinc_kernel(side, cutoff)
-    assert kernel.dtype == torch.float32
-    np.testing.assert_allclose(kernel, expected / expected.sum(), atol=1e-6)
-
-
-@pytest.mark.parametrize("side, low", [(7, math.pi / 3), (11, math.pi / 3), (13, math.pi / 5), (21, math.pi / 5)])
-def test_cutoffs(side, low):
-    draws = Draws(("uniform", low, math.pi, 1.5))
-    assert _cutoff(draws, side) == 1.5 and draws.done()
-
-
-@pytest.mark.parametrize("half", [3, 10])
-def test_kernel_of_a_round(half):
-    """Sides are 2 v + 1 with v from 3 to 10; below sinc_chance it is a low-pass."""
-    side = 2 * half + 1
-    draws = Draws(("integers", 3, 11, half), ("random", below(0.1)), ("uniform", math.pi / (3 if half == 3 else 5), math.pi, 2.0))
-    assert torch.equal(Degradation()._kernel(draws, (0.2, 1.5)), _sinc_kernel(side, 2.0)) and draws.done()
-    draws = Draws(
-        ("integers", 3, 11, half),
-        ("random", 0.1),
-        (*KINDS, "gauss"),
-        ("uniform", 0.2, 1.5, 1.2),
-        ("random", YES),
-        ("random", YES),
-        ("uniform", 1.0, 1.0, 1.0),
-    )
-    kernel = Degradation()._kernel(draws, (0.2, 1.5))
-    assert draws.done()
-    np.testing.assert_allclose(kernel, by_formula(side, (1.2, 1.2), 0, profile("gauss", 1)), atol=1e-6)
-
-
-def test_final_kernel():
-    draws = Draws(("integers", 3, 11, 4), ("uniform", math.pi / 3, math.pi, 2.0), ("random", below(0.8)))
-    assert torch.equal(Degradation()._final_kernel(draws), _sinc_kernel(9, 2.0)) and draws.done()
-    draws = Draws(("integers", 3, 11, 4), ("uniform", math.pi / 3, math.pi, 2.0), ("random", 0.8))
-    assert torch.equal(Degradation()._final_kernel(draws), torch.ones(1, 1)) and draws.done()
-
-
-# ---- the parts
-
-
-def filtered(x: torch.Tensor, kernel: np.ndarray, mode: str = "reflect") -> torch.Tensor:
-    """Each pixel the sum of its neighbourhood times the kernel, in NumPy."""
-    margin = len(kernel) // 2
-    padded = np.pad(x.numpy(), ((0, 0), (0, 0), (margin, margin), (margin, margin)), mode=mode)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape, axis=(2, 3))
-    return torch.from_numpy(np.einsum("bchwij,ij->bchw", windows, kernel).astype(np.float32))
-
-
-def noisy_picture(height: int = 24, width: int = 40) -> torch.Tensor:
-    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("size, mode", [((24, 40), "reflect"), ((4, 9), "reflect"), ((3, 9), "edge"), ((9, 3), "edge"), ((2, 2), "edge")])
-def test_filter_reflects_the_edges(size, mode):
-    """What is no wider than the margin of 3 can't be reflected: its border goes on instead."""
-    kernel = np.random.default_rng(0).random((7, 7)).astype(np.float32)  # no symmetry hides a flip
-    x = noisy_picture(*size)
-    torch.testing.assert_close(_filter(x, torch.from_numpy(kernel)), filtered(x, kernel, mode))
-
-
-def test_a_blur_has_its_standard_deviation():
-    """A point becomes a spot whose second moment is sigma^2."""
-    draws = Draws((*KINDS, "gauss"), ("uniform", 0.2, 3.0, 1.5), ("random", YES), ("random", YES), ("uniform", 1.0, 1.0, 1.0))
-    point = torch.zeros(1, 3, 41, 41)
-    point[..., 20, 20] = 1
-    spot = _filter(point, _blur_kernel(draws, 21, (0.2, 3.0)))[0, 0].numpy()
-    x, y = grid(41)
-    assert spot.sum() == pytest.approx(1, abs=1e-5)
-    assert (spot * x * x).sum() == pytest.approx(1.5**2, rel=1e-3) == (spot * y * y).sum()
-
-
-@pytest.mark.parametrize("order, low, high", [(Degradation().first, 0.15, 1.5), (Degradation().second, 0.3, 1.2)])
-def test_resize_factors(order, low, high):
-    chances = tuple(order.up_down_keep)
-    draws = Draws(("choice", 3, chances, 0), ("uniform", 1, high, 1.1), ("uniform", low, 1, 0.4))
-    assert _factor(draws, order) == 1.1
-    draws = Draws(("choice", 3, chances, 1), ("uniform", 1, high, 1.1), ("uniform", low, 1, 0.4))
-    assert _factor(draws, order) == 0.4
-    draws = Draws(("choice", 3, chances, 2), ("uniform", 1, high, 1.1), ("uniform", low, 1, 0.4))
-    assert _factor(draws, order) == 1
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("size", [(10, 17), (30, 50), (24, 17), (24, 40)])
-def test_resize(mode, size):
-    x, draws = noisy_picture(), Draws(("choice", MODES, mode))
-    corners = {} if mode == "area" else {"align_corners": False}
-    torch.testing.assert_close(_resize(x, size, draws), F.interpolate(x, size, mode=mode, **corners))
-    assert draws.done()
-
-
-def jpeg_by_pillow(x: torch.Tensor, quality: int) -> torch.Tensor:
-    file = io.BytesIO()
-    Image.fromarray(np.round(255 * x[0].clamp(0, 1).permute(1, 2, 0).numpy()).astype(np.uint8)).save(file, "JPEG", quality=quality)
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None].float() / 255
-
-
-@pytest.mark.parametrize("quality, whole", [(30.4, 30), (59.6, 60), (95.0, 95)])
-def test_jpeg_is_the_files(quality, whole):
-    x = 1.2 * noisy_picture() - 0.1  # it is cut to [0, 1], not wrapped
-    assert torch.equal(jpeg(x, quality), jpeg_by_pillow(x, whole))
-
-
-def test_jpeg_leaves_blocks_of_eight():
-    """On a ramp, what the compression adds is steps between blocks: differences across their borders are larger than within."""
-    ramp = torch.linspace(0.2, 0.8, 64).expand(1, 3, 64, 64).contiguous()
-    error = (jpeg(ramp, 30) - ramp)[0, 0].diff(dim=1).abs().mean(0)
-    across = error[7::8].mean()
-    within = torch.stack([error[i] for i in range(63) if i % 8 != 7]).mean()
-    assert across > 2 * within
-
-
-# ---- noise
 
 COLOUR, GRAY = ("random", 0.4), ("random", below(0.4))
 
@@ -365,9 +131,6 @@ def test_noise_is_cut_to_the_range(gaussian):
     )
     found = Degradation()._noise(x, draws, Order())
     assert found.min() == 0 and found.max() == 1
-
-
-# ---- the whole
 
 
 def blur(sigma_range: tuple[float, float], sigma: float, half: int):
