@@ -93,8 +93,10 @@ def main():
             return (prompt,)
 
     sd2.CLIPTokenizer, sd2.CLIPTextModel = Tokenizer, TextEncoder
+
     def whole(fn, **k):
         return fn
+
     tiled, base_module.make_tiled_fn = base_module.make_tiled_fn, whole
 
     config = yaml.safe_load(Path("configs/sd2_gradio.yaml").read_text())
@@ -136,8 +138,10 @@ def main():
     m.G.forward, m.scheduler.step, m.vae.decode = g_forward, scheduler_step, vae_decode
 
     lq = torch.from_numpy(P.image(seed, H, W)).permute(2, 0, 1)[None]
+
     def run():
         return m.enhance(lq, "", upscale=1, patch_size=min(H, W), stride=min(H, W))
+
     results = {}
     for model_t, coeff_t in STEPS:
         calls.clear()

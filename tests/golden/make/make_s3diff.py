@@ -122,8 +122,10 @@ class OnCPU(torch.overrides.TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
+
         def is_cuda(v):
             return isinstance(v, (str, torch.device)) and str(v).startswith("cuda")
+
         if "device" in kwargs and is_cuda(kwargs["device"]):
             kwargs["device"] = "cpu"
         return func(*("cpu" if is_cuda(v) else v for v in args), **kwargs)
@@ -203,8 +205,10 @@ def main():
     # the text encoder: the prompt's place among the two published ones picks the embedding
     prompts = {parsed.pos_prompt: "prompt_embeds", parsed.neg_prompt: "negative_prompt_embeds"}
     embeds = torch.cat([torch.from_numpy(P.gaussian(seed, name, (1, 77, ctx))) for name in prompts.values()])
+
     def tokenizer(texts, **_):
         return types.SimpleNamespace(input_ids=torch.tensor([list(prompts).index(t) for t in texts]))
+
     tokenizer.model_max_length = 77
     net.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
 

@@ -61,8 +61,10 @@ def main():
         __hash__ = int.__hash__
 
     m = R.RAMLora(image_size=Small(a.res), vit="swin_l").eval()
+
     def keep(k):
         return not any(s in k for s in ("relative_position_index", "attn_mask", "lora_ind", "text_decoder", "tag_encoder"))
+
     sd = {k: v for k, v in m.state_dict().items() if keep(k)}
 
     def w(k, v):
