@@ -125,13 +125,14 @@ def test_poisson_noise_is_as_strong_as_light():
 
 @pytest.mark.parametrize("gaussian", [True, False])
 def test_noise_is_cut_to_the_range(gaussian):
+    """Resizing goes beyond the range, and so does noise; there are no fewer photons than none, and none beyond white."""
     x = torch.tensor([-0.5, 0.0, 1.0, 1.5]).repeat(1, 3, 20, 20)
-    real = np.random.default_rng(0)
-    draws = SimpleNamespace(
-        random=lambda: 0.45 if gaussian else 0.9, poisson=real.poisson, uniform=lambda low, high: high, standard_normal=real.standard_normal
-    )
+    real, rates = np.random.default_rng(0), [np.array([0, 2])]
+    draws = SimpleNamespace(random=lambda: 0.45 if gaussian else 0.9, uniform=lambda low, high: high, standard_normal=real.standard_normal)
+    draws.poisson = lambda asked: rates.append(asked) or real.poisson(asked)
     found = Degradation()._noise(x, draws, Order())
     assert found.min() == 0 and found.max() == 1
+    assert set(rates[-1].flatten()) == {0, 2}  # black and white are two levels
 
 
 def blur(sigma_range: tuple[float, float], sigma: float, half: int):

@@ -207,6 +207,14 @@ def test_gradient_magnitude_is_of_luma():
     assert _gradient_magnitude(torch.full((1, 3, 32, 32), 0.5))[0, 8, 8].item() == pytest.approx(1e-4)
 
 
+def test_gradient_similarity_is_the_papers():
+    """(2 a b + c) / (a^2 + b^2 + c), c = 170 of eight-bit pictures squared (Xue et al.), in the mean; faint pictures show what c is."""
+    a, b = 0.1 * torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g, h = _gradient_magnitude(a), _gradient_magnitude(b)
+    c = 170 / 255 / 255
+    assert gradient_similarity(a, b).item() == pytest.approx(((2 * g * h + c) / (g * g + h * h + c)).mean().item(), rel=1e-9)
+
+
 def test_discriminator_bound():
     """InvSR's trainer clamps the latents that its discriminator sees to -10 and 10."""
     assert LATENT_BOUND == 10
