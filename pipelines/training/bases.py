@@ -102,11 +102,11 @@ class Prompts:
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, n, width) for high-quality pictures (B, 3, H, W) in [0, 1]."""
         embeds = self._encode(self._tagger(pictures, self._text)) if self._fixed is None else self._fixed
-        return embeds.to(pictures.device).expand(len(pictures), -1, -1)
+        return embeds.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     def negative(self, pictures: torch.Tensor) -> torch.Tensor:
         """Embeddings of the negative prompt, as many as pictures."""
-        return self._negative.to(pictures.device).expand(len(pictures), -1, -1)
+        return self._negative.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     @property
     def has_negative(self) -> bool:

@@ -21,7 +21,7 @@ def cells(pictures: torch.Tensor) -> tuple[int, int]:
 
 def draw(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Standard normal noise of the shape of the pictures' latents, (B, 4, H / 8, W / 8), the same on every device."""
-    return torch.randn((len(pictures), 4, *cells(pictures)), generator=generator).to(pictures)
+    return torch.randn((len(pictures), 4, *cells(pictures)), generator=generator).to(pictures, non_blocking=True)
 
 
 def denoiser(unet: nn.Module) -> Denoiser:

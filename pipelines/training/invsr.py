@@ -17,6 +17,7 @@ from .common import cells, denoiser, draw, enlarge, sample_grid
 from .discriminator import CHANNELS, LatentDiscriminator
 from .latents import Encoder
 from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
+from .task import Task
 
 TIMESTEPS = (250, 200, 150, 100)
 """Counted from 1, as InvSR publishes them."""
@@ -48,7 +49,7 @@ class InvSROptions:
     discriminator_channels: tuple[int, ...] = CHANNELS
 
 
-class InvSRTask:
+class InvSRTask(Task):
     """InvSR's losses and its learners, the noise predictor and, where there is an adversarial loss, the discriminator.
 
     Args:
@@ -68,7 +69,6 @@ class InvSRTask:
         if not options.timesteps or not all(1 <= timestep <= NUM_TRAIN_TIMESTEPS for timestep in options.timesteps):
             raise ValueError(f"timesteps: found {options.timesteps}, expected numbers from 1 to {NUM_TRAIN_TIMESTEPS}, such as {TIMESTEPS}.")
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
-        self.step = 0
         self.encode_hq, self.encode_lq = Encoder(base.vae), Encoder(base.vae)
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
         for network in self.frozen:
@@ -78,15 +78,16 @@ class InvSRTask:
         self.predictor = NoisePredictor(predictor or NoisePredictorConfig())
         if options.variance_alone:
             _freeze_mean(self.predictor)
-        self.phases: dict[str, nn.Module] = {"predictor": self.predictor}
+        self.phases = {"predictor": self.predictor}
         if options.adversarial:
             self.discriminator = LatentDiscriminator(base.unet.config.cross_attention_dim, options.discriminator_channels)
             self.phases["discriminator"] = self.discriminator
 
-    @property
-    def optimizers(self):
+    def optimizer(self, phase, parameters, options):
         """The discriminator's is the published one, and not the loop's."""
-        return {"discriminator": lambda parameters, options: torch.optim.Adam(parameters, options.lr, weight_decay=1e-3)}
+        if phase == "discriminator":
+            return torch.optim.Adam(parameters, options.lr, weight_decay=1e-3)
+        return super().optimizer(phase, parameters, options)
 
     def loss(self, phase, batch, generator):
         return self._predict(batch, generator) if phase == "predictor" else self._discriminate()
@@ -95,7 +96,7 @@ class InvSRTask:
         options, hq, lq = self.options, batch["hq"], batch["lq"]
         embeds = self.prompts(hq)
         which = torch.randint(len(options.timesteps), (len(hq),), generator=generator)
-        timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device)
+        timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device, non_blocking=True)
 
         number = batch.get("number")
         target = self.encode_hq(hq, number).sample(draw(hq, generator))

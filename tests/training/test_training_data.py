@@ -7,13 +7,14 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from pipelines.cli import main
 from pipelines.training.autoencoder import AutoencoderTask, gradient_loss, normalize_latents, small_vae
+from pipelines.training.synthetic import draw_picture
+
+from pipelines.cli import main
 from pipelines.training.data import TrainingPictures, find_pictures, load_batches
 from pipelines.training.degradation import Degradation, Order, _blur_kernel, _sinc_kernel, jpeg
 from pipelines.training.latents import Encoder
 from pipelines.training.optimizers import Muon, orthogonalize
-from pipelines.training.synthetic import draw_picture
 
 
 @pytest.fixture
