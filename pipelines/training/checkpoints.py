@@ -73,7 +73,10 @@ def _numbered(name: str, i: int, suffix: str) -> str:
 
 
 def _restore(part, path: Path) -> None:
-    state = read_state(path)
+    state, expected = read_state(path), part.state_dict()
+    if expected and state.keys().isdisjoint(expected):  # the average's and the schedules' would be passed over without a word
+        found, wanted = (", ".join(map(str, list(names)[:5])) for names in (state, expected))
+        raise ValueError(f"checkpoint: found {found or 'nothing'} in {path}, expected {wanted}; it is of a run with other options.")
     try:
         part.load_state_dict(state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
