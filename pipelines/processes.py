@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import NoReturn
 
@@ -117,10 +117,8 @@ class Peers:
         if self._handler is not None:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._handler)
-        try:
+        with suppress(RuntimeError):  # whoever kept the notes may have ended before
             self._store.set(f"{_ENDED}/{self.rank}", "1")
-        except RuntimeError:  # whoever kept the notes has ended before
-            pass
 
     def _watch(self) -> None:
         pause = min(5.0, patience() / 10)

@@ -128,7 +128,9 @@ def _method_options(method: Method, arguments: argparse.Namespace) -> dict[str, 
             continue
         flag, having = "--" + name.replace("_", "-"), " or ".join(other.key for other, _ in owners)
         if any(option.needed for _, option in owners):
-            raise ValueError(f"{flag}: {method.title} has no such option, expected --method {having} with a {name}. Leave it out, or choose that method.")
+            raise ValueError(
+                f"{flag}: {method.title} has no such option, expected --method {having} with a {name}. Leave it out, or choose that method."
+            )
         print(f"{flag} is passed over: it belongs to --method {having}, and the method is {method.key}.", file=sys.stderr)
     demo = method.demo.call if arguments.demo and method.demo else {}
     return {name: _value(getattr(arguments, name), option) for name, option in own.items()} | _demo_call(demo, own, arguments)

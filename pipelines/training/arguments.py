@@ -2,8 +2,12 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .ranges import WEIGHT, real, whole
+
+if TYPE_CHECKING:
+    from .options import LoopOptions
 
 RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
@@ -57,6 +61,19 @@ def loop_options(arguments: argparse.Namespace):
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     return LoopOptions(**{name: getattr(arguments, name) for name in LoopOptions.__dataclass_fields__ if hasattr(arguments, name)})
+
+
+def report(loop: "LoopOptions", result: str) -> None:
+    """Say what a training that has ended has written, and how far it is. One process says it for all."""
+    from accelerate import PartialState
+
+    from .checkpoints import find_checkpoints
+    from .records import read_record
+
+    record = read_record(find_checkpoints(loop.output)[0])
+    if record and PartialState().is_main_process:
+        step = record["step"]
+        print(f"{loop.output / result}: after {step} of {loop.steps} steps" + (". --resume goes on" if step < loop.steps else ""))
 
 
 def training_pictures(arguments: argparse.Namespace, degradation=None):

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .arguments import RAW, add_common, loop_options, training_pictures
+from .arguments import RAW, add_common, loop_options, report, training_pictures
 from .ranges import WEIGHT, real, whole
 
 _OSEDIFF = """\
@@ -138,7 +138,7 @@ def _osediff(arguments: argparse.Namespace) -> int:
     from ..tagger import PromptTagger
     from .bases import Prompts
     from .loop import train
-    from .osediff import OSEDiffOptions, OSEDiffTask
+    from .osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
     from .perceptual import load_lpips
 
     loop, pictures = loop_options(arguments), _pairs(arguments)
@@ -163,6 +163,7 @@ def _osediff(arguments: argparse.Namespace) -> int:
     )
     lpips = load_lpips() if arguments.lpips_weight else None
     train(OSEDiffTask(base, prompts, options, lpips, arguments.gradient_checkpointing), pictures, loop)
+    report(loop, ADAPTER_FILE)
     return 0
 
 
@@ -171,12 +172,15 @@ def _invsr(arguments: argparse.Namespace) -> int:
     from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
     from .bases import Prompts
-    from .invsr import TIMESTEPS, InvSROptions, InvSRTask
+    from .invsr import PREDICTOR_FILE, TIMESTEPS, InvSROptions, InvSRTask
     from .loop import train
     from .perceptual import LatentLPIPS
 
     if arguments.variance_alone and (arguments.weight_decay or not arguments.init or not arguments.variance_weight):
         raise ValueError("--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay.")
+    if len(arguments.predictor_channels) != len(arguments.predictor_layers):
+        found = f"{len(arguments.predictor_channels)} and {len(arguments.predictor_layers)}"
+        raise ValueError(f"--predictor-channels, --predictor-layers: found {found} numbers, expected as many of one as of the other, one a level.")
     loop, pictures = loop_options(arguments), _pairs(arguments)
     base = _base(arguments, "invsr")
     prompts = Prompts(base, INVSR.prompt if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
@@ -210,4 +214,5 @@ def _invsr(arguments: argparse.Namespace) -> int:
     if weights:
         task.predictor.load_state_dict(weights.state_dict)
     train(task, pictures, loop)
+    report(loop, PREDICTOR_FILE)
     return 0

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from .data import TrainingPictures
     from .options import LoopOptions
     from .task import Task
+
+_log = logging.getLogger(__name__)
 
 RECORD = "run.json"
 
@@ -48,7 +51,12 @@ def _digest(data: bytes) -> str:
 def write_record(folder: Path, settings: Mapping[str, Settings], step: int) -> None:
     """Describe a checkpoint whose other files are written."""
     files = {path.name: _file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    (folder / RECORD).write_text(json.dumps({"step": step, "settings": settings, "files": files}, indent=1), encoding="utf-8")
+    record = {"step": step, "settings": settings, "files": files}
+    (folder / RECORD).write_text(json.dumps({**record, "checksum": _checksum(record)}, indent=1), encoding="utf-8")
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return _digest(json.dumps(record, sort_keys=True).encode())
 
 
 def _file_digest(path: Path) -> str:
@@ -68,8 +76,8 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_bytes())
         shapes = ((record["settings"]["fixed"], dict), (record["settings"]["free"], dict), (record["files"], dict), (record["step"], int))
-        if not all(isinstance(value, kind) for value, kind in shapes):
-            raise TypeError("something is of another kind than it should be")
+        if record.pop("checksum") != _checksum(record) or not all(isinstance(value, kind) for value, kind in shapes):
+            raise TypeError("its checksum differs")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"checkpoint: {path} can't be read ({reason(error)}). {ADVICE}") from error
     return record
@@ -92,3 +100,53 @@ def differences(recorded: Settings, found: Settings) -> str:
 def _short(value: Any) -> str:
     text = "none" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+class OtherSettingsError(ValueError):
+    """A run's checkpoint and the present command do not belong together."""
+
+
+def go_on(checkpoints: Sequence[Path], settings: Mapping[str, Settings], load: Callable[[Path], None]) -> None:
+    """Load the last checkpoint that is whole, and say what is not, and which settings have changed.
+
+    Args:
+        checkpoints: the last one first.
+        settings: the present ones, of :func:`settings_of`.
+        load: reads a checkpoint's other files; raises ValueError where one is damaged.
+
+    Raises:
+        OtherSettingsError: a setting differs that a run has to keep.
+        ValueError: no checkpoint is whole; says what is wrong with the last.
+    """
+    problems: list[ValueError] = []
+    for checkpoint in checkpoints:
+        try:
+            record = read_record(checkpoint)
+            if record:
+                _compare(record, settings, checkpoint)
+            load(checkpoint)
+            if record:
+                require_files(checkpoint, record)
+            else:
+                _log.warning(
+                    "%s is of an earlier version, without a record of the run's settings: whether they are the same was not checked.", checkpoint
+                )
+        except OtherSettingsError:
+            raise
+        except ValueError as error:
+            problems.append(error)
+            continue
+        if problems:
+            _log.warning("%s The run goes on from the checkpoint before, %s.", problems[0], checkpoint)
+        return
+    raise problems[0]
+
+
+def _compare(record: Mapping[str, Any], settings: Mapping[str, Settings], checkpoint: Path) -> None:
+    recorded = record["settings"]
+    if other := differences(recorded["fixed"], settings["fixed"]):
+        raise OtherSettingsError(
+            f"--resume: the run in {checkpoint.parent} was begun with {other}. Give the settings that it was begun with, or another --output for another run."
+        )
+    if other := differences(recorded["free"], settings["free"]):
+        _log.warning("the run goes on with other settings than until now: %s.", other)

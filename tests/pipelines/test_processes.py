@@ -13,6 +13,8 @@ from conftest import ROOT
 
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.slow
+
 SHARE = """
 import os, signal, sys, time
 from pathlib import Path
@@ -27,19 +29,22 @@ def work(job):
     if plan == "stops" and job.source.name == "b":
         os.kill(os.getpid(), signal.SIGSTOP)
     if plan == "fails" and job.source.name == "b":
-        peers.leave()
         sys.exit(3)
     if plan == "slow":
         time.sleep(4)
     if plan == "sleeps":
         time.sleep(600)
+    if job.source.name == "b":
+        (folder / f"done {state.process_index}").touch()
     return Written(job.target, (1, 1), 1)
 
-outcome = run([Job(folder / name, folder / name) for name in "ab"], work, state, peers)
-print("written:", len(outcome.written), flush=True)
-with peers.waiting(lambda: "All work is done."):
-    state.wait_for_everyone()
-peers.leave()
+try:
+    outcome = run([Job(folder / name, folder / name) for name in "ab"], work, state, peers)
+    print("written:", len(outcome.written), flush=True)
+    with peers.waiting(lambda: "All work is done."):
+        state.wait_for_everyone()
+finally:
+    peers.leave()
 """
 
 
@@ -119,10 +124,13 @@ def test_a_share_may_take_longer_than_the_patience(share):
         assert process.returncode == 0 and "written: 4" in output, errors
 
 
-def test_one_that_is_told_to_end_reports_even_while_it_waits(share):
+def test_one_that_is_told_to_end_reports_even_while_it_waits(tmp_path, share):
     """As a launcher does with the others when one has failed."""
     waits, _ = share("works", "sleeps", patience=60)
-    time.sleep(15)
+    end = time.monotonic() + 90
+    while not (tmp_path / "done 0").exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    time.sleep(3)  # until it waits for the other
     waits.terminate()
     _, errors = waits.communicate(timeout=30)
     assert waits.returncode == 128 + signal.SIGTERM
