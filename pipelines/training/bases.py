@@ -1,8 +1,10 @@
 """The base that a method is trained on, and the prompts that it is trained with."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -70,7 +72,8 @@ class Prompts:
 
     def __init__(self, base: Base, text: str = "", negative: str = "", tagger: PromptTagger | None = None, file: Path | None = None):
         self._base, self._text, self._tagger = base, text, tagger
-        file = file or (None if base.text_encoder else base.prompt_file)
+        self._file = file = file or (None if base.text_encoder else base.prompt_file)
+        self._negative_text = negative
         self.networks: list[torch.nn.Module] = []
         self._fixed, self._negative = None, None
         if file:
@@ -91,6 +94,12 @@ class Prompts:
         if self._tagger:
             raise ValueError("tagger: a tagger's tags need a text encoder, but the prompt is given as embeddings. Give one or the other.")
         self._fixed, self._negative = found.float(), tensors.get("negative_prompt_embeds")
+
+    def settings(self) -> dict[str, Any]:
+        """What a run keeps of them: texts, or a file's contents."""
+        if self._file is not None:
+            return {"prompt_embeds": hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]}
+        return {"prompt": self._text, "negative_prompt": self._negative_text, "tagger": self._tagger is not None}
 
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,19 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from .records import Settings, write_record
 from .states import ADVICE, read_state, reason
 
 CHECKPOINT = "checkpoint"
 """Folder below the output in which a run keeps what it needs to go on."""
 
 
-def find_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint that is whole. There is only the one before for a moment in which a run may have been killed."""
-    return next((path for path in (output / CHECKPOINT, output / f"{CHECKPOINT}.old") if path.exists()), None)
+def find_checkpoints(output: Path) -> list[Path]:
+    """A run's checkpoints, the last one first. The one before is kept, for the case that the last is damaged."""
+    return [path for path in (output / CHECKPOINT, output / f"{CHECKPOINT}.old") if path.exists()]
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path) -> None:
-    """Write beside the last checkpoint, then take its place: a run that is killed meanwhile has one that is whole."""
+def save_checkpoint(accelerator: Accelerator, output: Path, settings: Mapping[str, Settings], step: int) -> None:
+    """Write beside the last checkpoint, then take its place, and let it take the one's before: a run that is killed meanwhile has one that is whole."""
     current, part, old = (output / name for name in (CHECKPOINT, f"{CHECKPOINT}.part", f"{CHECKPOINT}.old"))
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)  # of a run that was killed, perhaps with more processes
@@ -34,11 +36,11 @@ def save_checkpoint(accelerator: Accelerator, output: Path) -> None:
     accelerator.save_state(part)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        write_record(part, settings, step)
         if current.exists():
             shutil.rmtree(old, ignore_errors=True)
             current.rename(old)
         part.rename(current)
-        shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 

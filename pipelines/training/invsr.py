@@ -1,6 +1,6 @@
 """Training of InvSR's noise predictor (Yue et al., CVPR 2025) against a frozen diffusion model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from .common import cells, denoiser, draw, enlarge, sample_grid
 from .discriminator import CHANNELS, LatentDiscriminator
 from .latents import Encoder
 from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
+from .records import fingerprint
 from .task import Task
 
 TIMESTEPS = (250, 200, 150, 100)
@@ -69,6 +70,9 @@ class InvSRTask(Task):
         if not options.timesteps or not all(1 <= timestep <= NUM_TRAIN_TIMESTEPS for timestep in options.timesteps):
             raise ValueError(f"timesteps: found {options.timesteps}, expected numbers from 1 to {NUM_TRAIN_TIMESTEPS}, such as {TIMESTEPS}.")
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
+        losses = (options.latent, options.gaussian, options.variance, options.structure, options.adversarial, options.perceptual and perceptual)
+        if not any(losses):
+            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --latent-weight 1.")
         self.encode_hq, self.encode_lq = Encoder(base.vae), Encoder(base.vae)
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
         for network in self.frozen:
@@ -88,6 +92,11 @@ class InvSRTask(Task):
         if phase == "discriminator":
             return torch.optim.Adam(parameters, options.lr, weight_decay=1e-3)
         return super().optimizer(phase, parameters, options)
+
+    def settings(self):
+        options = asdict(self.options) | {"perceptual": self.options.perceptual if self.perceptual else 0.0}
+        shape = {f"predictor_{name}": value for name, value in asdict(self.predictor.config).items()}
+        return {"method": "invsr", **options, **shape, "base": fingerprint(self.base.unet, self.base.vae), **self.prompts.settings()}
 
     def loss(self, phase, batch, generator):
         return self._predict(batch, generator) if phase == "predictor" else self._discriminate()

@@ -13,17 +13,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import broadcast, is_tensorboard_available, send_to_device
+from accelerate.utils import InitProcessGroupKwargs, broadcast, is_tensorboard_available, send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..processes import must_compute_on_cpu, require_joined
-from .checkpoints import averaged, find_checkpoint, keep_what_learns, learning, load_checkpoint, save_checkpoint
+from ..processes import NO_LIMIT, join, must_compute_on_cpu, require_joined
+from .checkpoints import averaged, find_checkpoints, keep_what_learns, learning, load_checkpoint, save_checkpoint
 from .data import TrainingPictures, load_batches
 from .options import LoopOptions
 from .progress import Progress
+from .records import go_on, settings_of
 from .task import Batch, Task
 
 _log = logging.getLogger(__name__)
@@ -38,12 +39,21 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         ValueError: the output holds another run's checkpoint and ``resume`` was not asked for, or a checkpoint that can't be gone on from.
         RuntimeError: a loss is not a finite number, or a launcher's processes did not find each other.
     """
-    checkpoint = _checkpoint(options)
-    run = _Run(task, options)
-    if checkpoint:
-        run.resume(checkpoint)
+    checkpoints = _checkpoints(options)
+    run = _Run(task, pictures, options)
+    try:
+        with run.peers.waiting(lambda: "The last checkpoint is whole: --resume goes on from it."):
+            return _train(run, checkpoints)
+    finally:
+        run.peers.leave()
+
+
+def _train(run: "_Run", checkpoints: list[Path]) -> list[dict[str, float]]:
+    pictures, options = run.pictures, run.options
+    if checkpoints:
+        run.resume(checkpoints)
     example = torch.utils.data.default_collate([pictures[i] for i in range(min(4, options.batch))])
-    for number, batch in run.batches(pictures):
+    for number, batch in run.batches():
         run.learn(number, batch)
         if not run.accelerator.sync_gradients:
             continue
@@ -59,7 +69,8 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
         if last:
             break
     if not run.finished:  # all steps were made before; the run may have been killed before its result was written
-        _log.warning("%s: found all of %d steps made; what is written anew is the result.", options.output, run.progress.step)
+        advice = "what is written anew is the result. More --steps go on"
+        _log.warning("%s: nothing to train, found all of %d steps made; %s.", options.output, run.progress.step, advice)
         run.save_result()
         run.sample(example)
     run.close()
@@ -71,20 +82,21 @@ def draw_seed(seed: int, number: int, process: int) -> int:
     return int(np.random.SeedSequence([seed, number, process]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _checkpoint(options: LoopOptions) -> Path | None:
-    checkpoint = find_checkpoint(options.output)
-    if checkpoint and not options.resume:
+def _checkpoints(options: LoopOptions) -> list[Path]:
+    checkpoints = find_checkpoints(options.output)
+    if checkpoints and not options.resume:
         raise ValueError(
             f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to go on with it, or another --output."
         )
-    return checkpoint
+    return checkpoints
 
 
 class _Run:
     """A training under way: what accelerate made of the task's networks, and what is done with them in each step."""
 
-    def __init__(self, task: Task, options: LoopOptions):
-        self.task, self.options = task, options
+    def __init__(self, task: Task, pictures: TrainingPictures, options: LoopOptions):
+        self.task, self.pictures, self.options = task, pictures, options
+        self.peers = join()
         self.progress, self.finished = Progress(), False
         self.history: list[dict[str, float]] = []
         self.accelerator = self._join()
@@ -95,6 +107,7 @@ class _Run:
         self.first, self.ema = first, EMAModel(learning(first), decay=options.ema) if options.ema else None
         self.accelerator.register_for_checkpointing(*self._kept)
         keep_what_learns(self.accelerator)
+        self.settings = settings_of(task, pictures, options, self.accelerator.num_processes)
         self.began = time.monotonic()
 
     def _join(self) -> Accelerator:
@@ -105,6 +118,7 @@ class _Run:
             log_with="tensorboard" if is_tensorboard_available() else None,
             project_dir=self.options.output,
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=NO_LIMIT)],
         )
         require_joined(accelerator.num_processes, "Start them with 'accelerate launch --multi_gpu'.")
         self.options.output.mkdir(parents=True, exist_ok=True)
@@ -129,15 +143,22 @@ class _Run:
         """What a checkpoint holds besides networks, optimizers and random states; the order is the files'."""
         return [self.progress, *self.schedulers, *([self.ema] if self.ema else [])]
 
-    def resume(self, checkpoint: Path) -> None:
-        load_checkpoint(self.accelerator, list(self.task.phases.values()), list(self.optimizers.values()), self._kept, checkpoint)
+    def resume(self, checkpoints: list[Path]) -> None:
+        """Go on from the last checkpoint that is whole, with the present learning rates and weight decays."""
+        modules, optimizers = list(self.task.phases.values()), list(self.optimizers.values())
+        groups = [[(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        go_on(checkpoints, self.settings, lambda folder: load_checkpoint(self.accelerator, modules, optimizers, self._kept, folder))
+        for optimizer, scheduler, present in zip(optimizers, self.schedulers, groups, strict=True):
+            scheduler.base_lrs = [lr for lr, _ in present]
+            for group, (lr, decay) in zip(optimizer.param_groups, present, strict=True):
+                group |= {"initial_lr": lr, "lr": lr * rate(self.progress.step, self.options), "weight_decay": decay}
         if self.ema:
             self.ema.to(self.accelerator.device)
         _log.info("going on from step %d", self.progress.step)
 
-    def batches(self, pictures: TrainingPictures) -> Iterator[tuple[int, Batch]]:
+    def batches(self) -> Iterator[tuple[int, Batch]]:
         """The batches that are left, with their numbers in the whole run; the bar shows the steps."""
-        options, step, accelerator = self.options, self.progress.step, self.accelerator
+        options, pictures, step, accelerator = self.options, self.pictures, self.progress.step, self.accelerator
         samples = options.batch * accelerator.num_processes * options.accumulate
         pictures.length = options.steps * samples
         loader = accelerator.prepare(load_batches(pictures, options.batch, min(step * samples, pictures.length), options.workers))
@@ -203,7 +224,7 @@ class _Run:
     def save(self) -> None:
         """A checkpoint, and the result beside it."""
         self.progress.require_finite(self.accelerator)
-        save_checkpoint(self.accelerator, self.options.output)
+        save_checkpoint(self.accelerator, self.options.output, self.settings, self.progress.step)
         self.save_result()
 
     def save_result(self) -> None:

@@ -1,7 +1,7 @@
 """Training of OSEDiff (Wu et al., NeurIPS 2024): a base becomes a one-step restorer, held to pictures by score distillation."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
 from .latents import Encoder
 from .losses import gradient_loss, gradient_similarity
+from .records import fingerprint
 from .task import Task
 
 
@@ -90,6 +91,9 @@ class OSEDiffTask(Task):
                 "negative prompt: found none beside the prompt's embeddings, but distillation with guidance wants one. Give it, or guidance 1."
             )
         self.prompts, self.options, self.lpips = prompts, options, lpips
+        if not any((options.mse, options.vsd, options.latent, options.gradients, options.structure, options.lpips and lpips)):
+            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --mse-weight 1.")
+        self._base = fingerprint(base.unet, base.vae)
         self.frozen, self.measures = list(prompts.networks), [lpips] if lpips else []
         self.phases = {}
         learners = [base.unet]
@@ -122,6 +126,10 @@ class OSEDiffTask(Task):
         groups: list[dict] = [{"params": [p for p in parameters if id(p) not in encoder]}]
         groups.append({"params": [p for p in parameters if id(p) in encoder], "lr": self.options.vae_lr})
         return torch.optim.AdamW(groups, options.lr, betas=options.betas, weight_decay=options.weight_decay)
+
+    def settings(self):
+        options = {name: value for name, value in asdict(self.options).items() if name != "vae_lr"}
+        return {"method": "osediff", **options, "lpips": self.options.lpips if self.lpips else 0.0, "base": self._base, **self.prompts.settings()}
 
     def loss(self, phase, batch, generator):
         return self._restore(batch, generator) if phase == "generator" else self._regularise(generator)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,10 @@ class Task(ABC):
     def begin_step(self, step: int) -> None:
         """Hear the number of steps that were made before this batch. It is the same for all batches whose gradients are added up."""
         self.step = step
+
+    def settings(self) -> dict[str, Any]:
+        """What the task adds to the settings that a run has to keep when it goes on from a checkpoint, as JSON has it."""
+        return {}
 
     @abstractmethod
     def loss(self, phase: str, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

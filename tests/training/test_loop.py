@@ -16,12 +16,12 @@ pytest.importorskip("diffusers")
 
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from mean_task import Mean
 
 from pipelines.training import loop
 from pipelines.training.data import TrainingPictures, load_batches
 from pipelines.training.loop import draw_seed, train
 from pipelines.training.options import LoopOptions
-from pipelines.training.task import Task
 
 SEEDS = (7896617691693857887, 8216639538911712585)
 
@@ -38,38 +38,6 @@ class Waits(TorchDispatchMode):
         name = function.name().split(".")[0]
         self.count += name in READS
         return function(*arguments, **(options or {}))
-
-
-class Mean(Task):
-    """One number learns the pictures' mean. ``losses`` are multiplied into the loss, batch after batch, where they are given."""
-
-    def __init__(self, losses=(), waits=None):
-        self.number = torch.nn.Linear(1, 1, bias=False)
-        torch.nn.init.ones_(self.number.weight)
-        self.phases = {"mean": self.number}
-        self.losses, self.waits, self.counts, self.steps, self.saved, self.draws = list(losses), waits, [], [], [], []
-
-    def optimizer(self, phase, parameters, options):
-        return torch.optim.SGD(parameters, options.lr)  # AdamW reads its own count of steps, which torch keeps on the CPU
-
-    def begin_step(self, step):
-        super().begin_step(step)
-        self.steps.append(step)
-        self.counts.append(self.waits.count if self.waits else 0)
-
-    def loss(self, phase, batch, generator):
-        self.draws.append(torch.rand((), generator=generator))
-        loss = (self.phases[phase](batch["hq"].mean().reshape(1, 1)) - 0.5).square().mean()
-        if self.losses:
-            loss = loss * self.losses.pop(0)
-        return loss, {"half": loss.detach() / 2}
-
-    def sample(self, batch):
-        return torch.zeros(3, 8, 8)
-
-    def save(self, folder):
-        self.saved.append(self.step)
-        (folder / "result.txt").write_text(str(self.number.weight.item()))
 
 
 @pytest.fixture(autouse=True)
@@ -228,14 +196,14 @@ def test_processes_find_a_bad_loss_together(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, pathlib; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
-        "import os; from test_loop import Mean, LoopOptions, TrainingPictures, train\n"
+        "import os; from mean_task import Mean; from pipelines.training.loop import LoopOptions, TrainingPictures, train\n"
         "folder = pathlib.Path(sys.argv[3]); bad = os.environ['RANK'] == '1'\n"
         "task = Mean(losses=[1.0, float('inf') if bad else 1.0, 1.0, 1.0, 1.0])\n"
         "try: train(task, TrainingPictures([folder / 'photo.png'], 16, 0), LoopOptions(folder / 'run', 5, batch=1, lr=0.0, save_every=3))\n"
         "except RuntimeError as error: (folder / f'error{int(bad)}').write_text(str(error))\n"
     )
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    arguments = [str(script), str(ROOT), f"{ROOT}/tests/training", str(tmp_path)]
+    arguments = [str(script), str(ROOT), f"{ROOT}/tests/support", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}/tests"}
     result = subprocess.run([sys.executable, "-m", *launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     for rank in (0, 1):
