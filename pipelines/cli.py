@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fewstep_sr.image.color import COLOR_FIXES
+from fewstep_sr.image.formats import FORMATS
 from fewstep_sr.methods import METHODS
 
 from .files import convert, describe_file
-from .pictures import FORMATS
 from .settings import DEFAULT, DEMO_DEFAULT, Settings, every_option
 from .training.cli import add_commands as add_training
 
@@ -25,8 +25,8 @@ examples:
   {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
   accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
 
-A run that was cut goes on where it stopped: pictures whose results exist are not done again. One bad file does not stop the
-others; it is reported at the end, and the exit status is 1.
+A run that was cut goes on where it stopped: pictures whose results exist, made with the same settings, are not done again. One bad
+file does not stop the others; it is reported at the end, and the exit status is 1.
 """
 
 

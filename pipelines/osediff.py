@@ -17,6 +17,7 @@ from fewstep_sr.methods.osediff import VAE_GROUP, OSEDiffAdapter, save_adapter, 
 
 from .adapter import put_on, require_layers
 from .base import FewStepSRPipeline, Generators, Pictures
+from .inputs import to_texts
 from .tagger import PromptTagger
 
 ADAPTER_FILE = "osediff.safetensors"
@@ -146,7 +147,9 @@ class OSEDiffPipeline(FewStepSRPipeline):
         """The prompts for enlarged pictures (B, 3, H, W) in [0, 1]: read off them where there is a tagger, else ``text`` itself."""
         if self._tagger is None:
             return text
-        return self._tagger.to(self._execution_device, self.unet.dtype)(image, text)
+        texts = to_texts(text, "prompt", len(image))
+        texts = texts * len(image) if len(texts) == 1 else texts
+        return self._tagger.to(self._execution_device, self.unet.dtype)(image, texts)
 
     def fuse(self) -> None:
         """Add the adapter's update to the base's weights: the same result, a little faster. :meth:`unfuse` takes it out again."""

@@ -11,6 +11,8 @@ from fewstep_sr.methods import METHODS
 from fewstep_sr.methods.method import Method, Option
 from fewstep_sr.miniature import COLOR_FIX
 
+from .ranges import require_ranges, say_ignored
+
 DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
 """Methods where none is named."""
 
@@ -55,8 +57,7 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self):
-        if not self.scale > 0:
-            raise ValueError(f"--scale: found {self.scale:g}, expected more than 0.")
+        require_ranges(self)
         if self.demo:
             self._require_demo()
         if self.comfyui and not (self.comfyui / "models").is_dir():
@@ -83,7 +84,7 @@ class Settings:
         """
         method = METHODS[arguments.method or (DEMO_DEFAULT if arguments.demo else DEFAULT)]
         color_fix = arguments.color_fix or (COLOR_FIX if arguments.demo else method.color_fix)
-        return cls(
+        settings = cls(
             inputs=tuple(arguments.input),
             output=arguments.output,
             method=method,
@@ -107,6 +108,8 @@ class Settings:
             quality=arguments.quality,
             overwrite=arguments.overwrite,
         )
+        say_ignored(settings)
+        return settings
 
 
 def every_option() -> dict[str, list[tuple[Method, Option]]]:
