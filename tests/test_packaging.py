@@ -22,6 +22,20 @@ def test_requirements_are_in_step():
     assert (ROOT / project["license"]["file"]).is_file() and (ROOT / project["readme"]).is_file()
 
 
+def test_the_tests_also_run_on_the_declared_minimums():
+    """.ci/minimums.txt and the workflow name the versions that requirements.txt and the registry's metadata declare."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    lines = (ROOT / ".ci" / "minimums.txt").read_text().splitlines()
+    pinned = {requirement.name: requirement.specifier for requirement in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    for requirement in map(Requirement, (ROOT / "requirements.txt").read_text().split()):
+        for declared in requirement.specifier:
+            (oldest,) = pinned[requirement.name]
+            assert (oldest.operator, oldest.version.removesuffix(".*")) == ("==", declared.version), requirement.name
+    comfyui = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert f'comfyui: ["v{comfyui}", "master"]' in workflow and "-c .ci/minimums.txt" in workflow
+
+
 def test_the_registrys_pictures_are_here():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
