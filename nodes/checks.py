@@ -123,6 +123,10 @@ def require_vae(vae) -> None:
         )
 
 
+MOST_OVERSHOOT = 0.5
+"""How far below 0 bicubic enlargement of [0, 1] can reach: its negative weights in two dimensions sum to 0.445."""
+
+
 def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
     """An IMAGE (B, H, W, C) as float32 (B, 3, H, W): alpha is left out, one channel becomes three.
 
@@ -133,6 +137,10 @@ def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: found shape {tuple(image.shape)}, expected (batch, height, width, channels) with 1, 3 or 4 channels.")
     image = image[..., :3].float().movedim(-1, 1)  # BHWC -> BCHW
     require_pixel_values(image, name)
+    if image.amin() < -MOST_OVERSHOOT or (image.amin() < -0.1 and (image < -0.1).count_nonzero() > image.numel() / 4):
+        raise ValueError(
+            f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]: this image is scaled to [-1, 1]. Add 1 and halve it."
+        )
     return image.expand(-1, 3, -1, -1)
 
 

@@ -18,9 +18,9 @@ from ..fewstep_sr.tiling.predictor import predict_noise_map
 from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise, by_content, digest
-from .page import find_listed, list_files
+from .page import find_listed, fingerprint, list_files
 from .runtime import ComfyUI
-from .vae import picture_size
+from .picture_size import picture_size
 
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
 
@@ -51,6 +51,10 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, noise_predictor_name=None) -> bool | str:
         return find_listed(INVSR, noise_predictor_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, noise_predictor_name=None) -> list[tuple]:
+        return fingerprint(INVSR.weights.folder, noise_predictor_name)
 
     @classmethod
     def execute(cls, noise_predictor_name) -> io.NodeOutput:

@@ -16,7 +16,7 @@ from ..fewstep_sr.methods.osediff import TIMESTEP
 from .adapter import ATTACHMENT, acting_adapters, adapt_model, adapt_vae
 from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
 from .noise import PredictedNoise, number_pictures
-from .page import find_listed, list_files, warn
+from .page import find_listed, fingerprint, list_files, require_number, warn
 from .tiled_model import is_tiled, stream_pictures
 
 USUAL = 2.0
@@ -70,10 +70,16 @@ class OSEDiffLoader(io.ComfyNode):
         return find_listed(OSEDIFF, osediff_name)
 
     @classmethod
+    def fingerprint_inputs(cls, osediff_name=None, **_) -> list[tuple]:
+        return fingerprint(OSEDIFF.weights.folder, osediff_name)
+
+    @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
         require_stable_diffusion(model)
         require_vae(vae)
         strengths = {"strength_model": strength_model, "strength_vae": strength_vae}
+        for name, strength in strengths.items():
+            require_number(strength, name, -10.0, 10.0)
         extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
         warnings = [
             f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()
@@ -135,6 +141,7 @@ class OSEDiffOneStep(io.ComfyNode):
         samples = require_picture(latent)
         if not is_tiled(model) and "model_function_wrapper" not in model.model_options:  # other packs' tiling
             require_memory(model, samples)
+        require_number(cfg, "cfg", 0.0, 100.0)
         require_conditioning(positive, model, "positive")
         conds = {"positive": positive}
         if negative is not None:
