@@ -19,8 +19,8 @@ from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .noise import PredictedNoise, by_content, digest
 from .page import find_listed, fingerprint, list_files
-from .runtime import ComfyUI
 from .picture_size import picture_size
+from .runtime import ComfyUI
 
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import toys
-from test_tiled_nodes import local, sample, tiled, with_options
+from sampling import local, sample, tiled, with_options
 from toys import conditioning, picture, relative_error
 
 SEED = 5

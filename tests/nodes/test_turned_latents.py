@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import toys
 from toys import picture, relative_error
 
 SEED = 5
@@ -124,7 +123,9 @@ def test_batches(comfy, vae, latent, caplog):
         (comfy.run("LatentBlend", samples1=pictures, samples2=pictures, blend_factor=0.5)[0], 3),
     ):
         assert decode(comfy, vae, changed).shape == (count, 30, 45, 3)
-    flipped = comfy.run("LatentFlip", samples=comfy.run("LatentFromBatch", samples=pictures, batch_index=2, length=1)[0], flip_method="y-axis: horizontally")
+    flipped = comfy.run(
+        "LatentFlip", samples=comfy.run("LatentFromBatch", samples=pictures, batch_index=2, length=1)[0], flip_method="y-axis: horizontally"
+    )
     assert torch.equal(decode(comfy, vae, flipped[0]), whole(comfy, vae, flipped[0])[:, :30, 3:])
     assert not caplog.text.count("VAE Decode")
     other = encode(comfy, vae, picture(SEED + 7, 32, 48))
