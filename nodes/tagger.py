@@ -59,8 +59,11 @@ class DAPETaggerLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tagger_name=None) -> bool | str:
-        return find_in_folder("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
+    def validate_inputs(cls, tagger_name=None, dape_name=None) -> bool | str:
+        found = find_in_folder("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
+        if found is not True or dape_name in ("auto", "none"):
+            return found
+        return find_in_folder("dape", dape_name, DAPE_FILE, f"{DAPE_FILE} is linked in OSEDiff's README.")
 
     @classmethod
     def fingerprint_inputs(cls, tagger_name=None, dape_name=None) -> list[tuple]:

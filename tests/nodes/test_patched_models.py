@@ -126,7 +126,7 @@ UNFIT = {
     "continuous v": (("ModelSamplingContinuousV", "V_PREDICTION"), {}, "v-prediction"),
     "flow": (("ModelSamplingDiscreteFlow", "CONST"), {}, "a flow"),
     "Cosmos' flow": (("ModelSamplingContinuousEDM", "COSMOS_RFLOW"), {}, "a flow"),
-    "Stable Cascade": (("StableCascadeSampling", "EPS"), {}, "StableCascadeSampling"),
+    "Stable Cascade": (("StableCascadeSampling", "EPS"), {}, "another noise schedule .StableCascadeSampling"),
 }
 
 

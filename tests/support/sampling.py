@@ -26,11 +26,11 @@ def local(model):
     return patched, calls
 
 
-def sample(comfy, model, positive, latent, negative=None, cfg=1.0):
+def sample(comfy, model, positive, latent, negative=None, cfg=1.0, sigmas=SIGMAS):
     guider = comfy.run("CFGGuider", model=model, positive=positive, negative=negative or conditioning(SEED, "negative"), cfg=cfg)[0]
     noise = comfy.run("DisableNoise")[0]
     sampler = comfy.run("KSamplerSelect", sampler_name="euler")[0]
-    return comfy.run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=SIGMAS, latent_image={"samples": latent})[0][
+    return comfy.run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image={"samples": latent})[0][
         "samples"
     ]
 
