@@ -1,31 +1,32 @@
 """What both pipelines share: pictures in and out, text, VAE, guidance."""
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin
 
-from fewstep_sr.image.color import fix_color
+from fewstep_sr.image.color import fix_color, is_gray, to_gray
 from fewstep_sr.image.sizes import VAE_MULTIPLE
 from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
 
-from .checks import require_finite, require_picture, require_stable_diffusion
+from .checks import require_finite, require_stable_diffusion
+from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
 from .runtime import PipelineRuntime
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
 from .tiling import Tiling
 
-Pictures = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
-Generators = torch.Generator | list[torch.Generator] | None
-
 SEED = 12345
+
+_OWN_MODULE = re.compile(r"(?:fewstep_sr\.)?pipelines\.(\w+)")
+"""A module of this package, by whichever name it was when a pipeline was saved."""
 
 
 class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
@@ -51,6 +52,17 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     @property
     def _runtime(self) -> PipelineRuntime:
         return PipelineRuntime(self.progress_bar)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', with the components that are this package's own under the name that it has here: a pipeline may have been saved from a
+        checkout (``pipelines.noise_predictor``) and be loaded where the package is installed (``fewstep_sr.pipelines.noise_predictor``), or the other way.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        for value in (loaded[0] if isinstance(loaded, tuple) else loaded).values():
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and (own := _OWN_MODULE.fullmatch(value[0])):
+                value[0] = f"{__package__}.{own.group(1)}"
+        return loaded
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
@@ -90,9 +102,12 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         """Embeddings of the batch's prompts and, where there is guidance, of the negative prompts."""
 
         def embed(text, embeds, name):
-            embeds = self.encode_prompt(text) if embeds is None else embeds
-            if embeds.shape[0] not in (1, batch):
-                raise ValueError(f"{name}: found {embeds.shape[0]} prompts, expected 1 or {batch}, as many as pictures.")
+            embeds = self.encode_prompt(to_texts(text, name, batch)) if embeds is None else embeds
+            if embeds.ndim != 3:
+                raise ValueError(
+                    f"{name}_embeds: found shape {tuple(embeds.shape)}, expected (batch, tokens, {self.unet.config.cross_attention_dim})."
+                )
+            require_one_or_each(embeds, name, batch)
             if embeds.shape[-1] != self.unet.config.cross_attention_dim:
                 raise ValueError(
                     f"{name}: found text encoded {embeds.shape[-1]} wide, expected {self.unet.config.cross_attention_dim}. "
@@ -107,8 +122,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
 
     def preprocess(self, image: Pictures, scale: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The pictures as (B, 3, h, w), and enlarged by ``scale`` (bicubic, without antialiasing, as 'Upscale Image By' does)."""
-        image = self.image_processor.preprocess(image).float().cpu()
-        require_picture(image)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale: found {scale}, expected a finite number above 0.")
+        image = to_batch(image)
         size = [round(side * scale) for side in image.shape[-2:]]
         if min(size) < 1:
             raise ValueError(f"scale: found {scale}, which leaves nothing of a picture of {image.shape[-1]} x {image.shape[-2]} pixels.")
@@ -123,6 +139,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
             posterior: ``"mean"`` gives the same latents each time, ``"sample"`` draws as the published programs do.
             generator: for ``"sample"``.
         """
+        to_generators(generator, len(image))  # a list that does not fit is a mistake, drawn from or not
         moments = self._tiling.encode(self.vae, image, self._execution_device, self._runtime)
         return self.vae.config.scaling_factor * self._draw(moments, posterior, generator)
 
@@ -165,7 +182,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     def disable_tiling(self) -> None:
         self._tiling = Tiling()
 
-    def _call_back(self, callback, names: list[str], step: int, timestep, tensors: dict) -> dict:
+    def _call_back(self, callback, names: Sequence[str], step: int, timestep, tensors: dict) -> dict:
         """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""
         if callback is None:
             return tensors
@@ -178,6 +195,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         if color_fix is not None:
             for picture, own in zip(image.split(1), reference.split(1), strict=True):
                 picture.copy_(fix_color(picture, own, color_fix))
+        for picture, own in zip(image.split(1), reference.split(1), strict=True):
+            if is_gray(own):  # the VAE gives grey a tint
+                picture.copy_(to_gray(picture))
         self.maybe_free_model_hooks()
         if output_type == "pil":  # one at a time: the way there goes through several copies
             images = [pil for picture in image.split(1) for pil in self.image_processor.postprocess(picture, "pil", do_denormalize=[False])]
@@ -193,9 +213,7 @@ def draw(posterior: Posterior, kind: str, generator: Generators) -> torch.Tensor
     if kind == "mean":
         return posterior.mean
     batch, *shape = posterior.mean.shape
-    if generator is None:
+    generators = to_generators(generator, batch)
+    if generators is None:
         return posterior.sample(draw_noise(posterior.mean.shape, SEED))
-    generators = generator if isinstance(generator, list) else [generator]
-    if len(generators) not in (1, batch):
-        raise ValueError(f"generator: found {len(generators)}, expected 1 or {batch}, as many as pictures.")
-    return posterior.sample(torch.cat([torch.randn(1, *shape, generator=g, device=g.device) for g in generators]))
+    return posterior.sample(torch.cat([torch.randn(1, *shape, generator=g, device=g.device).to(posterior.mean) for g in generators]))

@@ -1,10 +1,9 @@
-"""Many pictures: which there are, where they go, who does which, and what became of them."""
+"""Many images: who does which, and what became of them."""
 
-import glob
 import logging
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,71 +11,33 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
-from .pictures import FORMATS
+from fewstep_sr.files import remove_stale
+
+from .jobs import Job, list_jobs
+from .pictures import OutputError
 from .processes import launched, must_compute_on_cpu, require_joined
 from .runtime import is_out_of_memory
 
+__all__ = ["Job", "Outcome", "Written", "join", "list_jobs", "run", "share"]
+
 
 @dataclass(frozen=True)
-class Job:
-    source: Path
-    target: Path
+class Written:
+    """A result: its file, (width, height), bytes, and what could not be kept of the original's description."""
+
+    path: Path
+    size: tuple[int, int]
+    bytes: int
+    notes: tuple[str, ...] = ()
 
 
-def list_jobs(inputs: list[str], output: Path, suffix: str | None) -> list[Job]:
-    """One job for each picture in files, folders (with their subfolders, whose structure is kept) and globs.
+@dataclass(frozen=True)
+class Outcome:
+    """What became of all processes' jobs: results, names and reasons of failures, and how many were not begun."""
 
-    Args:
-        output: a folder, or a file where there is one picture and the name ends like one.
-        suffix: of the results, ``".png"`` and so on; None keeps each picture's own.
-
-    Raises:
-        FileNotFoundError: an input is nowhere, or there is no picture in any.
-        ValueError: a result would replace its own source, or two results would have one name.
-    """
-    sources: dict[Path, Path] = {}
-    for text in inputs:
-        for source, relative in _sources(text, output):
-            sources.setdefault(source.resolve(), relative)
-    if not sources:
-        raise FileNotFoundError(f"no pictures found in {', '.join(inputs)}; expected {', '.join(FORMATS)}.")
-    if output.suffix.lower() in FORMATS and not output.is_dir():
-        if len(sources) > 1:
-            raise ValueError(f"-o: found the file {output} for {len(sources)} pictures, expected a folder.")
-        jobs = [Job(source, output) for source in sources]
-    else:
-        jobs = [Job(source, output / _named(relative, suffix)) for source, relative in sources.items()]
-    taken: dict[Path, Path] = {}
-    for job in jobs:
-        target = job.target.resolve()
-        if target == job.source:
-            raise ValueError(f"{job.source}: the result would replace the picture itself. Give another folder with -o.")
-        if target in taken:
-            raise ValueError(f"{taken[target]} and {job.source} would both become {job.target}. Give them different folders, or leave out --format.")
-        taken[target] = job.source
-    return jobs
-
-
-def _sources(text: str, output: Path) -> Iterable[tuple[Path, Path]]:
-    """Pictures that an input names, each with its path below the output folder."""
-    path = Path(text).expanduser()
-    if path.is_dir():
-        if path.resolve() == output.resolve():
-            raise ValueError(f"{text}: it is the output folder, too. Give another folder with -o.")
-        inside = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in FORMATS and p.is_file() and not p.name.startswith(".")]
-        return [(p, p.relative_to(path)) for p in inside if output.resolve() not in p.resolve().parents]
-    if path.is_file():
-        return [(path, Path(path.name))]
-    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    if not matches:
-        raise FileNotFoundError(f"{text}: there is no such file or folder, and nothing matches it.")
-    return [(p, Path(p.name)) for p in matches if p.is_file() and p.suffix.lower() in FORMATS]
-
-
-def _named(relative: Path, suffix: str | None) -> Path:
-    if suffix is None and relative.suffix.lower() not in FORMATS:
-        return relative.with_suffix(".png")
-    return relative.with_suffix(suffix) if suffix else relative
+    written: list[Written] = field(default_factory=list)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    not_begun: int = 0
 
 
 def join(device: str | None) -> PartialState:
@@ -91,42 +52,68 @@ def join(device: str | None) -> PartialState:
     return state
 
 
-def share(jobs: list[Job], state: PartialState, overwrite: bool) -> tuple[list[Job], int]:
+def share(jobs: Sequence[Job], state: PartialState, is_done: Callable[[Job], bool]) -> tuple[list[Job], int]:
     """This process's jobs out of those that are still to do, and how many are done already.
 
-    The first process looks at what is done, for all: while one looks, another may have begun to write.
+    The first process looks at what is done, for all: while one looks, another may have begun to write. What it raises, all raise.
     """
-    todo = [job for job in jobs if overwrite or not job.target.exists()]
-    message = [todo]
+    message: list = [None]
+    if state.is_main_process:
+        try:
+            message = [[job for job in jobs if not is_done(job)]]
+            for folder in {job.target.parent for job in jobs}:
+                remove_stale(folder)
+        except (OSError, ValueError) as error:
+            message = [error]
     if state.num_processes > 1:
         broadcast_object_list(message)
     (todo,) = message
+    if isinstance(todo, Exception):
+        raise todo
     # Older versions of accelerate give the last element to every process for which none is left: let that be an empty one.
     padded = [*todo, *[None] * (state.num_processes - len(todo))]
     with state.split_between_processes(padded) as mine:
         return [job for job in mine if job is not None], len(jobs) - len(todo)
 
 
-def run(jobs: list[Job], work: Callable[[Job], None] | None, state: PartialState) -> list[tuple[str, str]]:
-    """Do this process's jobs with a progress bar. A picture that fails is noted and the next one done.
+def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialState) -> Outcome:
+    """Do this process's jobs with a progress bar. An image that fails is noted and the next one done; an error that will meet each ends the run.
 
     Args:
         work: may be None where there are no jobs.
 
     Returns:
-        Names and reasons of all failures, those of the other processes, too.
+        What became of all processes' jobs.
     """
-    failures = []
+    found: list[Written | tuple[str, str] | int] = []
     with tqdm(jobs, unit="picture", position=state.local_process_index, dynamic_ncols=True) as bar:
-        for job in bar:
+        for number, job in enumerate(bar, 1):
             bar.set_description(job.source.name)
             try:
-                work(job)
-            except Exception as error:  # whatever is wrong with one picture, the others are done
+                written = work(job)
+            except Exception as error:  # whatever is wrong with one image, the others are done
                 logging.getLogger(__name__).debug("%s", job.source, exc_info=True)
-                failures.append((str(job.source), _reason(error)))
-                tqdm.write(f"{job.source}: {failures[-1][1]}", file=sys.stderr)
-    return gather_object(failures) if state.num_processes > 1 else failures
+                found.append((str(job.source), _reason(error)))
+                tqdm.write(f"{job.source}: {_reason(error)}", file=sys.stderr)
+                if _meets_all(error):
+                    found.append(len(jobs) - number)
+                    break
+            else:
+                found.append(written)
+                for note in written.notes:
+                    tqdm.write(f"{job.source}: note: {note}.", file=sys.stderr)
+    if state.num_processes > 1:
+        found = gather_object(found)
+    return Outcome(
+        written=[item for item in found if isinstance(item, Written)],
+        failures=[item for item in found if isinstance(item, tuple)],
+        not_begun=sum(item for item in found if isinstance(item, int)),
+    )
+
+
+def _meets_all(error: Exception) -> bool:
+    """A disk that is full or not writable, and a GPU that has failed."""
+    return isinstance(error, OutputError) or (not is_out_of_memory(error) and isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
 def _reason(error: Exception) -> str:

@@ -32,13 +32,18 @@ def require_stable_diffusion(unet, vae, scheduler) -> None:
         raise ValueError(f"vae: found {vae.config.latent_channels} latent channels, expected 4. Load the VAE of {BASES}.")
 
 
-def require_picture(image: torch.Tensor) -> None:
+def require_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     """Refuse what is no picture (B, 3, H, W) in [0, 1]; values a little outside, which resizing makes, may be."""
     if image.ndim != 4 or 0 in image.shape or image.shape[1] != 3:
         raise ValueError(
-            f"image: found shape {tuple(image.shape)}, expected (batch, 3, height, width) as a tensor or (batch, height, width, 3) as NumPy."
+            f"{name}: found shape {tuple(image.shape)}, expected (batch, 3, height, width) as a tensor or (batch, height, width, 3) as NumPy."
         )
-    require_pixel_values(image, "image")
+    require_pixel_values(image, name)
+    # Resizing undershoots by 0.45 at most, beside edges alone.
+    low = image.amin().item()
+    if low < -0.5 or (low < -0.05 and (image < -0.05).float().mean() > 0.25):
+        raise ValueError(f"{name}: found values from {low:.4g} to {image.amax():.4g}, expected [0, 1]. Turn [-1, 1] into it by image / 2 + 0.5.")
+    return image
 
 
 def require_finite(tensor: torch.Tensor, what: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line, ``python -m pipelines``: upscale, convert, info, train, synthesize."""
+"""The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale, convert, info, train."""
 
 import argparse
 import logging
@@ -6,24 +6,27 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from fewstep_sr.image.color import COLOR_FIXES
+from fewstep_sr.image.formats import FORMATS
 from fewstep_sr.methods import METHODS
 
 from .files import convert, describe_file
-from .pictures import FORMATS
 from .settings import DEFAULT, DEMO_DEFAULT, Settings, every_option
 from .training.cli import add_commands as add_training
 
-_UPSCALE = """\
-examples:
-  python -m pipelines upscale miniature/photo.png --demo
-  python -m pipelines upscale photos -o restored --method invsr --download
-  python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
-  accelerate launch --multi_gpu --num_processes 4 -m pipelines upscale photos -o restored --method invsr      (GPUs share the folder)
+PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
 
-A run that was cut goes on where it stopped: pictures whose results exist are not done again. One bad file does not stop the
-others; it is reported at the end, and the exit status is 1.
+_UPSCALE = f"""\
+examples:
+  {PROG} upscale miniature/photo.png --demo
+  {PROG} upscale photos -o restored --method invsr --download
+  {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
+  accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
+
+A run that was cut goes on where it stopped: pictures whose results exist, made with the same settings, are not done again. One bad
+file does not stop the others; it is reported at the end, and the exit status is 1.
 """
 
 
@@ -45,9 +48,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines", description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR."
-    )
+    parser = argparse.ArgumentParser(prog=PROG, description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _add_upscale(command: argparse.ArgumentParser) -> None:

@@ -60,7 +60,11 @@ def _tagger(path: Path) -> list[str]:
 
 
 def _size(path: Path) -> str:
-    size = path.stat().st_size
+    return size_in_words(path.stat().st_size)
+
+
+def size_in_words(size: float) -> str:
+    """Bytes in the largest fitting unit."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"

@@ -10,12 +10,14 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep_sr.diffusion import alpha_bar_at
+from fewstep_sr.image.sizes import size_of
 from fewstep_sr.methods import OSEDIFF, load_weights
 from fewstep_sr.methods import osediff as paper
 from fewstep_sr.methods.osediff import VAE_GROUP, OSEDiffAdapter, save_adapter, unet_group
 
 from .adapter import put_on, require_layers
 from .base import FewStepSRPipeline, Generators, Pictures
+from .inputs import to_texts
 from .tagger import PromptTagger
 
 ADAPTER_FILE = "osediff.safetensors"
@@ -42,7 +44,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        osediff: dict = None,  # noqa: RUF013 (older diffusers read no unions here)
+        osediff: dict = None,  # type: ignore[assignment]  # noqa: RUF013 (older diffusers read no unions here)
     ):
         super().__init__()
         self._register(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
@@ -145,7 +147,9 @@ class OSEDiffPipeline(FewStepSRPipeline):
         """The prompts for enlarged pictures (B, 3, H, W) in [0, 1]: read off them where there is a tagger, else ``text`` itself."""
         if self._tagger is None:
             return text
-        return self._tagger.to(self._execution_device, self.unet.dtype)(image, text)
+        texts = to_texts(text, "prompt", len(image))
+        texts = texts * len(image) if len(texts) == 1 else texts
+        return self._tagger.to(self._execution_device, self.unet.dtype)(image, texts)
 
     def fuse(self) -> None:
         """Add the adapter's update to the base's weights: the same result, a little faster. :meth:`unfuse` takes it out again."""
@@ -229,8 +233,8 @@ class OSEDiffPipeline(FewStepSRPipeline):
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
         latents = self.encode(enlarged, posterior, generator)
         timestep = self._timestep if timestep is None else timestep
-        latents = self.one_step(latents, *embeds, guidance_scale, timestep)
+        latents = self.one_step(latents, embeds[0], embeds[1], guidance_scale, timestep)
         tensors = {"latents": latents, "prompt_embeds": embeds[0]}
         tensors = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, 0, timestep, tensors)
-        restored = self.decode(tensors["latents"], enlarged.shape[-2:])
+        restored = self.decode(tensors["latents"], size_of(enlarged))
         return self._finish(restored, enlarged, color_fix, output_type, return_dict)

@@ -11,6 +11,8 @@ from fewstep_sr.methods import METHODS
 from fewstep_sr.methods.method import Method, Option
 from fewstep_sr.miniature import COLOR_FIX
 
+from .ranges import require_ranges, say_ignored
+
 DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
 """Methods where none is named."""
 
@@ -55,8 +57,7 @@ class Settings:
     overwrite: bool = False
 
     def __post_init__(self):
-        if not self.scale > 0:
-            raise ValueError(f"--scale: found {self.scale:g}, expected more than 0.")
+        require_ranges(self)
         if self.demo:
             self._require_demo()
         if self.comfyui and not (self.comfyui / "models").is_dir():
@@ -83,7 +84,7 @@ class Settings:
         """
         method = METHODS[arguments.method or (DEMO_DEFAULT if arguments.demo else DEFAULT)]
         color_fix = arguments.color_fix or (COLOR_FIX if arguments.demo else method.color_fix)
-        return cls(
+        settings = cls(
             inputs=tuple(arguments.input),
             output=arguments.output,
             method=method,
@@ -107,6 +108,8 @@ class Settings:
             quality=arguments.quality,
             overwrite=arguments.overwrite,
         )
+        say_ignored(settings)
+        return settings
 
 
 def every_option() -> dict[str, list[tuple[Method, Option]]]:
@@ -125,7 +128,9 @@ def _method_options(method: Method, arguments: argparse.Namespace) -> dict[str, 
             continue
         flag, having = "--" + name.replace("_", "-"), " or ".join(other.key for other, _ in owners)
         if any(option.needed for _, option in owners):
-            raise ValueError(f"{flag}: {method.title} has no such option, expected --method {having} with it. Leave it out, or choose that method.")
+            raise ValueError(
+                f"{flag}: {method.title} has no such option, expected --method {having} with a {name}. Leave it out, or choose that method."
+            )
         print(f"{flag} is passed over: it belongs to --method {having}, and the method is {method.key}.", file=sys.stderr)
     demo = method.demo.call if arguments.demo and method.demo else {}
     return {name: _value(getattr(arguments, name), option) for name, option in own.items()} | _demo_call(demo, own, arguments)

@@ -1,7 +1,8 @@
 """``upscale``: weights to pipeline, pictures to pictures."""
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,40 +12,50 @@ from transformers.utils import logging as transformers_logging
 
 from . import pipeline_class
 from .base import FewStepSRPipeline
-from .batch import Job, join, list_jobs, run, share
+from .batch import Outcome, Written, join, run, share
 from .demo import load_demo
+from .done import Results
+from .files import size_in_words
 from .find import find_base, find_weights
-from .pictures import FORMATS, read_picture, require_writable, write_picture
+from .jobs import Job, beside, list_jobs
+from .pictures import read_picture, require_place, require_writable, write_picture
 from .settings import Settings
 from .single_file import find_tokenizer
 
 
 def upscale(settings: Settings) -> int:
     """Restore all images, this process its share. Returns 1 where some failed, else 0."""
-    output = settings.output or _beside(settings.inputs, settings.scale, settings.suffix)
+    began = time.monotonic()
+    output = settings.output or beside(settings.inputs, settings.scale, settings.suffix)
     state = join(settings.device)
-    jobs = list_jobs(list(settings.inputs), output, settings.suffix)
-    mine, done = share(jobs, state, settings.overwrite)
-    if done and state.is_main_process:
-        print(f"{done} of {len(jobs)} are done already and left as they are (--overwrite does them again).", file=sys.stderr)
+    jobs = list_jobs(settings.inputs, output, settings.suffix)
+    results = Results(settings, jobs)
+    mine, done = share(jobs, state, results)
+    if state.is_main_process:
+        results.report(done)
     if done == len(jobs):
         return 0
     # Also where this process has nothing to do: one that fetches must fetch for those that wait.
     base, weights = _find(settings, state)
-    failures = run(mine, Upscaler(settings, base, weights, state).work if mine else None, state)
-    if failures and state.is_main_process:
-        print(f"\n{len(failures)} of {len(jobs)} failed:", *(f"  {name}: {reason}" for name, reason in failures), sep="\n", file=sys.stderr)
+    outcome = run(mine, Upscaler(settings, base, weights, state, results.record).work if mine else None, state)
+    if state.is_main_process:
+        _report(outcome, len(jobs), output, time.monotonic() - began)
     state.wait_for_everyone()  # a launcher ends all processes as soon as one has failed: not before the report
-    return 1 if failures else 0
+    return 1 if outcome.failures else 0
 
 
-def _beside(inputs: Sequence[str], scale: float, suffix: str | None) -> Path:
-    """Where one picture's result goes without -o: beside it."""
-    path = Path(inputs[0]).expanduser()
-    if len(inputs) > 1 or not path.is_file():
-        raise ValueError(f"-o: found none for {', '.join(inputs)}, expected a folder for the results. Only a single picture's goes beside it.")
-    own = path.suffix if path.suffix.lower() in FORMATS else ".png"
-    return path.with_name(f"{path.stem}_x{scale:g}{suffix or own}")
+def _report(outcome: Outcome, jobs: int, output: Path, seconds: float) -> None:
+    size = size_in_words(sum(written.bytes for written in outcome.written))
+    if len(outcome.written) == 1:
+        (written,) = outcome.written
+        print(f"{written.path}: {written.size[0]} x {written.size[1]} pixels, {size}, {seconds:.1f} s")
+    elif outcome.written:
+        print(f"{len(outcome.written)} images written to {output}: {size}, {seconds:.1f} s")
+    if outcome.failures:
+        lines = (f"  {name}: {reason}" for name, reason in outcome.failures)
+        print(f"\n{len(outcome.failures)} of {jobs} failed:", *lines, sep="\n", file=sys.stderr)
+    if outcome.not_begun:
+        print(f"{outcome.not_begun} were not begun: the last error would have met each. The same command goes on.", file=sys.stderr)
 
 
 def _find(settings: Settings, state: PartialState) -> tuple[str, str]:
@@ -58,8 +69,8 @@ def _find(settings: Settings, state: PartialState) -> tuple[str, str]:
 class Upscaler:
     """A loaded pipeline and the settings of a run."""
 
-    def __init__(self, settings: Settings, base: str, weights: str, state: PartialState):
-        self.settings = settings
+    def __init__(self, settings: Settings, base: str, weights: str, state: PartialState, record: Callable[[Job], str]):
+        self.settings, self.record = settings, record
         device = torch.device(settings.device) if settings.device else state.device
         dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "float16"))
         diffusers_logging.disable_progress_bar()
@@ -79,22 +90,25 @@ class Upscaler:
         else:
             self.pipeline.to(device)
 
-    def work(self, job: Job) -> None:
+    def work(self, job: Job) -> Written:
         settings = self.settings
         picture = read_picture(job.source)
-        width, height = picture.image.size
-        require_writable(picture, (round(width * settings.scale), round(height * settings.scale)), job.target)
+        width, height = (round(side * settings.scale) for side in picture.pixels.size)
+        require_writable(picture, (width, height), job.target)
+        require_place(job.target, (width, height))
         optional = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt, "prompt_embeds": self.prompt_embeds}
         restored = self.pipeline(
-            picture.image,
+            picture.pixels.tensor(),
             scale=settings.scale,
             guidance_scale=settings.cfg,
             generator=torch.Generator().manual_seed(settings.seed),
             color_fix=settings.color_fix,
+            output_type="pt",
             **{name: value for name, value in optional.items() if value is not None},
             **self.pipeline.call_options(settings.options),
-        ).images[0]
-        write_picture(restored, picture, job.target, settings.quality)
+        ).images
+        notes = write_picture(restored, picture, job.target, settings.quality, self.record(job))
+        return Written(job.target, (width, height), job.target.stat().st_size, (*picture.metadata.notes, *notes))
 
 
 def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, settings: Settings) -> FewStepSRPipeline:

@@ -32,6 +32,16 @@ def pytest_report_header() -> str:
     return f"ComfyUI: {COMFYUI or 'not found; the tests that need it are skipped (set COMFYUI_PATH)'}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs ComfyUI or a browser by the fixtures that it asks for; ``slow`` stands at the tests themselves."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if fixtures & {"comfy", "comfyui_path"}:
+            item.add_marker(pytest.mark.comfy)
+        if item.path.stem == "test_browser":
+            item.add_marker(pytest.mark.browser)
+
+
 @pytest.fixture(scope="session")
 def comfyui_path() -> Path:
     if COMFYUI is None:

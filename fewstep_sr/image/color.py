@@ -84,3 +84,17 @@ def fix_color(image: torch.Tensor, reference: torch.Tensor, method: str = "wavel
         reference = F.interpolate(reference, size=content.shape[-2:], mode="bicubic", align_corners=False, antialias=True)
     fixed = COLOR_FIXES[method](content, reference)
     return torch.lerp(content, fixed, strength).clamp(0.0, 1.0)
+
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the luma of ITU-R BT.601."""
+
+
+def is_gray(image: torch.Tensor) -> bool:
+    """Whether every pixel of (B, 3, H, W) is a grey."""
+    return torch.equal(image[:, 0], image[:, 1]) and torch.equal(image[:, 0], image[:, 2])
+
+
+def to_gray(image: torch.Tensor) -> torch.Tensor:
+    """The luma (ITU-R BT.601) of (B, 3, H, W) in all three channels."""
+    return torch.einsum("c,bchw->bhw", torch.tensor(LUMA).to(image), image).unsqueeze(1).expand_as(image)

@@ -90,6 +90,14 @@ def _summary(weights: NoisePredictorWeights) -> list[str]:
     return [f"  network: {blocks} ({published})", "  fits: SD-Turbo (and Stable Diffusion 2.1-base, whose latents are the same)"]
 
 
+SCHEDULE = Schedule(
+    start=MAX_START,
+    origin=1,
+    reason="InvSR's noise predictor is trained for start timesteps up to 250 (counted from 1)",
+    published={1: (200,), 2: (200, 100), 3: (200, 100, 50), 4: (200, 150, 100, 50), 5: (250, 200, 150, 100, 50)},  # inference_invsr.py
+)
+
+
 def _timestep(text: str) -> tuple[int, ...]:
     return tuple(parse_timesteps(text))
 
@@ -132,12 +140,7 @@ INVSR = Method(
     # As published (sampler_invsr.py), to the missing space after "noisy,".
     prompt="Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without deformations",
     negative_prompt="Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch, oil painting",
-    schedule=Schedule(
-        start=MAX_START,
-        origin=1,
-        reason="InvSR's noise predictor is trained for start timesteps up to 250 (counted from 1)",
-        published={1: (200,), 2: (200, 100), 3: (200, 100, 50), 4: (200, 150, 100, 50), 5: (250, 200, 150, 100, 50)},  # inference_invsr.py
-    ),
+    schedule=SCHEDULE,
     options=(
         Option("steps", "1 to 5 as published, or more, evenly spaced", int, default=1),
         Option(

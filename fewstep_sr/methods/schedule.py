@@ -37,7 +37,7 @@ class Schedule:
         if not timesteps and steps < 1:
             raise ValueError(f"steps: found {steps}, expected 1 or more.")
         chosen = list(timesteps or self.published.get(steps) or self._evenly(steps))
-        if chosen[0] > self.start or chosen[-1] < self.origin:
+        if max(chosen) > self.start or min(chosen) < self.origin:
             raise ValueError(f"timesteps: found {shorten(chosen)}, expected values from {self.start} down to {self.origin}: {self.reason}.")
         if any(a <= b for a, b in pairwise(chosen)):
             raise ValueError(f"timesteps: found {shorten(chosen)}, expected each smaller than the one before it.")

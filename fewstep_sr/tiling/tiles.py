@@ -77,7 +77,7 @@ class TileLayout:
 
 def _windows(starts: tuple[int, ...], side: int, scale: int) -> torch.Tensor:
     """Windows along one axis, (tiles, side * scale): products of these blend a grid, because its weights' sum is a product, too."""
-    starts, side = [start * scale for start in starts], side * scale
+    starts, side = tuple(start * scale for start in starts), side * scale
     position = torch.arange(side, dtype=torch.float64) + 0.5
     windows = torch.ones(len(starts), side, dtype=torch.float64)
     for i, start in enumerate(starts):

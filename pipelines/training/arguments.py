@@ -55,12 +55,8 @@ def loop_options(arguments: argparse.Namespace):
 
 def training_pictures(arguments: argparse.Namespace, degradation=None):
     """The data sets of ``--data``, as one."""
-    from .data import TrainingPictures, find_pictures
+    from .data import TrainingPictures
+    from .sources import find_training_set
 
-    paths, weights = [], []
-    for source in arguments.data:
-        name, separator, share = source.rpartition("=")
-        found = find_pictures([Path(name if separator else source)])
-        paths += found
-        weights += [float(share) / len(found) if separator else 1.0] * len(found)
+    paths, weights = find_training_set(arguments.data, arguments.output)
     return TrainingPictures(paths, arguments.patch, 0, arguments.seed, degradation, weights, arguments.crops)

@@ -4,6 +4,7 @@ Sample number k is the same in each run with the same seed, whoever reads it and
 uncut run would have seen.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,42 +14,24 @@ from einops import rearrange
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from ..pictures import FORMATS
+from ..pictures import UnreadableError, read_pixels
 from .degradation import Degradation
+from .sources import find_pictures
 
-CACHE_PIXELS = 300_000_000
-"""Pictures are kept in memory while they are together no larger than this; 900 MB."""
+__all__ = ["CACHE_BYTES", "TrainingPictures", "find_pictures", "load_batches"]
 
+_log = logging.getLogger(__name__)
 
-def find_pictures(sources: Sequence[Path]) -> list[Path]:
-    """Pictures of folders (with their subfolders), of text lists (a path on each line, relative to the list), and single files, in a fixed order.
-
-    Raises:
-        ValueError: a source is missing or holds no pictures.
-    """
-    found = []
-    for source in sources:
-        if source.is_dir():
-            pictures = sorted(path for path in source.rglob("*") if path.suffix.lower() in FORMATS)
-        elif source.suffix.lower() in FORMATS and source.is_file():
-            pictures = [source]
-        elif source.is_file():
-            pictures = [source.parent / line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-        else:
-            raise ValueError(f"data: found nothing at {source}, expected a folder of pictures, a text list of paths, or a picture.")
-        missing = [path for path in pictures if not path.is_file()]
-        if missing or not pictures:
-            what = f"{missing[0]}, which is not there" if missing else "no pictures"
-            raise ValueError(f"data: found {what} in {source}, expected {', '.join(sorted(FORMATS))}.")
-        found += pictures
-    return found
+CACHE_BYTES = 900_000_000
+"""Pictures are kept in memory while they are together no larger than this."""
 
 
 class TrainingPictures(Dataset):
     """Random crops, turned and mirrored; with a degradation also their low-quality halves.
 
     Args:
-        paths: the pictures. Those smaller than a patch are enlarged to it.
+        paths: the pictures, read as the command line reads them: upright, of 8 or 16 bits, filled where they are transparent. Those smaller than a
+            patch are enlarged to it. Those that turn out to be damaged are named, once, and another is drawn in their place, in each run the same.
         weights: how often each picture is taken, relative to the others; equally often without.
         crops: how many different samples there are, after which they come again; each new without.
         patch: side of the crops in pixels.
@@ -74,6 +57,7 @@ class TrainingPictures(Dataset):
         self._degraded: dict[int, torch.Tensor] = {}
         self._cache: dict[Path, np.ndarray] = {}
         self._cached = 0
+        self._damaged: set[Path] = set()
 
     def __len__(self) -> int:
         return self.length
@@ -81,12 +65,13 @@ class TrainingPictures(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         index = index % self.crops if self.crops else index
         rng = np.random.default_rng((self.seed, index))
-        pixels = self._read(self.paths[rng.choice(len(self.paths), p=self.chances)])
+        pixels = self._draw(rng)
         top, left = (int(rng.integers(side - self.patch + 1)) for side in pixels.shape[:2])
         crop = np.rot90(pixels[top : top + self.patch, left : left + self.patch], int(rng.integers(4)))
         if rng.random() < 0.5:
             crop = crop[:, ::-1]
-        hq = rearrange(torch.from_numpy(crop.copy()), "h w c -> c h w").float() / 255
+        hq = rearrange(torch.from_numpy(crop.astype(np.float32)), "h w c -> c h w") / np.iinfo(crop.dtype).max
+        hq = hq.expand(3, -1, -1).contiguous()
         sample = {"hq": hq, "number": index} if self.crops else {"hq": hq}
         if self.degradation is not None:
             sample["lq"] = self._degraded.get(index)
@@ -96,20 +81,38 @@ class TrainingPictures(Dataset):
                     self._degraded[index] = sample["lq"]
         return sample
 
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """A picture's pixels (H, W, 1 or 3). One that cannot be read is drawn again, so that the sample does not depend on when that was noticed."""
+        while True:
+            path = self.paths[rng.choice(len(self.paths), p=self.chances)]
+            if path in self._damaged:
+                continue
+            try:
+                return self._read(path)
+            except (UnreadableError, OSError, MemoryError) as error:
+                reason = str(error) or "there is too little memory for it"
+                self._damaged.add(path)
+                if self._damaged.issuperset(path for i, path in enumerate(self.paths) if self.chances is None or self.chances[i] > 0):
+                    raise ValueError(f"data: found {path}, which can't be read ({reason}), expected a picture, and there is no other.") from error
+                _log.warning("data: %s can't be read (%s); others are taken in its place.", path, reason)
+
     def _read(self, path: Path) -> np.ndarray:
         if path in self._cache:
             return self._cache[path]
-        try:
-            with Image.open(path) as file:
-                picture = ImageOps.exif_transpose(file).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"data: found {path}, which can't be read ({error}), expected a picture. Take it out of the folder.") from error
-        if min(picture.size) < self.patch:
-            picture = ImageOps.fit(picture, [max(side, self.patch) for side in picture.size], Image.Resampling.BICUBIC)
-        pixels = np.asarray(picture)
-        if self._cached + pixels.size <= 3 * CACHE_PIXELS:
-            self._cache[path], self._cached = pixels, self._cached + pixels.size
+        pixels = read_pixels(path).values
+        if min(pixels.shape[:2]) < self.patch:
+            pixels = _enlarged(pixels, [max(side, self.patch) for side in pixels.shape[1::-1]])
+        if self._cached + pixels.nbytes <= CACHE_BYTES:
+            self._cache[path], self._cached = pixels, self._cached + pixels.nbytes
         return pixels
+
+
+def _enlarged(pixels: np.ndarray, size: list[int]) -> np.ndarray:
+    """The middle of (H, W, C), cut to the proportions of ``size`` (width, height) and brought to it, bicubic."""
+    eight = pixels.dtype == np.uint8
+    channels = [Image.fromarray(channel if eight else channel.astype(np.float32)) for channel in np.moveaxis(pixels, -1, 0)]
+    fitted = [np.asarray(ImageOps.fit(channel, size, Image.Resampling.BICUBIC)) for channel in channels]
+    return np.stack(fitted, -1).clip(0, np.iinfo(pixels.dtype).max).round().astype(pixels.dtype)
 
 
 def load_batches(pictures: TrainingPictures, batch: int, first: int = 0, workers: int = 0) -> DataLoader:

@@ -112,7 +112,7 @@ def test_formats(models, tmp_path):
     modes = {name: Image.open(out / name).mode for name in names(out)}
     assert modes == {
         "turned.jpg": "RGB", "sub/clear.png": "RGBA", "clear.webp": "RGBA", "grey.tiff": "L",
-        "grey_clear.png": "LA", "print.tif": "RGB", "few.png": "RGB", "deep.png": "L",
+        "grey_clear.png": "LA", "print.tif": "RGB", "few.png": "RGB", "deep.png": "I;16",
     }  # fmt: skip
     clear = Image.open(out / "sub" / "clear.png")
     assert clear.info["icc_profile"] == PROFILE

@@ -1,0 +1,111 @@
+"""What a run finds in its results' places: results of the same settings, of others, and files that are not its own."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fewstep_sr.files import require_room
+
+from .jobs import Job
+from .pictures.record import make_record, read_record, recorded_settings, same_result
+from .settings import Settings
+
+_LISTED = 5
+
+
+@dataclass
+class Results:
+    """Looks at the results' places. Call it with a job: whether the job is done.
+
+    A result is done where its own record names the same settings and source. A single file that the user has named is done again in any case.
+    """
+
+    settings: Settings
+    jobs: Sequence[Job]
+    unknown: list[Path] = field(default_factory=list)
+    """Files without a record, which are left as they are."""
+    other: list[tuple[Path, str]] = field(default_factory=list)
+    """Results of other settings, which are done again, and what differs."""
+
+    def record(self, job: Job) -> str:
+        return make_record(settings_to_record(self.settings, job.target), job.source)
+
+    def __call__(self, job: Job) -> bool:
+        """Raises OSError or ValueError where no result can be written there."""
+        if self.settings.overwrite or not job.target.is_file() or job.target.stat().st_size == 0:
+            self._require_room(job)
+            return False
+        found, wanted = read_record(job.target), self.record(job)
+        if len(self.jobs) == 1 and job.named:
+            if found is None:
+                raise FileExistsError(f"{job.target} exists and is no result of this program. Give another name with -o, or --overwrite.")
+        elif found is None:
+            self.unknown.append(job.target)
+            return True
+        elif same_result(found, wanted):
+            return True
+        else:
+            self.other.append((job.target, _difference(recorded_settings(found), recorded_settings(wanted))))
+        self._require_room(job)
+        return False
+
+    def _require_room(self, job: Job) -> None:
+        try:
+            require_room(job.target)
+        except ValueError:  # about this name alone: the others are done, and it is reported with them
+            if len(self.jobs) == 1:
+                raise
+
+    def report(self, done: int) -> None:
+        """Say on stderr what was found."""
+        if done:
+            print(f"{done} of {len(self.jobs)} are done already and left as they are (--overwrite does them again).", file=sys.stderr)
+        if self.unknown:
+            print(f"{len(self.unknown)} of these hold no record of how they were made: {_listed(self.unknown)}.", file=sys.stderr)
+        if self.other:
+            path, difference = self.other[0]
+            print(f"{len(self.other)} were made with other settings and are done again ({path.name}: {difference}).", file=sys.stderr)
+
+
+def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:
+    """What a result depends on, by the command line's names. Of paths the names alone: results are passed on.
+
+    Not the device and how its memory is used: machines of several kinds may share a folder.
+    """
+    record = {
+        "method": settings.method.key,
+        "scale": settings.scale,
+        "seed": settings.seed,
+        "tile": settings.tile,
+        "color_fix": settings.color_fix or "none",
+        "prompt": settings.prompt,
+        "negative_prompt": settings.negative_prompt if settings.cfg != 1 else None,
+        "cfg": settings.cfg,
+        "dtype": settings.dtype,
+        "demo": settings.demo or None,
+        "base": _name(settings.base),
+        "weights": _name(settings.weights),
+        "quality": settings.quality if target.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif", ".webp") else None,
+        **{name: _name(value) for name, value in settings.options.items()},
+    }
+    return {name: value for name, value in record.items() if value not in (None, (), [])}
+
+
+def _name(value: Any) -> Any:
+    """A path's last part, with the size of a file, which tells versions apart."""
+    if isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value or Path(value).is_file())):
+        path = Path(value).expanduser()
+        return f"{path.name} ({path.stat().st_size} bytes)" if path.is_file() else path.name
+    return value
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    changed = [f"{name} {old.get(name, '-')} -> {new.get(name, '-')}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return ", ".join(changed) or "another source"
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    names = ", ".join(path.name for path in paths[:_LISTED])
+    return names if len(paths) <= _LISTED else f"{names} and {len(paths) - _LISTED} more"

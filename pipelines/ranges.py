@@ -1,0 +1,69 @@
+"""What numbers and names the options of ``upscale`` take: said at once, before weights are looked for."""
+
+import math
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .settings import Settings
+
+
+def require_ranges(settings: "Settings") -> None:
+    """Refuse what no image could be done with.
+
+    Raises:
+        ValueError: an option is out of its range, or names a device that is not there.
+    """
+    if not 0 < settings.scale < math.inf:
+        raise ValueError(f"--scale: found {settings.scale:g}, expected a finite number of more than 0.")
+    if not math.isfinite(settings.cfg):
+        raise ValueError(f"--cfg: found {settings.cfg:g}, expected a finite number.")
+    if not 0 <= settings.seed < 2**64:
+        raise ValueError(f"--seed: found {settings.seed}, expected 0 to 2**64 - 1.")
+    if not 1 <= settings.quality <= 100:
+        raise ValueError(f"--quality: found {settings.quality}, expected 1 to 100.")
+    if settings.tile and (settings.tile < 256 or settings.tile % 64):
+        raise ValueError(f"--tile: found {settings.tile}, expected a multiple of 64 from 256 on, or 0 for whole pictures.")
+    if settings.device is not None:
+        require_device(settings.device)
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that is none, or that this machine lacks.
+
+    Raises:
+        ValueError: as said.
+    """
+    import torch  # takes a second that --help need not
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        have = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        here = ["cpu", *([have.type] if have else [])]
+        if have and torch.accelerator.device_count() > 1:
+            here += [f"{have.type}:{i}" for i in range(torch.accelerator.device_count())]
+        raise ValueError(f"--device: found {name!r}, expected one of those here: {', '.join(here)}.") from error
+    if device.type == "meta":
+        raise ValueError("--device: found 'meta', which holds no values. Choose cpu, cuda or mps.")
+
+
+def say_ignored(settings: "Settings") -> None:
+    """Say on stderr which options change nothing."""
+    if settings.negative_prompt is not None and settings.cfg == 1:
+        print("--negative-prompt is passed over: it counts where --cfg is not 1.", file=sys.stderr)
+    if settings.options.get("dape") is not None and settings.options.get("tagger") is None:
+        print("--dape is passed over: it goes with --tagger.", file=sys.stderr)
+    if settings.demo and settings.dtype not in (None, "float32"):
+        print("--dtype is passed over: the miniature computes in float32.", file=sys.stderr)
+    if settings.demo and settings.download:
+        print("--download is passed over: the miniature comes with this package.", file=sys.stderr)
+    steps, timesteps = settings.options.get("steps"), settings.options.get("timesteps")
+    published = settings.method.schedule.published if settings.method.schedule else {}
+    if timesteps and steps not in (None, 1):
+        print("--steps is passed over: --timesteps says which.", file=sys.stderr)
+    if settings.suffix in (".png", ".tif", ".tiff") and settings.quality != 95:
+        print(f"--quality is passed over: {settings.suffix[1:].upper()} loses nothing.", file=sys.stderr)
+    if steps and not timesteps and published and steps not in published:
+        print(f"--steps {steps}: {settings.method.title} is published with 1 to {max(published)}; these are evenly spaced.", file=sys.stderr)

@@ -1,0 +1,241 @@
+"""Mutation testing: change one thing at a time in a file, and see whether the tests notice.
+
+    python tools/mutate.py fewstep_sr/diffusion.py --tests "tests/methods tests/pipelines/test_pipelines_golden.py"
+
+Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after torch is imported. What survives is printed with its line and change.
+Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the reason,
+with " | " between them; they do not count.
+
+What is changed: arithmetic and comparison operators, boolean operators and negations, conditions (made true and false), numbers, texts that code
+compares or looks up, returned values, deleted statements, and default arguments.
+"""
+
+import argparse
+import ast
+import copy
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch  # noqa: F401 (once, for all the processes that are forked off)
+
+ROOT = Path(__file__).resolve().parent.parent
+EQUIVALENT = ROOT / "tools" / "equivalent_mutants.txt"
+SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "docs", "node_modules"}
+
+_BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.Pow: ast.Mult}
+_COMPARE = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of a file: ``source`` is the whole file with it."""
+
+    file: Path
+    line: int
+    text: str
+    change: str
+    source: str
+
+
+def mutants(file: Path) -> Iterator[Mutant]:
+    """Every mutant of a Python file. Messages of exceptions and docstrings are left alone: words are for people."""
+    source = file.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    tree = ast.parse(source)
+    seen: set[str] = set()
+    for index, node in enumerate(_nodes(tree)):
+        for variant in range(_variants(node)):
+            changed = copy.deepcopy(tree)
+            target = next(n for i, n in enumerate(_nodes(changed)) if i == index)
+            change = _mutate(target, variant, changed)
+            if change is None:
+                continue
+            mutated = ast.unparse(ast.fix_missing_locations(changed))
+            if mutated not in seen and mutated != ast.unparse(tree):
+                seen.add(mutated)
+                yield Mutant(file, node.lineno, lines[node.lineno - 1].strip(), change, mutated)
+
+
+def _nodes(tree: ast.AST) -> list[ast.AST]:
+    """The nodes that may be changed, in a fixed order."""
+    found: list[ast.AST] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Raise | ast.JoinedStr):
+            return  # what a message says
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+            documented = body[0]
+        else:
+            documented = None
+        for child in ast.iter_child_nodes(node):
+            if child is documented or (isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)):
+                continue
+            if isinstance(node, ast.FunctionDef | ast.AnnAssign) and child in (getattr(node, "returns", None), getattr(node, "annotation", None)):
+                continue
+            if isinstance(node, ast.arg):
+                continue
+            if hasattr(child, "lineno") and _variants(child):
+                found.append(child)
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def _variants(node: ast.AST) -> int:
+    if isinstance(node, ast.Constant):
+        return 2 if isinstance(node.value, int | float) and not isinstance(node.value, bool) else int(isinstance(node.value, bool))
+    if isinstance(node, ast.If | ast.IfExp):
+        return 2
+    if isinstance(node, ast.Compare):
+        return len(node.ops)
+    return int(isinstance(node, ast.BinOp | ast.BoolOp | ast.UnaryOp | ast.Return | ast.Expr | ast.AugAssign))
+
+
+def _mutate(node: ast.AST, variant: int, tree: ast.AST) -> str | None:
+    before = ast.unparse(node)
+    if isinstance(node, ast.Constant):
+        if isinstance(node.value, bool):
+            node.value = not node.value
+        else:
+            node.value = node.value + 1 if variant == 0 else (node.value * 2 if node.value not in (0, 1) else -1)
+    elif isinstance(node, ast.If | ast.IfExp):
+        before = ast.unparse(node.test)
+        node.test = ast.Constant(variant == 0)
+        return f"condition {before} -> {variant == 0}"
+    elif isinstance(node, ast.Compare):
+        node.ops[variant] = _COMPARE[type(node.ops[variant])]()
+    elif isinstance(node, ast.BinOp | ast.AugAssign):
+        if type(node.op) not in _BINARY:
+            return None
+        node.op = _BINARY[type(node.op)]()
+    elif isinstance(node, ast.BoolOp):
+        node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
+    elif isinstance(node, ast.UnaryOp):
+        if not isinstance(node.op, ast.USub | ast.Not):
+            return None
+        operand = node.operand
+        _replace(tree, node, operand)
+        return f"{before} -> {ast.unparse(operand)}"
+    elif isinstance(node, ast.Return):
+        if node.value is None or (isinstance(node.value, ast.Constant) and node.value.value is None):
+            return None
+        node.value = ast.Constant(None)
+        return f"{before} -> return None"
+    elif isinstance(node, ast.Expr):
+        if not isinstance(node.value, ast.Call):
+            return None
+        node.value = ast.Constant(None)
+        return f"{before} deleted"
+    return f"{before} -> {ast.unparse(node)}"
+
+
+def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
+    for parent in ast.walk(tree):
+        for name, value in ast.iter_fields(parent):
+            if value is old:
+                setattr(parent, name, new)
+            elif isinstance(value, list) and old in value:
+                value[value.index(old)] = new
+
+
+def equivalents() -> set[tuple[str, str, str]]:
+    """Mutants that cannot matter, as (file, line's text, change)."""
+    if not EQUIVALENT.is_file():
+        return set()
+    rows = [line.split(" | ") for line in EQUIVALENT.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    return {(row[0], row[1], row[2]) for row in rows}
+
+
+def start(mutant: Mutant, folder: Path, tests: list[str]) -> multiprocessing.Process:
+    """A process that runs the tests in ``folder`` with this mutant in place, and exits with 0 where they pass."""
+    path = folder / mutant.file.relative_to(ROOT)
+    path.write_text(mutant.source, encoding="utf-8")
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, tests))
+    process.start()
+    return process
+
+
+def _run(folder: Path, tests: list[str]) -> None:
+    os.setsid()  # its children go with it
+    os.chdir(folder)
+    sys.path[:] = [str(folder) if entry in ("", str(ROOT), str(ROOT / "tools")) else entry for entry in sys.path]
+    with open(os.devnull, "w") as silence:
+        os.dup2(silence.fileno(), 1)
+        os.dup2(silence.fileno(), 2)
+    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests])
+    os._exit(int(status))
+
+
+def survivors(found: list[Mutant], folders: list[Path], tests: list[str], timeout: float) -> list[bool]:
+    """For each mutant whether the tests pass with it. One at which they take longer than ``timeout`` seconds counts as noticed."""
+    alive = [False] * len(found)
+    running: dict[Path, tuple[int, multiprocessing.Process, float]] = {}
+    waiting, free = list(range(len(found)))[::-1], list(folders)
+    while waiting or running:
+        while waiting and free:
+            index, folder = waiting.pop(), free.pop()
+            running[folder] = index, start(found[index], folder, tests), time.monotonic() + timeout
+        time.sleep(0.02)
+        for folder, (index, process, deadline) in list(running.items()):
+            if process.is_alive() and time.monotonic() < deadline:
+                continue
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            alive[index] = process.exitcode == 0
+            shutil.copy(found[index].file, folder / found[index].file.relative_to(ROOT))
+            free.append(folder)
+            del running[folder]
+    return alive
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--tests", required=True, help="what pytest is given, such as 'tests/methods tests/tiling'")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--sample", type=int, help="so many mutants, drawn with --seed (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for the tests (default: %(default)g)")
+    arguments = parser.parse_args()
+    known = equivalents()
+    found = [mutant for file in arguments.files for mutant in mutants(file.resolve())]
+    found = [m for m in found if (str(m.file.relative_to(ROOT)), m.text, m.change) not in known]
+    if arguments.sample and arguments.sample < len(found):
+        found = random.Random(arguments.seed).sample(found, arguments.sample)
+    tests = arguments.tests.split()
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / str(i) for i in range(arguments.jobs)]
+        for folder in folders:
+            shutil.copytree(ROOT, folder, ignore=lambda _, names: SKIPPED & set(names))
+        first = arguments.files[0].resolve()
+        if not survivors([Mutant(first, 0, "", "", first.read_text(encoding="utf-8"))], folders, tests, 10 * arguments.timeout)[0]:
+            raise SystemExit(f"The tests fail without any change: pytest {arguments.tests}")
+        alive = survivors(found, folders, tests, arguments.timeout)
+    for file in sorted({mutant.file for mutant in found}):
+        mine = [survived for mutant, survived in zip(found, alive, strict=True) if mutant.file == file]
+        print(f"{file.relative_to(ROOT)}: {len(mine) - sum(mine)} of {len(mine)} dead")
+    for mutant, survived in zip(found, alive, strict=True):
+        if survived:
+            print(f"  survived {mutant.file.relative_to(ROOT)}:{mutant.line} | {mutant.text} | {mutant.change}")
+    print(f"{len(found) - sum(alive)} of {len(found)} dead ({1 - sum(alive) / max(len(found), 1):.1%})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
