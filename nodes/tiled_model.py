@@ -12,6 +12,7 @@ from ..fewstep_sr.tiling.tiles import TileLayout
 from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles
 from .runtime import ComfyUI
 from .tiled_conds import PlacedCond
+from .tiled_controls import PlacedControls
 
 KEY = "FewStepSRTiledModel"
 
@@ -109,17 +110,19 @@ class TiledPrediction:
         if any("gligen" in c for cond in conds if cond is not None for c in cond):
             group = 1  # boxes are for all pictures of a call
         conds = [None if cond is None else [placed for c in cond if (placed := PlacedCond.place(c, x, timestep))] for cond in conds]
+        acting = [placed.cond for cond in conds if cond is not None for placed in cond]
+        controls = PlacedControls(acting, x, timestep, model_options.get("transformer_options", {}))
         blended = [torch.zeros_like(x) for _ in conds]
 
         def predict(group: Sequence[Item]) -> list[torch.Tensor]:
-            controls = {}
-            return executor(
-                model,
-                [None if cond is None else [c.cut(group, controls) for c in cond if c.acts_on(group)] for cond in conds],
-                cut_items(x, group),
-                timestep[[picture for picture, _ in group]],
-                model_options,
-            )
+            with controls.cut(group):
+                return executor(
+                    model,
+                    [None if cond is None else [c.cut(group) for c in cond if c.acts_on(group)] for cond in conds],
+                    cut_items(x, group),
+                    timestep[[picture for picture, _ in group]],
+                    model_options,
+                )
 
         logging.debug("Tiled model: %d tiles of %d pictures, %d at a time", len(items), x.shape[0], group)
         predict_in_tiles(predict, blended, layout, group, ComfyUI())

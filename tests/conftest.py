@@ -51,6 +51,10 @@ def comfyui_path() -> Path:
     return COMFYUI
 
 
+EXTRAS = ("custom_sampler", "mask", "model_advanced", "latent", "rebatch", "model_merging", "compositing")
+"""Core's own nodes that lie in files of their own, by the middle of the file's name."""
+
+
 @pytest.fixture(scope="session")
 def comfy(comfyui_path, tmp_path_factory):
     """A real ComfyUI in this process, on the CPU, with the pack loaded as ComfyUI loads it.
@@ -76,8 +80,8 @@ def comfy(comfyui_path, tmp_path_factory):
     async def load():
         await nodes.init_public_apis()
         assert await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"), "the pack did not load; see the log"
-        for extra in ("nodes_custom_sampler.py", "nodes_mask.py", "nodes_model_advanced.py"):
-            assert await nodes.load_custom_node(str(comfyui_path / "comfy_extras" / extra), module_parent="comfy_extras")
+        for extra in EXTRAS:
+            assert await nodes.load_custom_node(str(comfyui_path / "comfy_extras" / f"nodes_{extra}.py"), module_parent="comfy_extras")
 
     asyncio.run(load())
 
