@@ -105,8 +105,15 @@ class TiledPrediction:
         layout = self._layout(*x.shape[-2:])
         items = list_items(len(x), layout)
         group = self._fitting(model, items, x)
+        host = ComfyUI()
         if len(layout.tiles) == 1 and len(items) <= group:
-            return executor(model, conds, x, timestep, model_options)
+            try:
+                return executor(model, conds, x, timestep, model_options)
+            except Exception as error:
+                if len(items) == 1 or not host.is_out_of_memory(error):
+                    raise
+            host.free_memory()
+            group = len(items) // 2
         if any("gligen" in c for cond in conds if cond is not None for c in cond):
             group = 1  # boxes are for all pictures of a call
         conds = [None if cond is None else [placed for c in cond if (placed := PlacedCond.place(c, x, timestep))] for cond in conds]
@@ -125,7 +132,7 @@ class TiledPrediction:
                 )
 
         logging.debug("Tiled model: %d tiles of %d pictures, %d at a time", len(items), x.shape[0], group)
-        predict_in_tiles(predict, blended, layout, group, ComfyUI())
+        predict_in_tiles(predict, blended, layout, group, host)
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:
