@@ -14,5 +14,5 @@ def require_text_width(width: int | None, channels: int, name: str) -> None:
     Narrow networks (under 320 channels) whose text width is no published encoder's are let through: miniatures for trying and testing.
     """
     if width != TEXT_WIDTH and (width is None or width in TEXT_WIDTHS or channels >= 320):
-        base = TEXT_WIDTHS.get(width, "another model")
+        base = TEXT_WIDTHS.get(width or 0, "another model")
         raise ValueError(f"{name}: found a text width of {width} ({base}), expected {TEXT_WIDTH} (Stable Diffusion 2.x). Load {BASES}.")

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent.parent / "miniature"
+_HERE = Path(__file__).resolve().parent
+FOLDER = next((folder for folder in (_HERE / "data", _HERE.parent / "miniature") if folder.is_dir()), _HERE.parent / "miniature")
+"""In an installation below this package, in a checkout beside it."""
+
 PHOTO = "photo.png"
 PROMPT_FILE = "prompt_embeds.safetensors"
 COLOR_FIX = "wavelet"

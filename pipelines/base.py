@@ -1,7 +1,8 @@
 """What both pipelines share: pictures in and out, text, VAE, guidance."""
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +24,9 @@ from .single_file import CONFIG, find_tokenizer, require_noise_prediction
 from .tiling import Tiling
 
 SEED = 12345
+
+_OWN_MODULE = re.compile(r"(?:fewstep_sr\.)?pipelines\.(\w+)")
+"""A module of this package, by whichever name it was when a pipeline was saved."""
 
 
 class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
@@ -48,6 +52,17 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     @property
     def _runtime(self) -> PipelineRuntime:
         return PipelineRuntime(self.progress_bar)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """As diffusers', with the components that are this package's own under the name that it has here: a pipeline may have been saved from a
+        checkout (``pipelines.noise_predictor``) and be loaded where the package is installed (``fewstep_sr.pipelines.noise_predictor``), or the other way.
+        """
+        loaded = super().load_config(*args, **kwargs)
+        for value in (loaded[0] if isinstance(loaded, tuple) else loaded).values():
+            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and (own := _OWN_MODULE.fullmatch(value[0])):
+                value[0] = f"{__package__}.{own.group(1)}"
+        return loaded
 
     @classmethod
     def from_single_file(cls, pretrained_model_link_or_path, config=None, tokenizer=None, **kwargs):
@@ -167,7 +182,7 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     def disable_tiling(self) -> None:
         self._tiling = Tiling()
 
-    def _call_back(self, callback, names: list[str], step: int, timestep, tensors: dict) -> dict:
+    def _call_back(self, callback, names: Sequence[str], step: int, timestep, tensors: dict) -> dict:
         """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""
         if callback is None:
             return tensors

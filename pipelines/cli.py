@@ -1,4 +1,4 @@
-"""The command line, ``python -m pipelines``: upscale, convert, info, train, synthesize."""
+"""The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale, convert, info, train."""
 
 import argparse
 import logging
@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from fewstep_sr.image.color import COLOR_FIXES
 from fewstep_sr.image.formats import FORMATS
@@ -14,13 +15,16 @@ from fewstep_sr.methods import METHODS
 from .files import convert, describe_file
 from .settings import DEFAULT, DEMO_DEFAULT, Settings, every_option
 from .training.cli import add_commands as add_training
+from .training.cli import where_it_went
 
-_UPSCALE = """\
+PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
+
+_UPSCALE = f"""\
 examples:
-  python -m pipelines upscale miniature/photo.png --demo
-  python -m pipelines upscale photos -o restored --method invsr --download
-  python -m pipelines upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
-  accelerate launch --multi_gpu --num_processes 4 -m pipelines upscale photos -o restored --method invsr      (GPUs share the folder)
+  {PROG} upscale miniature/photo.png --demo
+  {PROG} upscale photos -o restored --method invsr --download
+  {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
+  accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
 
 A run that was cut goes on where it stopped: pictures whose results exist, made with the same settings, are not done again. One bad
 file does not stop the others; it is reported at the end, and the exit status is 1.
@@ -29,7 +33,15 @@ file does not stop the others; it is reported at the end, and the exit status is
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 where pictures failed, 2 where nothing could be begun."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if moved := where_it_went(argv):
+        print(f"error: {moved}", file=sys.stderr)
+        return 2
+    return run_command(_parser().parse_args(argv))
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run what a parser chose, ``arguments.run``: errors become a sentence, unless ``arguments.verbose``. Returns the exit status."""
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     try:
@@ -45,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines", description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR."
-    )
+    parser = argparse.ArgumentParser(prog=PROG, description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
@@ -69,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
 def _add_upscale(command: argparse.ArgumentParser) -> None:

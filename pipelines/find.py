@@ -57,14 +57,14 @@ def find(source: Source, option: str, given: str | None, comfyui: Path | None, d
         target.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(source.url, str(target))
         return str(target)
-    return hf_hub_download(source.repository, source.file) if source.file else source.repository
+    return str(hf_hub_download(source.repository, source.file) if source.file else source.repository)
 
 
 def _published_in_cache(source: Source) -> str | None:
     if source.url:
         target = _hub_folder() / Path(source.url).name
         return str(target) if target.is_file() else None
-    cached = _cached(source.repository, source.file or "model_index.json")
+    cached = source.repository and _cached(source.repository, source.file or "model_index.json")
     return (cached if source.file else source.repository) if cached else None
 
 

@@ -10,6 +10,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep_sr.diffusion import alpha_bar_at, from_sigma_space, to_sigma_space
 from fewstep_sr.image.predictor import fit_picture
+from fewstep_sr.image.sizes import size_of
 from fewstep_sr.methods import INVSR
 from fewstep_sr.methods import invsr as paper
 from fewstep_sr.networks.posterior import Posterior
@@ -41,7 +42,7 @@ class InvSRPipeline(FewStepSRPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        noise_predictor: InvSRNoisePredictor = None,
+        noise_predictor: InvSRNoisePredictor = None,  # type: ignore[assignment]  # diffusers reads the class off the annotation
     ):
         super().__init__()
         if not isinstance(scheduler, EulerDiscreteScheduler):
@@ -82,7 +83,7 @@ class InvSRPipeline(FewStepSRPipeline):
         """
         if self.noise_predictor is None:
             raise ValueError("InvSR: no noise predictor is loaded. Call load_noise_predictor first.")
-        picture = fit_picture(image, size, latents.shape[-2:], self.noise_predictor.pixels_per_cell) * 2 - 1
+        picture = fit_picture(image, size, size_of(latents), self.noise_predictor.pixels_per_cell) * 2 - 1
         noise = draw(self._predict(picture, timestep), posterior, generator)
         noise = require_finite(noise, "the noise predictor").to(latents.device)
         self.scheduler.set_timesteps(timesteps=[timestep])
@@ -159,12 +160,12 @@ class InvSRPipeline(FewStepSRPipeline):
         Returns:
             ``ImagePipelineOutput`` with ``images``, or a tuple of them.
         """
-        indices = INVSR.schedule.indices(num_inference_steps, list(timesteps or []))
+        indices = paper.SCHEDULE.indices(num_inference_steps, list(timesteps or []))
         low_quality, enlarged = self.preprocess(image, scale)
-        size = tuple(enlarged.shape[-2:])
+        size = size_of(enlarged)
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
         latents = self.encode(enlarged, posterior, generator)
         state, _ = self.start_state(low_quality, latents, size, indices[0], noise_posterior, generator)
         callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-        latents = self.denoise(state, indices, *embeds, guidance_scale, *callback)
+        latents = self.denoise(state, indices, embeds[0], embeds[1], guidance_scale, callback[0], callback[1])
         return self._finish(self.decode(latents, size), low_quality, color_fix, output_type, return_dict)

@@ -10,6 +10,7 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep_sr.diffusion import alpha_bar_at
+from fewstep_sr.image.sizes import size_of
 from fewstep_sr.methods import OSEDIFF, load_weights
 from fewstep_sr.methods import osediff as paper
 from fewstep_sr.methods.osediff import VAE_GROUP, OSEDiffAdapter, save_adapter, unet_group
@@ -43,7 +44,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        osediff: dict = None,  # noqa: RUF013 (older diffusers read no unions here)
+        osediff: dict = None,  # type: ignore[assignment]  # noqa: RUF013 (older diffusers read no unions here)
     ):
         super().__init__()
         self._register(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
@@ -232,8 +233,8 @@ class OSEDiffPipeline(FewStepSRPipeline):
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])
         latents = self.encode(enlarged, posterior, generator)
         timestep = self._timestep if timestep is None else timestep
-        latents = self.one_step(latents, *embeds, guidance_scale, timestep)
+        latents = self.one_step(latents, embeds[0], embeds[1], guidance_scale, timestep)
         tensors = {"latents": latents, "prompt_embeds": embeds[0]}
         tensors = self._call_back(callback_on_step_end, callback_on_step_end_tensor_inputs, 0, timestep, tensors)
-        restored = self.decode(tensors["latents"], enlarged.shape[-2:])
+        restored = self.decode(tensors["latents"], size_of(enlarged))
         return self._finish(restored, enlarged, color_fix, output_type, return_dict)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
 
-from fewstep_sr.image.sizes import VAE_MULTIPLE, pad_for_vae, padded_side
+from fewstep_sr.image.sizes import VAE_MULTIPLE, pad_for_vae, padded_side, size_of
 from fewstep_sr.tiling.batching import Runtime
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.unet import Item, cut_items, predict_in_tiles
@@ -57,7 +57,7 @@ class Tiling:
 
     def predict(self, network: Callable[[torch.Tensor, list[int]], torch.Tensor], latents: torch.Tensor, runtime: Runtime) -> torch.Tensor:
         """The UNet's predictions for ``latents`` (B, 4, h, w), float32: ``network(tiles, pictures)`` is called with the tiles and whose they are."""
-        layout = TileLayout(*latents.shape[-2:], tile=self._side(latents), overlap=self.overlap)
+        layout = TileLayout(*size_of(latents), tile=self._side(latents), overlap=self.overlap)
         blended = torch.zeros_like(latents, dtype=torch.float32)
 
         def predict(items: Sequence[Item]) -> list[torch.Tensor]:

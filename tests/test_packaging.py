@@ -1,11 +1,15 @@
-"""The package's metadata says what requirements.txt says."""
+"""What an installation has, from the wheel and from the registry's archive, and that its metadata says what requirements.txt says."""
 
+import os
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
+from PIL import Image
 
 
 def test_requirements_are_in_step():
@@ -16,6 +20,20 @@ def test_requirements_are_in_step():
     operators = {spec.operator for line in lines for spec in Requirement(line).specifier}
     assert operators == {">="}, "no upper pins: version conflicts are the first complaint of every pack"
     assert (ROOT / project["license"]["file"]).is_file() and (ROOT / project["readme"]).is_file()
+
+
+def test_the_tests_also_run_on_the_declared_minimums():
+    """.ci/minimums.txt and the workflow name the versions that requirements.txt and the registry's metadata declare."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    lines = (ROOT / ".ci" / "minimums.txt").read_text().splitlines()
+    pinned = {requirement.name: requirement.specifier for requirement in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    for requirement in map(Requirement, (ROOT / "requirements.txt").read_text().split()):
+        for declared in requirement.specifier:
+            (oldest,) = pinned[requirement.name]
+            assert (oldest.operator, oldest.version.removesuffix(".*")) == ("==", declared.version), requirement.name
+    comfyui = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert f'comfyui: ["v{comfyui}", "master"]' in workflow and "-c .ci/minimums.txt" in workflow
 
 
 def test_the_registrys_pictures_are_here():
@@ -39,3 +57,75 @@ def test_the_archive_holds_what_users_need():
     folders = {"example_workflows", "locales", "miniature", "nodes", "pipelines", "fewstep_sr", "subgraphs", "web"}
     assert {path for path in tracked.splitlines() if path.partition("/")[0] in folders} <= kept
     assert {path.partition("/")[0] for path in kept if "/" in path} == folders
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder into which pip has installed the package, from a copy of the checkout: building leaves files beside the sources.
+
+    Without a network: dependencies and setuptools are those of this environment (requirements-dev.txt).
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    source = folder / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "build", "tests", "docs"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    pip += ["--target", str(folder / "site"), str(source)]
+    subprocess.run(pip, check=True, capture_output=True, text=True)
+    return folder / "site"
+
+
+def run(site: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *words], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_wheel_has_one_package(installed):
+    top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"fewstep_sr", "bin"}
+    assert (installed / "bin" / "fewstep-sr").is_file() and not list(installed.rglob("*.jpg"))
+    modules = {path.relative_to(ROOT / "fewstep_sr") for path in (ROOT / "fewstep_sr").rglob("*.py")}
+    modules |= {Path("pipelines") / path.relative_to(ROOT / "pipelines") for path in (ROOT / "pipelines").rglob("*.py")}
+    assert {path.relative_to(installed / "fewstep_sr") for path in (installed / "fewstep_sr").rglob("*.py")} == modules
+
+
+@pytest.mark.slow
+def test_the_command_outside_the_checkout(installed, tmp_path):
+    shutil.copy(ROOT / "miniature" / "photo.png", tmp_path / "photo.png")
+    done = run(installed, tmp_path, str(installed / "bin" / "fewstep-sr"), "upscale", "photo.png", "--demo", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "photo_x4.png").size == (448, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("upscale",), ("train", "osediff"), ("train", "invsr")], ids=" ".join)
+def test_help_names_the_command_that_was_called(installed, tmp_path, command):
+    """In an installation there is no ``python -m pipelines``, in a checkout no ``fewstep-sr``."""
+    fresh = run(installed, tmp_path, str(installed / "bin" / "fewstep-sr"), *command, "--help").stdout
+    checkout = run(ROOT, tmp_path, "-m", "pipelines", *command, "--help").stdout
+    words = " ".join(command)
+    assert f"fewstep-sr {words} " in fresh and "-m pipelines" not in fresh
+    assert f"python -m pipelines {words} " in checkout and "fewstep-sr" not in checkout
+
+
+SAVE = """
+from {package}.demo import load_demo
+pipeline, _ = load_demo("invsr")
+pipeline.save_pretrained("saved")
+"""
+LOAD = """
+import sys
+from {package} import InvSRPipeline
+pipeline = InvSRPipeline.from_pretrained("saved")
+assert type(pipeline.noise_predictor).__module__ == "{package}.noise_predictor", type(pipeline.noise_predictor).__module__
+assert ("pipelines" in sys.modules) == ("{package}" == "pipelines")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "loaded"), [("pipelines", "fewstep_sr.pipelines"), ("fewstep_sr.pipelines", "pipelines")])
+def test_a_saved_pipeline_loads_from_checkout_and_installation(installed, tmp_path, saved, loaded):
+    for package, code in ((saved, SAVE), (loaded, LOAD)):
+        path = ROOT if package == "pipelines" else installed
+        done = run(path, tmp_path, "-c", code.format(package=package))
+        assert done.returncode == 0, done.stderr

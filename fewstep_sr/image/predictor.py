@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .sizes import VAE_MULTIPLE, reflect_pad, same_proportions
+from .sizes import VAE_MULTIPLE, reflect_pad, same_proportions, size_of
 
 
 def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, int], pixels_per_cell: int = 2) -> torch.Tensor:
@@ -21,12 +21,13 @@ def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, 
     Raises:
         ValueError: the two pictures' proportions differ, so that they are not one picture.
     """
-    fitted = [max(1, round(side * pixels_per_cell / VAE_MULTIPLE)) for side in size]
-    if list(picture.shape[-2:]) != fitted:
-        if not same_proportions(picture.shape[-2:], fitted):
+    height, width = (max(1, round(side * pixels_per_cell / VAE_MULTIPLE)) for side in size)
+    fitted = (height, width)
+    if size_of(picture) != fitted:
+        if not same_proportions(size_of(picture), fitted):
             raise ValueError(
                 f"image: found {picture.shape[-1]} x {picture.shape[-2]} pixels, but the latent's picture has other proportions "
                 f"({fitted[1]} x {fitted[0]} as the predictor sees it). Give the same picture, not enlarged."
             )
         picture = F.interpolate(picture, size=fitted, mode="bicubic", align_corners=False, antialias=True)
-    return reflect_pad(picture, *(side * pixels_per_cell for side in cells))
+    return reflect_pad(picture, cells[0] * pixels_per_cell, cells[1] * pixels_per_cell)

@@ -9,6 +9,12 @@ MIN_SIDE = 3 * VAE_MULTIPLE
 """Two cells are one after the UNet's first halving, and one cell leaves group normalisation nothing to average where a group is one channel."""
 
 
+def size_of(image: torch.Tensor) -> tuple[int, int]:
+    """Height and width of (..., H, W)."""
+    height, width = image.shape[-2:]
+    return height, width
+
+
 def padded_side(size: int) -> int:
     """Pixels to which a side of ``size`` pixels is padded: whole latent cells, three at least."""
     return max(-(-size // VAE_MULTIPLE) * VAE_MULTIPLE, MIN_SIDE)

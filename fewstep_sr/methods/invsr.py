@@ -8,8 +8,9 @@ import torch
 
 from ..diffusion import add_noise, predict_x0
 from ..networks.noise_predictor import NoisePredictor, NoisePredictorConfig
-from ..weights.kinds import FileKind, has_key, strip_wrappers, unwrap
+from ..weights.kinds import FileKind, has_key, unwrap, without_wrappers
 from ..weights.save import save_safetensors
+from ..weights.strict import own_copies
 from .method import Demo, Method, Option, Paper, Source
 from .schedule import Schedule, parse_timesteps
 
@@ -60,17 +61,20 @@ class NoisePredictorWeights:
 def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> NoisePredictorWeights:
     """A bare state dict, or a training checkpoint with one inside. Dimensions come from the weights' shapes."""
     inner = unwrap(state) or state
-    weights = {strip_wrappers(k): v for k, v in inner.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    weights = {k: v for k, v in without_wrappers(inner, name).items() if isinstance(v, torch.Tensor)}
     try:
         config = NoisePredictorConfig.from_state_dict(weights)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     _check_shapes(weights, config, name)
-    return NoisePredictorWeights(config, {key: weight.clone() for key, weight in weights.items()})  # the file may be a read-only map
+    return NoisePredictorWeights(config, own_copies(weights, name))
 
 
 def _check_shapes(weights: Mapping[str, torch.Tensor], config: NoisePredictorConfig, name: str) -> None:
-    expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
+    try:
+        expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
+    except RuntimeError:  # a product of its dimensions is beyond 64 bits
+        raise ValueError(f"{name}: found a noise predictor of {config.block_out_channels} channels; the file is damaged.") from None
     for key, shape in expected.items():
         found = tuple(weights[key].shape) if key in weights else None
         if found != shape:
@@ -88,6 +92,14 @@ def _summary(weights: NoisePredictorWeights) -> list[str]:
     published = "as published" if weights.config == NoisePredictorConfig() else "not the published dimensions"
     blocks = ", ".join(f"{n} layers of {c}" for c, n in zip(weights.config.block_out_channels, weights.config.layers_per_block, strict=True))
     return [f"  network: {blocks} ({published})", "  fits: SD-Turbo (and Stable Diffusion 2.1-base, whose latents are the same)"]
+
+
+SCHEDULE = Schedule(
+    start=MAX_START,
+    origin=1,
+    reason="InvSR's noise predictor is trained for start timesteps up to 250 (counted from 1)",
+    published={1: (200,), 2: (200, 100), 3: (200, 100, 50), 4: (200, 150, 100, 50), 5: (250, 200, 150, 100, 50)},  # inference_invsr.py
+)
 
 
 def _timestep(text: str) -> tuple[int, ...]:
@@ -132,12 +144,7 @@ INVSR = Method(
     # As published (sampler_invsr.py), to the missing space after "noisy,".
     prompt="Cinematic, high-contrast, photo-realistic, 8k, ultra HD, meticulous detailing, hyper sharpness, perfect without deformations",
     negative_prompt="Low quality, blurring, jpeg artifacts, deformed, over-smooth, cartoon, noisy,painting, drawing, sketch, oil painting",
-    schedule=Schedule(
-        start=MAX_START,
-        origin=1,
-        reason="InvSR's noise predictor is trained for start timesteps up to 250 (counted from 1)",
-        published={1: (200,), 2: (200, 100), 3: (200, 100, 50), 4: (200, 150, 100, 50), 5: (250, 200, 150, 100, 50)},  # inference_invsr.py
-    ),
+    schedule=SCHEDULE,
     options=(
         Option("steps", "1 to 5 as published, or more, evenly spaced", int, default=1),
         Option(

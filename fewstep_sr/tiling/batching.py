@@ -1,6 +1,9 @@
 """Work that goes through a network in groups that fit into memory: the one place that halves a group where memory runs out."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Items = TypeVar("Items", bound=Sequence)
 
 
 class Runtime:
@@ -20,9 +23,7 @@ class Runtime:
         return lambda done: None
 
 
-def run_in_groups(
-    items: Sequence, group: int, run: Callable[[Sequence], None], runtime: Runtime, update: Callable[[int], object] | None = None
-) -> int:
+def run_in_groups(items: Items, group: int, run: Callable[[Items], None], runtime: Runtime, update: Callable[[int], object] | None = None) -> int:
     """Give all ``items`` to ``run``, ``group`` at a time, and halve the group when memory runs out.
 
     ``run`` changes nothing until it has succeeded, since a group may be given again in two halves.
@@ -33,7 +34,8 @@ def run_in_groups(
     done, group = 0, min(group, len(items))
     while done < len(items):
         runtime.before_call()
-        part, out_of_memory = items[done : done + group], False
+        part: Items = items[done : done + group]  # type: ignore[assignment]  # a slice of a list or range is one
+        out_of_memory = False
         try:
             run(part)
         except Exception as error:

@@ -1,5 +1,6 @@
 """Every equation of the ground floor against numbers worked out by hand or by the authors' own code: no network runs here, so that it takes a second."""
 
+import dataclasses
 import math
 
 import pytest
@@ -112,6 +113,32 @@ def test_what_is_published():
     assert not any(option.needed for option in INVSR.options)
     assert [method.published_name for method in METHODS.values()] == ["osediff.pkl", "noise_predictor_sd_turbo_v5.pth"]
     assert OSEDIFF.weights.page.endswith("/osediff.pkl") and INVSR.weights.page == "https://huggingface.co/OAOA/InvSR"
+
+
+def test_records_do_not_change():
+    for record, field in (
+        (OSEDIFF, "key"),
+        (OSEDIFF.base, "size"),
+        (OSEDIFF.paper, "title"),
+        (OSEDIFF.options[0], "name"),
+        (OSEDIFF.demo, "file"),
+        (OSEDIFF.schedule, "start"),
+    ):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field, None)
+
+
+def test_the_published_name_is_the_last():
+    weights = dataclasses.replace(OSEDIFF.weights, names=("a.safetensors", "b.safetensors", "c.pkl"))
+    assert dataclasses.replace(OSEDIFF, weights=weights).published_name == "c.pkl"
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "message"), [([100, 300], "from 250 down"), ([300, 100], "from 250 down"), ([100, 100], "smaller than"), ([50, 0], "down to 1")]
+)
+def test_timesteps_in_order_and_in_range(timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        INVSR.schedule.indices(1, timesteps)
 
 
 def test_summaries():
