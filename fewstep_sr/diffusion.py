@@ -34,7 +34,7 @@ def sigmas() -> torch.Tensor:
 def alpha_bar_at(timesteps: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
     """The schedule at ``timesteps`` (B,) or a single one, shaped (B, 1, 1, 1), on the device and in the dtype of ``like``."""
     index = torch.as_tensor(timesteps, device=like.device).reshape(-1)
-    return alphas_cumprod().to(like)[index].view(-1, 1, 1, 1)
+    return alphas_cumprod().to(like, non_blocking=True)[index].view(-1, 1, 1, 1)
 
 
 def sigma_of(alpha_bar: Level) -> Level:

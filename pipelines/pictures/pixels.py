@@ -160,7 +160,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if image.mode == "CMYK" and profile:
         try:
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
         except (ImageCms.PyCMSError, OSError) as error:
             _log.warning("its CMYK profile cannot be used (%s); the colours are converted without it.", error)
     return image.convert("RGB")

@@ -158,6 +158,15 @@ def test_latent_lpips(tmp_path):
     torch.save({"lin0.model.1.weight": torch.rand(1, 64, 1, 1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth.*vgg16_sdturbo_lpips\.pth"):
         LatentLPIPS.from_file(tmp_path / "other.pth")
+    wrong = {
+        r"net\.slice1\.0\.weight has the shape \(1,\), expected": {"net.slice1.0.weight": torch.ones(1)},  # which copy_ would spread over the layer
+        r"net\.slice1\.0\.bias has no tensor, expected": {"net.slice1.0.bias": 5},
+        r"lin0\.model\.1\.weight holds values that are not finite": {"lin0.model.1.weight": torch.full((1, 64, 1, 1), float("nan"))},
+    }
+    for message, changes in wrong.items():
+        torch.save(state | changes, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=rf"^other\.pth: {message}"):
+            LatentLPIPS.from_file(tmp_path / "other.pth")
 
 
 def test_lpips_is_not_fetched(tmp_path, monkeypatch, caplog):
