@@ -7,6 +7,7 @@ network with low-rank updates that see through degradation. Module names are tho
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class Tagger(nn.Module):
         self.label_embed = nn.Parameter(torch.zeros(config.num_tags, config.label_channels, **kw))
         self.wordvec_proj = operations.Linear(config.label_channels, config.hidden_channels, **kw)
         layers = nn.ModuleList(TaggingLayer(config, operations, **kw) for _ in range(config.layers))
-        self.tagging_head = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
+        self.tagging_head: Any = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
         self.fc = operations.Linear(config.hidden_channels, 1, **kw)
 
     def image_embeds(self, image: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ class TaggingLayer(nn.Module):
             "key": operations.Linear(config.label_channels, channels, **kw),
             "value": operations.Linear(config.label_channels, channels, **kw),
         }
-        self.crossattention = nn.ModuleDict({"self": nn.ModuleDict(attention), "output": AddAndNorm(channels, channels, operations, **kw)})
+        self.crossattention: Any = nn.ModuleDict({"self": nn.ModuleDict(attention), "output": AddAndNorm(channels, channels, operations, **kw)})
         self.intermediate = nn.ModuleDict({"dense": operations.Linear(channels, config.mlp_channels, **kw)})
         self.output = AddAndNorm(config.mlp_channels, channels, operations, **kw)
 

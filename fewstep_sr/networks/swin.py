@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,16 +67,16 @@ class SwinTransformer(nn.Module):
 
     def __init__(self, config: SwinConfig, operations=nn, **kw):
         super().__init__()
-        self.patch_embed = nn.ModuleDict(
+        self.patch_embed: Any = nn.ModuleDict(
             {
                 "proj": operations.Conv2d(3, config.embed_dim, PATCH, stride=PATCH, **kw),
                 "norm": operations.LayerNorm(config.embed_dim, **kw),
             }
         )
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
             channels = config.embed_dim * 2**i
-            stage = nn.ModuleDict({"blocks": nn.ModuleList()})
+            stage: Any = nn.ModuleDict({"blocks": nn.ModuleList()})
             last = i == len(config.depths) - 1
             for j in range(depth):
                 shift = config.window_size // 2 if j % 2 and not last else 0  # the last stage has but one window

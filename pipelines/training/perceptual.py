@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class LatentLPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.groups = nn.ModuleList()
+        self.groups: Any = nn.ModuleList()
         width = 4
         for group in _VGG:
             layers = nn.ModuleList()
