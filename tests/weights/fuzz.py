@@ -30,7 +30,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "weights")]
 
-SECONDS = 5
+SECONDS = 5  # of the processor, so that a busy machine makes no findings
+WAIT = 60  # of the clock, for what waits without working
 MEMORY = 256 << 20  # beyond the file's size
 ADDRESSES = 8 << 30  # so that a runaway ends by itself
 
@@ -115,9 +116,9 @@ def _read_files(folder: Path, first: int, last: int, seed: int, send) -> None:
         kind, path = write(folder, number, seed)
         send({"number": number, "started": True})
         _reset_peak()
-        before, start = _memory("VmRSS"), time.monotonic()
+        before, start = _memory("VmRSS"), time.process_time()
         result = fuzz_targets.outcome(kind, path)
-        seconds, grown = time.monotonic() - start, _memory("VmHWM") - before
+        seconds, grown = time.process_time() - start, _memory("VmHWM") - before
         if result in ("loaded", "refused") and grown > path.stat().st_size + MEMORY:
             result = f"wrong: memory, {grown >> 20} MiB for {path.stat().st_size} bytes"
         path.unlink()
@@ -167,14 +168,19 @@ def _fork(work) -> tuple[int, int]:
 
 def _watch(worker: int, pipe: int) -> Iterator[dict]:
     """The worker's results; a last one is made up where it hangs or dies. Only the reading of a file is timed, not its making."""
-    waiting, reading, number = b"", False, None
+    waiting, reading, number, since, worked = b"", False, None, time.monotonic(), 0.0
     with os.fdopen(pipe, "rb", buffering=0) as stream:
         while True:
-            ready, _, _ = select.select([stream], [], [], SECONDS if reading else 10 * SECONDS)
-            read = stream.read(1 << 16) if ready else b""
+            ready, _, _ = select.select([stream], [], [], 0.5)
+            if not ready:
+                if time.monotonic() - since > WAIT or (reading and _processor(worker) - worked > SECONDS):
+                    break
+                continue
+            read = stream.read(1 << 16)
             if not read:
                 break
             *lines, waiting = (waiting + read).split(b"\n")
+            since, worked = time.monotonic(), _processor(worker)
             for message in map(json.loads, lines):
                 reading, number = "result" not in message, message["number"]
                 if not reading:
@@ -187,6 +193,12 @@ def _watch(worker: int, pipe: int) -> Iterator[dict]:
         yield {"number": number, "result": "wrong: died" if ready else "wrong: hang", "seconds": SECONDS, "kind": "", "file": ""}
     elif not ready:
         raise RuntimeError(f"making the file after number {number} took too long.")
+
+
+def _processor(pid: int) -> float:
+    """Seconds that a process has worked."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> int:
