@@ -39,7 +39,7 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def __enter__(self) -> "Server":
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             assert self.process.poll() is None, f"ComfyUI ended:\n{self.log[-3000:]}"
             try:
@@ -47,7 +47,7 @@ class Server:
                 return self
             except (urllib.error.URLError, ConnectionError):
                 time.sleep(0.5)
-        raise TimeoutError(f"ComfyUI did not answer within 180 s:\n{self.log[-3000:]}")
+        raise TimeoutError(f"ComfyUI did not answer within 600 s:\n{self.log[-3000:]}")
 
     def __exit__(self, *_) -> None:
         self.process.terminate()
