@@ -91,6 +91,7 @@ def visible(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal here")
 @pytest.mark.parametrize(("place", "whole"), [("half written", 2), ("before the renaming", 2), ("after the renaming", 3)])
 def test_killed_and_gone_on(tmp_path, place, whole):
