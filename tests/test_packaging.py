@@ -36,6 +36,14 @@ def test_the_tests_also_run_on_the_declared_minimums():
     assert f'comfyui: ["v{comfyui}", "master"]' in workflow and "-c .ci/minimums.txt" in workflow
 
 
+def test_the_wheel_has_every_package():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {file.parent.relative_to(ROOT).as_posix() for top in ("fewstep_sr", "pipelines") for file in (ROOT / top).rglob("__init__.py")}
+    here = {"fewstep_sr." + folder.replace("/", ".") if folder.startswith("pipelines") else folder.replace("/", ".") for folder in folders}
+    assert here <= set(setuptools["packages"])
+
+
 def test_the_registrys_pictures_are_here():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())

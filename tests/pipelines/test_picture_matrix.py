@@ -96,7 +96,7 @@ def test_lossy(tmp_path, mode, suffix):
         image(mode).resize((90, 60), Image.Resampling.BICUBIC).save(
             path, {".jfif": "JPEG"}.get(suffix), quality=100, **({"subsampling": 0} if suffix[1] == "j" else {})
         )
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:  # an older Pillow does not know the suffix
         pytest.skip(str(error))
     pixels, expected = read_pixels(path), np.asarray(image(mode).resize((90, 60), Image.Resampling.BICUBIC).convert("RGB")).astype(int)
     assert np.abs(pixels.values.astype(int) - expected).mean() < 4
