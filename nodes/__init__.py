@@ -1,6 +1,7 @@
 """The methods' stages as ComfyUI nodes on native sockets."""
 
 from .color import FewStepSRColorFix
+from .cutout import FewStepSRFillTransparent
 from .demo import FewStepSRDemoLoader
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
@@ -23,4 +24,5 @@ NODES = [
     FewStepSRVAEDecode,
     FewStepSRColorFix,
     FewStepSRDemoLoader,
+    FewStepSRFillTransparent,
 ]

@@ -1,8 +1,12 @@
 """OSEDiff's adapter as ComfyUI patches: diffusers' layer names to ComfyUI's, shapes compared before anything is patched."""
 
 import copy
+from dataclasses import dataclass
+from functools import cache
 
 import comfy.diffusers_convert
+import comfy.lora
+import comfy.model_management
 import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
@@ -13,6 +17,43 @@ from .checks import context_dim
 
 ATTACHMENT = "fewstep_sr_osediff"
 """A MODEL's attachment: the timestep at which the adapter on it was trained."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """By which a loaded adapter's patches are known, in merges of models too."""
+
+    timestep: int
+
+
+class MarkedLoRA(LoRAAdapter):
+    """ComfyUI's LoRA patch of one layer, with the adapter that it is of."""
+
+    def __init__(self, mark: Mark, low_rank: LowRank):
+        super().__init__(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
+        self.mark = mark
+
+
+def acting_adapters(patcher) -> dict[Mark, float]:
+    """The adapters whose patches a MODEL or a VAE's patcher carries, and how much of each is left: 1 as published, 0 after a merge that lost it."""
+    layers: dict[Mark, list[float]] = {}
+    for patches in patcher.patches.values():
+        for mark, share in _shares(patches).items():
+            layers.setdefault(mark, []).append(share)
+    return {mark: sum(shares) / len(shares) for mark, shares in layers.items()}
+
+
+def _shares(patches: list[tuple]) -> dict[Mark, float]:
+    """How much of each adapter one layer's patches leave, in ComfyUI's order: each scales what is there, then adds its own."""
+    shares: dict[Mark, float] = {}
+    for strength, value, keep, *_ in patches:
+        added = {}
+        if isinstance(value, list):  # another model's layer with its own patches, as merges put it on
+            added = _shares(value[1:])
+        elif isinstance(value, MarkedLoRA):
+            added = {value.mark: 1.0}
+        shares = {mark: shares.get(mark, 0.0) * keep + added.get(mark, 0.0) * strength for mark in {**shares, **added}}
+    return shares
 
 
 def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
@@ -28,7 +69,7 @@ def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
     # (1 - strength) * weight + strength * replacement: at full strength the replacement alone.
     replaced = {names[k]: (v,) for k, v in adapter.unet_replaced.items()}
     _patch(patched, replaced, {names[k]: v.shape for k, v in adapter.unet_replaced.items()}, "model", strength, keep=1.0 - strength)
-    _patch_low_rank(patched, adapter.unet, names, "model", strength)
+    _patch_low_rank(patched, adapter.unet, names, "model", strength, Mark(adapter.timestep))
     return patched
 
 
@@ -37,19 +78,37 @@ def adapt_vae(vae, adapter: OSEDiffAdapter, strength: float):
     keys = [f"{layer}.weight" for layer in adapter.vae]
     names = dict(zip(keys, comfy.diffusers_convert.convert_vae_state_dict({k: torch.empty(0) for k in keys})))
     patched = copy.copy(vae)
+    patched.__class__ = _saving_patched(type(vae))
     patched.patcher = vae.patcher.clone()
-    _patch_low_rank(patched.patcher, adapter.vae, names, "vae", strength)
+    _patch_low_rank(patched.patcher, adapter.vae, names, "vae", strength, Mark(adapter.timestep))
     return patched
 
 
-def _patch_low_rank(patcher, layers: dict[str, LowRank], names: dict[str, str], what: str, strength: float) -> None:
+@cache
+def _saving_patched(kind: type) -> type:
+    """A kind of VAE whose weights are saved as they act: core's Save VAE and Save Checkpoint take a VAE's network as it was loaded."""
+    return kind if issubclass(kind, _SavesPatched) else type(kind.__name__, (_SavesPatched, kind), {})
+
+
+class _SavesPatched:
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        weights = {}
+        for key, ((weight, convert), *patches) in self.patcher.get_key_patches().items():
+            weights[key] = weight
+            if patches:
+                unpatched = convert(comfy.model_management.cast_to_device(weight, torch.device("cpu"), torch.float32, copy=True), inplace=True)
+                weights[key] = comfy.lora.calculate_weight(patches, unpatched, key).to(weight.dtype)
+        return weights
+
+
+def _patch_low_rank(patcher, layers: dict[str, LowRank], names: dict[str, str], what: str, strength: float, mark: Mark) -> None:
     missing = [layer for layer in layers if f"{layer}.weight" not in names]
     if missing:
         raise ValueError(f"{what}: it has no layer {missing[0]} (and {len(missing) - 1} more), which the adapter changes. {_WRONG_BASE}")
     patches, shapes = {}, {}
     for layer, low_rank in layers.items():
         key = names[f"{layer}.weight"]
-        patches[key] = LoRAAdapter(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
+        patches[key] = MarkedLoRA(mark, low_rank)
         shapes[key] = low_rank.weight_shape
     _patch(patcher, patches, shapes, what, strength)
 
@@ -58,9 +117,8 @@ _WRONG_BASE = "It is not the base that the adapter was trained on: load SD 2.1-b
 
 
 def _patch(patcher, patches: dict, shapes: dict, what: str, strength: float, keep: float = 1.0) -> None:
-    weights = patcher.model.state_dict()
     for key, shape in shapes.items():
-        found = tuple(weights[key].shape) if key in weights else None
+        found = _shape(patcher.model, key)
         # ComfyUI keeps some linear layers as 1 x 1 convolutions.
         if found is None or _without_kernel(found) != _without_kernel(shape):
             raise ValueError(f"{what}: layer {key} has shape {found}, but the adapter's is {tuple(shape)}. {_WRONG_BASE}")
@@ -71,3 +129,11 @@ def _patch(patcher, patches: dict, shapes: dict, what: str, strength: float, kee
 
 def _without_kernel(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(shape[:2]) if tuple(shape[2:]) == (1, 1) else tuple(shape)
+
+
+def _shape(network: torch.nn.Module, key: str) -> tuple[int, ...] | None:
+    """A layer's shape as it computes; its state dict may hold packed blocks of a quantised file instead. None where there is no such layer."""
+    try:
+        return tuple(comfy.utils.get_attr(network, key).shape)
+    except AttributeError:
+        return None

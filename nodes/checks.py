@@ -6,6 +6,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..fewstep_sr.bases import BASES, TEXT_WIDTHS, require_text_width
+from ..fewstep_sr.diffusion import sigmas
 from ..fewstep_sr.image.pixels import require_pixel_values
 from ..fewstep_sr.image.sizes import VAE_MULTIPLE
 
@@ -23,10 +24,39 @@ def require_stable_diffusion(model) -> None:
     if channels != LATENT_CHANNELS:
         raise ValueError(f"model: found a UNet with {channels} input channels (inpainting or upscaling), expected {LATENT_CHANNELS}. Load {BASES}.")
     require_text_width(context_dim(model), config.get("model_channels", 0), "model")
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.V_PREDICTION):
-        kind = "v-prediction (SD 2.1 at 768 pixels)" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else type(sampling).__name__
-        raise ValueError(f"model: found {kind}, expected a model that predicts noise (epsilon). Load {BASES}.")
+    kind = _unfit_sampling(model.get_model_object("model_sampling"))
+    if kind:
+        raise ValueError(f"model: found {kind}, expected a model that predicts noise (epsilon) on Stable Diffusion's noise schedule. Load {BASES}.")
+
+
+_PREDICTIONS = {
+    "CONST": "a flow (rectified flow)",
+    "COSMOS_RFLOW": "a flow (rectified flow)",
+    "IMG_TO_IMG_FLOW": "a flow (rectified flow)",
+    "EDM": "EDM sampling",
+    "LCM": "LCM sampling",
+    "IMG_TO_IMG": "x0 prediction",
+    "X0": "x0 prediction",
+    "V_PREDICTION_DDPM": "v-prediction",
+    "V_PREDICTION": "v-prediction (SD 2.1 at 768 pixels)",
+}
+"""What ComfyUI's kinds of prediction are called in the field, by class."""
+
+
+def _unfit_sampling(sampling) -> str | None:
+    """What keeps a ``model_sampling`` from being Stable Diffusion's: its prediction, or its noise schedule. None where it is."""
+    eps, discrete = comfy.model_sampling.EPS, comfy.model_sampling.ModelSamplingDiscrete
+    bases = [kind.__name__ for kind in type(sampling).__mro__]
+    settings = next((name for name in bases if name not in ("ModelSampling", "ModelSamplingAdvanced")), type(sampling).__name__)
+    predicts_noise = isinstance(sampling, eps) and type(sampling).calculate_denoised is eps.calculate_denoised
+    if not predicts_noise or type(sampling).calculate_input is not eps.calculate_input:
+        named = next((_PREDICTIONS[name] for name in bases if name in _PREDICTIONS), None)
+        return named or settings
+    if not isinstance(sampling, discrete):
+        return f"a continuous noise schedule ({settings})"
+    if sampling.sigmas.shape != sigmas().shape or not torch.allclose(sampling.sigmas.cpu().log(), sigmas().log(), atol=1e-2):
+        return "a zero-terminal-SNR noise schedule (zsnr)" if getattr(sampling, "zsnr", False) else f"another noise schedule ({settings})"
+    return None
 
 
 def context_dim(model) -> int | None:
@@ -93,6 +123,10 @@ def require_vae(vae) -> None:
         )
 
 
+MOST_OVERSHOOT = 0.5
+"""How far below 0 bicubic enlargement of [0, 1] can reach: its negative weights in two dimensions sum to 0.445."""
+
+
 def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
     """An IMAGE (B, H, W, C) as float32 (B, 3, H, W): alpha is left out, one channel becomes three.
 
@@ -103,6 +137,10 @@ def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: found shape {tuple(image.shape)}, expected (batch, height, width, channels) with 1, 3 or 4 channels.")
     image = image[..., :3].float().movedim(-1, 1)  # BHWC -> BCHW
     require_pixel_values(image, name)
+    if image.amin() < -MOST_OVERSHOOT or (image.amin() < -0.1 and (image < -0.1).count_nonzero() > image.numel() / 4):
+        raise ValueError(
+            f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]: this image is scaled to [-1, 1]. Add 1 and halve it."
+        )
     return image.expand(-1, 3, -1, -1)
 
 

@@ -6,7 +6,8 @@ from comfy_api.latest import io
 
 from ..fewstep_sr.image.color import COLOR_FIXES, fix_color
 from ..fewstep_sr.image.sizes import same_proportions
-from .checks import require_image
+from .checks import require_finite, require_image
+from .page import require_number
 
 
 class FewStepSRColorFix(io.ComfyNode):
@@ -37,6 +38,7 @@ class FewStepSRColorFix(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, reference, method="adain", strength=1.0) -> io.NodeOutput:
+        require_number(strength, "strength", 0.0, 1.0)
         pictures, references = require_image(image, "image"), require_image(reference, "reference")
         if references.shape[0] not in (1, pictures.shape[0]):
             raise ValueError(f"reference: found {references.shape[0]} pictures, expected 1 or {pictures.shape[0]}, as many as in image.")
@@ -50,4 +52,5 @@ class FewStepSRColorFix(io.ComfyNode):
         for i, picture in enumerate(pictures):  # one at a time: video batches are long
             comfy.model_management.throw_exception_if_processing_interrupted()
             fixed[i] = fix_color(picture[None], references[min(i, references.shape[0] - 1)][None], method, strength)[0]
+        require_finite(fixed, "Color Fix (Few-Step SR)", "--fp32-vae")
         return io.NodeOutput(fixed.movedim(1, -1))  # BCHW -> BHWC

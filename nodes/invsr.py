@@ -17,10 +17,10 @@ from ..fewstep_sr.networks.posterior import Posterior, draw_noise
 from ..fewstep_sr.tiling.predictor import predict_noise_map
 from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
-from .noise import PredictedNoise
-from .page import find_listed, list_files
+from .noise import PredictedNoise, by_content, digest
+from .page import find_listed, fingerprint, list_files
+from .picture_size import picture_size
 from .runtime import ComfyUI
-from .vae import picture_size
 
 NoisePredictorSocket = io.Custom("NOISE_PREDICTOR")
 
@@ -51,6 +51,10 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, noise_predictor_name=None) -> bool | str:
         return find_listed(INVSR, noise_predictor_name)
+
+    @classmethod
+    def fingerprint_inputs(cls, noise_predictor_name=None) -> list[tuple]:
+        return fingerprint(INVSR.weights.folder, noise_predictor_name)
 
     @classmethod
     def execute(cls, noise_predictor_name) -> io.NodeOutput:
@@ -115,7 +119,7 @@ class InvSRStartState(io.ComfyNode):
         state = start_state(latent_format.process_in(samples.float()), noise, alpha_bar)
         state = latent_format.process_out(to_sigma_space(state, alpha_bar))
         return io.NodeOutput(
-            PredictedNoise(noise, partial(_require_unnoised, state), seed),
+            PredictedNoise(noise, latent, partial(_require_unnoised, state), seed),
             {**latent, "samples": state},
             ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls),
         )
@@ -123,7 +127,7 @@ class InvSRStartState(io.ComfyNode):
 
 def _require_unnoised(start_state: torch.Tensor, samples: torch.Tensor) -> None:
     """Refuse what samplers are given by mistake beside the noise: the start state, which holds it already, and an empty latent."""
-    noised = samples.shape == start_state.shape and torch.equal(samples.to(start_state), start_state)
+    noised = any(digest(sample) in by_content(start_state) for sample in samples)
     if noised or not samples.any():
         found = "InvSR's start state, which holds this noise already" if noised else "an empty latent"
         raise ValueError(

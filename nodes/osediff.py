@@ -13,10 +13,10 @@ from comfy_api.latest import io
 from ..fewstep_sr.diffusion import alpha_bar_of, to_sigma_space
 from ..fewstep_sr.methods import OSEDIFF, load_weights
 from ..fewstep_sr.methods.osediff import TIMESTEP
-from .adapter import ATTACHMENT, adapt_model, adapt_vae
+from .adapter import ATTACHMENT, acting_adapters, adapt_model, adapt_vae
 from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
-from .noise import PredictedNoise
-from .page import find_listed, list_files, warn
+from .noise import PredictedNoise, number_pictures
+from .page import find_listed, fingerprint, list_files, require_number, warn
 from .tiled_model import is_tiled, stream_pictures
 
 USUAL = 2.0
@@ -70,18 +70,27 @@ class OSEDiffLoader(io.ComfyNode):
         return find_listed(OSEDIFF, osediff_name)
 
     @classmethod
+    def fingerprint_inputs(cls, osediff_name=None, **_) -> list[tuple]:
+        return fingerprint(OSEDIFF.weights.folder, osediff_name)
+
+    @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
         require_stable_diffusion(model)
         require_vae(vae)
         strengths = {"strength_model": strength_model, "strength_vae": strength_vae}
+        for name, strength in strengths.items():
+            require_number(strength, name, -10.0, 10.0)
         extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
-        warn(
-            cls,
-            [
-                f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart."
-                for name, strength in extreme.items()
-            ],
-        )
+        warnings = [
+            f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()
+        ]
+        for name, patcher in {"model": model, "vae": vae.patcher}.items():
+            if any(acting_adapters(patcher).values()):
+                warnings.append(
+                    f"{name}: found an OSEDiff adapter on it already, expected the base's own. Both act now: take one 'Load OSEDiff' out, or set its "
+                    "strength to 0."
+                )
+        warn(cls, warnings)
         adapter = load_weights(OSEDIFF, folder_paths.get_full_path_or_raise(OSEDIFF.weights.folder, osediff_name))
         adapted_for = "faces" if "face" in osediff_name.lower() else "photos"
         logging.info("OSEDiff adapter for %s %s: rank %d on the UNet, %d on the VAE", adapted_for, osediff_name, adapter.rank_unet, adapter.rank_vae)
@@ -132,6 +141,7 @@ class OSEDiffOneStep(io.ComfyNode):
         samples = require_picture(latent)
         if not is_tiled(model) and "model_function_wrapper" not in model.model_options:  # other packs' tiling
             require_memory(model, samples)
+        require_number(cfg, "cfg", 0.0, 100.0)
         require_conditioning(positive, model, "positive")
         conds = {"positive": positive}
         if negative is not None:
@@ -142,8 +152,14 @@ class OSEDiffOneStep(io.ComfyNode):
         warnings = []
         if cfg > USUAL:
             warnings.append(f"cfg: found {cfg:g}, expected 1 (to {USUAL:g}). Set it to 1, or colours and edges overshoot.")
-        trained_at = model.get_attachment(ATTACHMENT)
-        if trained_at is None:
+        adapters = acting_adapters(model)
+        trained_at = next((mark.timestep for mark, share in adapters.items() if share), model.get_attachment(ATTACHMENT))
+        if adapters and not any(adapters.values()):
+            warnings.append(
+                "model: the OSEDiff adapter on it acts with strength 0, lost in a merge or by strength_model. Put Load OSEDiff after the merge, "
+                "with a strength of 1."
+            )
+        elif trained_at is None:
             warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
         elif timestep == TIMESTEP != trained_at:
             warnings.append(f"timestep: found {timestep}, expected {trained_at}, this adapter's. Set it to {trained_at}.")
@@ -181,7 +197,7 @@ def _one_step_noise(model, samples: torch.Tensor, sampling, sigma: torch.Tensor)
     starts from ``factor * noise + z``. Its factor is asked for, not assumed: from the end of the table it is not sigma. With the latent in
     place instead of zeros, a noise mask keeps the low-quality picture outside it.
     """
-    z = model.model.process_latent_in(samples.float())
+    z = model.get_model_object("latent_format").process_in(samples.float())  # the network's own may be another branch's
     start = to_sigma_space(z, alpha_bar_of(sigma))
     unit, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
     at_end = bool(sigma >= sampling.sigma_max.to(sigma) * (1 - 1e-5))
@@ -213,8 +229,8 @@ class OSEDiffStartState(io.ComfyNode):
     def execute(cls, model, latent) -> io.NodeOutput:
         require_stable_diffusion(model)
         samples = require_picture(latent)
-        noise = PredictedNoise(model.model.process_latent_in(samples.float()), _require_blank)
-        return io.NodeOutput(noise, {**latent, "samples": torch.zeros_like(samples)})
+        noise = PredictedNoise(model.get_model_object("latent_format").process_in(samples.float()), latent, _require_blank)
+        return io.NodeOutput(noise, {**latent, "samples": torch.zeros_like(samples), "batch_index": number_pictures(latent)})
 
 
 def _require_blank(samples: torch.Tensor) -> None:

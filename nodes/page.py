@@ -1,6 +1,7 @@
 """What the page says before a run, where a widget names a file that is not there, and during one, on the node itself."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
@@ -33,15 +34,66 @@ def find_in_folder(folder: str, name: str | None, published: str, source: str) -
         published: the authors' file.
         source: a sentence that says where that can be had.
     """
-    files = folder_paths.get_filename_list(folder)
-    if name is None or name in files:
+    if name is None:
         return True
-    name = published if name == _empty(folder) else name
+    if not isinstance(name, str):
+        return f"found {quoted(name)}, expected the name of a file in models/{folder}. Choose one in the widget."
+    files = folder_paths.get_filename_list(folder)
+    if name in files:
+        return True
+    name = published if name == _empty(folder) else quoted(name)
     here = folder_paths.get_folder_paths(folder)[0]
     found = ", ".join(files[:5]) + ", ..." * (len(files) > 5) or "no file"
-    misplaced = _find_elsewhere(folder, Path(name).name)
+    misplaced = _find_elsewhere(folder, Path(name.replace("\0", "")).name)
     action = f"It is at {misplaced}: move it there" if misplaced else f"{source} Put it there"
     return f"found {found} in {here}, expected {name}. {action}, and press R on the page."
+
+
+def quoted(value) -> str:
+    """A widget's value for a message: of bounded length, and of characters that can be written anywhere."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text)} characters)"
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+LONGEST = 120
+"""Characters of a widget's value that a message repeats."""
+
+LONGEST_TEXT = 100_000
+"""Characters that a text widget may hold: a prompt has a few hundred."""
+
+
+def require_text(value: str, name: str) -> str:
+    """Refuse what is no text, or none that can be shown and saved."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: found {quoted(value)}, expected text.")
+    if len(value) > LONGEST_TEXT:
+        raise ValueError(f"{name}: found {len(value)} characters, expected {LONGEST_TEXT} at most. Look at what is wired to it.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: found half a character (a lone surrogate) at position {error.start}, expected text. Type it again.") from None
+    return value
+
+
+def require_number(value: float, name: str, low: float, high: float) -> float:
+    """Refuse NaN and what lies outside a widget's range, which links and the API can bring."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:  # NaN compares false
+        raise ValueError(f"{name}: found {quoted(value)}, expected a number from {low:g} to {high:g}.")
+    return value
+
+
+def fingerprint(folder: str, *names: str | None, beside: Iterable[str] = ()) -> list[tuple]:
+    """By which ComfyUI sees that files of a model folder were written over under the same name, so that it reads them again.
+
+    Args:
+        names: the widgets' values; a name that a link brings is not known yet (None), and stands for every file.
+        beside: files that count too where they lie beside one of these.
+    """
+    names = folder_paths.get_filename_list(folder) if None in names else names
+    files = [Path(path) for name in names if isinstance(name, str) and (path := folder_paths.get_full_path(folder, name))]
+    files += sorted({file.parent / name for file in files for name in beside if (file.parent / name).is_file()})
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 
 def _find_elsewhere(folder: str, name: str) -> str | None:

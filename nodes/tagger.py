@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import folder_paths
 import torch
@@ -10,12 +11,12 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..fewstep_sr.networks.ram import Tagger
-from ..fewstep_sr.networks.vocabulary import TagVocabulary
+from ..fewstep_sr.networks.vocabulary import TAG_LIST, THRESHOLD_LIST, TagVocabulary
 from ..fewstep_sr.tiling import tagging
 from ..fewstep_sr.weights.tagger import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, by_preference, load_tagger_weights
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
-from .page import find_in_folder, list_files
+from .page import find_in_folder, fingerprint, list_files, require_number, require_text
 from .runtime import ComfyUI
 
 TaggerSocket = io.Custom("DAPE_TAGGER")
@@ -58,8 +59,17 @@ class DAPETaggerLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, tagger_name=None) -> bool | str:
-        return find_in_folder("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
+    def validate_inputs(cls, tagger_name=None, dape_name=None) -> bool | str:
+        found = find_in_folder("dape", tagger_name, TAGGER_FILE, TAGGER_SOURCE)
+        if found is not True or dape_name in ("auto", "none"):
+            return found
+        return find_in_folder("dape", dape_name, DAPE_FILE, f"{DAPE_FILE} is linked in OSEDiff's README.")
+
+    @classmethod
+    def fingerprint_inputs(cls, tagger_name=None, dape_name=None) -> list[tuple]:
+        among = folder_paths.get_filename_list("dape") if dape_name == "auto" else [dape_name]
+        names = [tagger_name, *(name for name in among if dape_name != "auto" or Path(name).name == DAPE_FILE)]
+        return fingerprint("dape", *names, beside=(TAG_LIST, THRESHOLD_LIST))
 
     @classmethod
     def execute(cls, tagger_name, dape_name="auto") -> io.NodeOutput:
@@ -110,6 +120,9 @@ class DAPETagger(io.ComfyNode):
 
     @classmethod
     def execute(cls, tagger, image, threshold=0.0, max_tags=0, exclude="", prefix="", suffix="") -> io.NodeOutput:
+        require_number(threshold, "threshold", -1.0, 1.0)
+        for name, text in {"exclude": exclude, "prefix": prefix, "suffix": suffix}.items():
+            require_text(text, name)
         logits = tag_logits(tagger, require_image(image, "image"))
         pictures = tagger.vocabulary.tags(logits, threshold, max_tags, exclude.split(","))
         prompts = [", ".join(part for part in (prefix.strip(", \n"), *tags, suffix.strip()) if part) for tags in pictures]

@@ -12,6 +12,7 @@ from ..fewstep_sr.tiling.tiles import TileLayout
 from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles
 from .runtime import ComfyUI
 from .tiled_conds import PlacedCond
+from .tiled_controls import PlacedControls
 
 KEY = "FewStepSRTiledModel"
 
@@ -104,25 +105,34 @@ class TiledPrediction:
         layout = self._layout(*x.shape[-2:])
         items = list_items(len(x), layout)
         group = self._fitting(model, items, x)
+        host = ComfyUI()
         if len(layout.tiles) == 1 and len(items) <= group:
-            return executor(model, conds, x, timestep, model_options)
+            try:
+                return executor(model, conds, x, timestep, model_options)
+            except Exception as error:
+                if len(items) == 1 or not host.is_out_of_memory(error):
+                    raise
+            host.free_memory()
+            group = len(items) // 2
         if any("gligen" in c for cond in conds if cond is not None for c in cond):
             group = 1  # boxes are for all pictures of a call
         conds = [None if cond is None else [placed for c in cond if (placed := PlacedCond.place(c, x, timestep))] for cond in conds]
+        acting = [placed.cond for cond in conds if cond is not None for placed in cond]
+        controls = PlacedControls(acting, x, timestep, model_options.get("transformer_options", {}))
         blended = [torch.zeros_like(x) for _ in conds]
 
         def predict(group: Sequence[Item]) -> list[torch.Tensor]:
-            controls = {}
-            return executor(
-                model,
-                [None if cond is None else [c.cut(group, controls) for c in cond if c.acts_on(group)] for cond in conds],
-                cut_items(x, group),
-                timestep[[picture for picture, _ in group]],
-                model_options,
-            )
+            with controls.cut(group):
+                return executor(
+                    model,
+                    [None if cond is None else [c.cut(group) for c in cond if c.acts_on(group)] for cond in conds],
+                    cut_items(x, group),
+                    timestep[[picture for picture, _ in group]],
+                    model_options,
+                )
 
         logging.debug("Tiled model: %d tiles of %d pictures, %d at a time", len(items), x.shape[0], group)
-        predict_in_tiles(predict, blended, layout, group, ComfyUI())
+        predict_in_tiles(predict, blended, layout, group, host)
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:

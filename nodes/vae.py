@@ -3,22 +3,12 @@
 import comfy.model_management
 from comfy_api.latest import io
 
-from ..fewstep_sr.image.sizes import padded_side
 from ..fewstep_sr.networks.posterior import Posterior, draw_noise
-from .checks import PIXELS_PER_CELL, require_finite, require_image, require_latent, require_vae
+from .checks import require_finite, require_image, require_latent, require_vae
+from .page import warn
+from .picture_size import find_picture, remember_size
 from .tiled_vae import decode_pictures, encode_moments
-
-SIZE_KEY = "fewstep_sr_size"
-"""LATENT's extra key: (height, width) in pixels of the picture that was encoded, before padding."""
-
-
-def picture_size(latent: dict) -> tuple[int, int]:
-    """Height and width in pixels of the picture in a LATENT, without the padding; the whole latent where it was resized since or is another node's."""
-    height, width = (side * PIXELS_PER_CELL for side in latent["samples"].shape[-2:])
-    known = latent.get(SIZE_KEY)
-    if known and (padded_side(known[0]), padded_side(known[1])) == (height, width):
-        return known
-    return height, width
+from .video import require_even_sides
 
 
 def _tile_size_input(what: str) -> io.Int.Input:
@@ -56,17 +46,19 @@ class FewStepSRVAEEncode(io.ComfyNode):
                 _tile_size_input("Encode"),
             ],
             outputs=[io.Latent.Output(tooltip="The picture's latent, which carries the real size.")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, pixels, vae, posterior="mean", seed=0, tile_size=0) -> io.NodeOutput:
         require_vae(vae)
         picture = require_image(pixels, "pixels")
+        require_even_sides(cls.hidden, *picture.shape[-2:], "pixels")
         samples = encode_moments(vae, picture, tile_size)
         samples = require_finite(samples, "VAE Encode (Few-Step SR)", "--fp32-vae or --bf16-vae")
         distribution = Posterior.from_moments(samples)
         latent = distribution.mean if posterior == "mean" else distribution.sample(draw_noise(distribution.mean.shape, seed))
-        return io.NodeOutput({"samples": latent.contiguous(), SIZE_KEY: tuple(picture.shape[-2:])})
+        return io.NodeOutput(remember_size(latent.contiguous(), *picture.shape[-2:]))
 
 
 class FewStepSRVAEDecode(io.ComfyNode):
@@ -84,13 +76,16 @@ class FewStepSRVAEDecode(io.ComfyNode):
                 _tile_size_input("Decode"),
             ],
             outputs=[io.Image.Output(tooltip="The picture, in [0, 1].")],
+            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, samples, vae, tile_size=0) -> io.NodeOutput:
         require_vae(vae)
         latent = require_latent(samples, "samples")
-        height, width = picture_size(samples)
-        images = decode_pictures(vae, latent, tile_size)[:, :, :height, :width].movedim(1, -1)  # BCHW -> BHWC
+        _, rows, columns, unknown = find_picture(samples)
+        warn(cls, [f"samples: {unknown}"] if unknown else [])
+        require_even_sides(cls.hidden, rows.stop - rows.start, columns.stop - columns.start, "samples")
+        images = decode_pictures(vae, latent, tile_size)[:, :, rows, columns].movedim(1, -1)  # BCHW -> BHWC
         images = require_finite(images, "VAE Decode (Few-Step SR)", "--fp32-vae or --bf16-vae")
         return io.NodeOutput(images.to(comfy.model_management.intermediate_device()))

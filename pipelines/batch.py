@@ -91,6 +91,7 @@ def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialSt
         for number, job in enumerate(bar, 1):
             bar.set_description(job.source.name)
             try:
+                assert work is not None  # there is a job
                 written = work(job)
             except Exception as error:  # whatever is wrong with one image, the others are done
                 logging.getLogger(__name__).debug("%s", job.source, exc_info=True)

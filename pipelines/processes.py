@@ -117,10 +117,12 @@ class Peers:
         if self._handler is not None:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGTERM, self._handler)
+        assert self._store is not None  # whose thread runs
         with suppress(RuntimeError):  # whoever kept the notes may have ended before
             self._store.set(f"{_ENDED}/{self.rank}", "1")
 
     def _watch(self) -> None:
+        assert self._store is not None
         pause = min(5.0, patience() / 10)
         for number in range(sys.maxsize):
             ready, _, _ = select.select([self._wake], [], [], pause)
@@ -138,7 +140,9 @@ class Peers:
 
     def _gone(self) -> dict[int, str]:
         """What became of the processes that have ended or are silent, by number."""
-        now, gone = time.monotonic(), {}
+        assert self._store is not None
+        gone: dict[int, str] = {}
+        now = time.monotonic()
         for other, (last, since) in self._seen.items():
             if self._store.check([f"{_ENDED}/{other}"]):
                 gone |= self._twice(other, f"process {other} has ended")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "weights"), str(ROOT / "tests")]
 
 
 def find_comfyui() -> Path | None:
@@ -33,12 +33,14 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs ComfyUI or a browser by the fixtures that it asks for; ``slow`` stands at the tests themselves."""
+    """Mark what needs ComfyUI, a server of it or a browser by the fixtures that it asks for; other ``slow`` marks stand at the tests themselves."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & {"comfy", "comfyui_path"}:
             item.add_marker(pytest.mark.comfy)
-        if item.path.stem == "test_browser":
+        if fixtures & {"server", "new_server"}:
+            item.add_marker(pytest.mark.slow)
+        if "browser" in fixtures:
             item.add_marker(pytest.mark.browser)
 
 
@@ -47,6 +49,10 @@ def comfyui_path() -> Path:
     if COMFYUI is None:
         pytest.skip("ComfyUI not found: set COMFYUI_PATH, or put it at ~/comfy/ComfyUI")
     return COMFYUI
+
+
+EXTRAS = ("custom_sampler", "mask", "model_advanced", "latent", "rebatch", "model_merging", "compositing")
+"""Core's own nodes that lie in files of their own, by the middle of the file's name."""
 
 
 @pytest.fixture(scope="session")
@@ -74,8 +80,8 @@ def comfy(comfyui_path, tmp_path_factory):
     async def load():
         await nodes.init_public_apis()
         assert await nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"), "the pack did not load; see the log"
-        for extra in ("nodes_custom_sampler.py", "nodes_mask.py", "nodes_model_advanced.py"):
-            assert await nodes.load_custom_node(str(comfyui_path / "comfy_extras" / extra), module_parent="comfy_extras")
+        for extra in EXTRAS:
+            assert await nodes.load_custom_node(str(comfyui_path / "comfy_extras" / f"nodes_{extra}.py"), module_parent="comfy_extras")
 
     asyncio.run(load())
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from reprlib import repr as shorten
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Schedule:
             raise ValueError(f"steps: found {steps}, expected 1 or more.")
         chosen = list(timesteps or self.published.get(steps) or self._evenly(steps))
         if max(chosen) > self.start or min(chosen) < self.origin:
-            raise ValueError(f"timesteps: found {chosen}, expected values from {self.start} down to {self.origin}: {self.reason}.")
+            raise ValueError(f"timesteps: found {shorten(chosen)}, expected values from {self.start} down to {self.origin}: {self.reason}.")
         if any(a <= b for a, b in pairwise(chosen)):
-            raise ValueError(f"timesteps: found {chosen}, expected each smaller than the one before it.")
+            raise ValueError(f"timesteps: found {shorten(chosen)}, expected each smaller than the one before it.")
         if self.fixed_start and chosen[0] != self.start:
-            raise ValueError(f"timesteps: found {chosen}, expected {self.start} first: {self.fixed_start}")
+            raise ValueError(f"timesteps: found {shorten(chosen)}, expected {self.start} first: {self.fixed_start}")
         return [timestep - self.origin for timestep in chosen]
 
     def _evenly(self, steps: int) -> list[int]:

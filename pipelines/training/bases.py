@@ -75,7 +75,8 @@ class Prompts:
         self._file = file = file or (None if base.text_encoder else base.prompt_file)
         self._negative_text = negative
         self.networks: list[torch.nn.Module] = []
-        self._fixed, self._negative = None, None
+        self._fixed: torch.Tensor | None = None
+        self._negative: torch.Tensor | None = None
         if file:
             self._read(file)
         elif base.text_encoder is None:
@@ -103,18 +104,24 @@ class Prompts:
 
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> torch.Tensor:
-        encoder, tokenizer = self._base.text_encoder, self._base.tokenizer
+        encoder: Any = self._base.text_encoder
+        tokenizer: Any = self._base.tokenizer
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return encoder(tokens.input_ids.to(encoder.device))[0].float()
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, n, width) for high-quality pictures (B, 3, H, W) in [0, 1]."""
-        embeds = self._encode(self._tagger(pictures, self._text)) if self._fixed is None else self._fixed
+        embeds = self._fixed
+        if embeds is None:
+            assert self._tagger is not None  # one of the two is there
+            embeds = self._encode(self._tagger(pictures, self._text))
         return embeds.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     def negative(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Embeddings of the negative prompt, as many as pictures."""
+        """Embeddings of the negative prompt, as many as pictures. Raises ValueError where there are none."""
+        if self._negative is None:
+            raise ValueError("negative prompt: found none beside the prompt's embeddings. Give it, or guidance 1.")
         return self._negative.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     @property

@@ -15,6 +15,8 @@ from PIL import Image
 
 Range = tuple[float, float]
 
+_LUMA = (0.299, 0.587, 0.114)
+
 
 @dataclass(frozen=True)
 class Order:
@@ -98,8 +100,9 @@ class Degradation:
         if rng.random() < self.gaussian_chance:
             noise = torch.from_numpy(rng.standard_normal(shape, np.float32)) * (rng.uniform(*order.gaussian_noise) / 255)
         else:
-            source = x.clamp(0, 1) if channels == 3 else x.clamp(0, 1).mean(1, keepdim=True)
-            levels = 2 ** math.ceil(math.log2(max(2, len(torch.unique((source * 255).round())))))
+            source = x if channels == 3 else (x * x.new_tensor(_LUMA).view(3, 1, 1)).sum(1, keepdim=True)
+            source = (source.clamp(0, 1) * 255).round() / 255
+            levels = 2 ** math.ceil(math.log2(len(source.unique())))
             counts = torch.from_numpy(rng.poisson(source.numpy() * levels).astype(np.float32))
             noise = (counts / levels - source) * rng.uniform(*order.poisson_noise)
         return (x + noise).clamp(0, 1)

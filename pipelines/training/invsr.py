@@ -9,6 +9,7 @@ from torch import nn
 
 from fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at
 from fewstep_sr.image.predictor import fit_picture
+from fewstep_sr.image.sizes import size_of
 from fewstep_sr.methods.invsr import NoisePredictorWeights, intermediate_state, reverse_step, save_noise_predictor, start_state
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 
@@ -130,7 +131,7 @@ class InvSRTask(Task):
         return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
 
     def _fit(self, lq: torch.Tensor, hq: torch.Tensor) -> torch.Tensor:
-        return fit_picture(lq, tuple(hq.shape[-2:]), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
+        return fit_picture(lq, size_of(hq), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
 
     def restore(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """x0 of one model call on the start state of low-quality latents, or in the middle on the intermediate state of high-quality ones."""

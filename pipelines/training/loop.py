@@ -97,9 +97,11 @@ class _Run:
     def __init__(self, task: Task, pictures: TrainingPictures, options: LoopOptions):
         self.task, self.pictures, self.options = task, pictures, options
         self.peers = join()
-        self.progress, self.history, self.finished = Progress(), [], False
+        self.progress, self.finished = Progress(), False
+        self.history: list[dict[str, float]] = []
         self.accelerator = self._join()
-        self.optimizers, self.schedulers = {}, []
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
         self._prepare()
         first = next(iter(task.phases.values()))
         self.first, self.ema = first, EMAModel(learning(first), decay=options.ema) if options.ema else None

@@ -1,4 +1,4 @@
-"""``python -m pipelines train osediff`` and ``train invsr``."""
+"""``train osediff`` and ``train invsr`` of the command line."""
 
 import argparse
 import os
@@ -7,17 +7,18 @@ from pathlib import Path
 from .arguments import RAW, add_common, loop_options, report, training_pictures
 from .ranges import WEIGHT, real, whole
 
-_OSEDIFF = """\
+_PACKAGE = __package__.rpartition(".")[0]
+_OSEDIFF = f"""\
 examples:
-  python -m pipelines train osediff --base sd-2-1-base --data photos -o run --steps 100000 --mixed-precision bf16 --gradient-checkpointing
-  accelerate launch --multi_gpu --num_processes 4 -m pipelines train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
+  %(prog)s --base sd-2-1-base --data photos -o run --steps 100000 --mixed-precision bf16 --gradient-checkpointing
+  accelerate launch --multi_gpu --num_processes 4 -m {_PACKAGE} train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
 
 The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'OSEDiff Loader' read.
 """
 _INVSR = """\
 examples:
-  python -m pipelines train invsr --base sd-turbo --data photos -o run --steps 100000 --mixed-precision fp16 --gradient-checkpointing
-  python -m pipelines train invsr --base sd-turbo --data photos -o run2 --steps 100000 --mode middle --init run/noise_predictor.safetensors
+  %(prog)s --base sd-turbo --data photos -o run --steps 100000 --mixed-precision fp16 --gradient-checkpointing
+  %(prog)s --base sd-turbo --data photos -o run2 --steps 100000 --mode middle --init run/noise_predictor.safetensors
 
 The result, noise_predictor.safetensors in the output folder, is what upscale --weights and the node 'InvSR Noise Predictor Loader' read.
 """

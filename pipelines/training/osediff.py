@@ -123,7 +123,7 @@ class OSEDiffTask(Task):
         if options.optimizer != "adamw":
             raise ValueError(f"--vae-lr: found {options.optimizer}, expected --optimizer adamw.")
         encoder = {id(parameter) for parameter in self.generator.vae.parameters()}
-        groups = [{"params": [p for p in parameters if id(p) not in encoder]}]
+        groups: list[dict] = [{"params": [p for p in parameters if id(p) not in encoder]}]
         groups.append({"params": [p for p in parameters if id(p) in encoder], "lr": self.options.vae_lr})
         return torch.optim.AdamW(groups, options.lr, betas=options.betas, weight_decay=options.weight_decay)
 

@@ -3,6 +3,7 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 ADVICE = "Take another checkpoint, or begin anew with another --output."
 
 # Random states hold NumPy's state: an array of uint32, which is numbers alone.
-_ARRAYS = [np.empty(0, np.uint32).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+_ARRAYS: list[Any] = [np.empty(0, np.uint32).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
 
 
 def read_state(path: Path) -> dict:

@@ -12,6 +12,7 @@ import tagger_toys
 import torch
 from comfy_server import Server, to_prompt
 from conftest import ROOT
+from PIL import Image
 from server_folder import fill, load, photo
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -143,8 +144,26 @@ def test_templates_of_the_miniature(server, template):
     assert np.abs(a - b).mean() > 3
 
 
+def test_template_cutout(server):
+    """A cut-out stays one: the file's green, hidden under alpha 0, is nowhere to be seen."""
+    hidden = np.asarray(photo().convert("RGBA")).copy()
+    y, x = np.linspace(-1, 1, hidden.shape[0])[:, None], np.linspace(-1, 1, hidden.shape[1])
+    hidden[..., 3] = np.clip((0.8 - np.hypot(x, y)) * 2000, 0, 255)
+    hidden[hidden[..., 3] == 0, :3] = (0, 255, 0)
+    Image.fromarray(hidden).save(server.base / "input" / "cutout.png")
+    workflow = load("cutout_osediff_x4")
+    [source] = [n for n in workflow["nodes"] if n["type"] == "LoadImage"]
+    source["widgets_values"][0] = "cutout.png"
+    [output] = run(server, workflow)["SaveImage"]
+    saved = server.image(output["images"][0])
+    assert saved.mode == "RGBA" and saved.size == (200, 148)
+    alpha = np.asarray(saved)[..., 3]
+    expected = np.asarray(Image.fromarray(hidden[..., 3]).resize((200, 148), Image.Resampling.BILINEAR))
+    assert np.abs(alpha.astype(int) - expected).mean() < 3 and alpha.min() == 0 and alpha.max() == 255
+
+
 def test_every_template_is_run():
-    run_here = {*PHOTO_X4, "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2", "try_osediff", "try_invsr"}
+    run_here = {*PHOTO_X4, "cutout_osediff_x4", "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2", "try_osediff", "try_invsr"}
     assert run_here == {path.stem for path in WORKFLOWS}
 
 

@@ -526,6 +526,7 @@ CONTRACT = {
     "FewStepSRColorFix": (["image", "reference", "method", "strength"], ["IMAGE"]),
     "FewStepSRTiledModel": (["model", "tile_size", "overlap", "batch"], ["MODEL"]),
     "DAPETaggerLoader": (["tagger_name", "dape_name"], ["DAPE_TAGGER"]),
+    "FewStepSRFillTransparent": (["image", "mask"], ["IMAGE"]),
     "FewStepSRDemoLoader": (["method"], ["MODEL", "VAE", "CONDITIONING", "NOISE_PREDICTOR", "IMAGE"]),
     "DAPETagger": (["tagger", "image", "threshold", "max_tags", "exclude", "prefix", "suffix"], ["STRING"]),
 }

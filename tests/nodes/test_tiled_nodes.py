@@ -3,10 +3,10 @@
 import pytest
 import torch
 import toys
+from sampling import local, sample, tiled, with_options
 from toys import conditioning, picture, relative_error
 
 SEED = 5
-SIGMAS = torch.tensor([2.0, 0.7, 0.0])
 PLACED = ["text", "text of each picture", "area", "area in a corner", "mask", "mask and the rest", "ControlNets", "GLIGEN"]
 
 
@@ -19,38 +19,6 @@ def base(comfy):
 def predictor(comfy):
     torch.save(toys.predictor_state_dict(SEED), comfy.folder("invsr") / "tiled_predictor.pth")
     return comfy.run("InvSRNoisePredictorLoader", noise_predictor_name="tiled_predictor.pth")[0]
-
-
-def local(model):
-    """The model with a network that sees one cell: whatever is cut along in the right place gives the whole picture's result.
-
-    It answers with the latent, the text, and a ControlNet's first output where there is one.
-    """
-    patched = model.clone()
-    calls = []
-
-    def answer(apply_model, args):
-        calls.append(args["input"].shape)
-        x, c = args["input"], args["c"]
-        hint = c["control"]["output"][0] if c.get("control") else 0
-        boxes = sum(c["transformer_options"].get("patches", {}).get("middle_patch", []))
-        return x.sin() + c["c_crossattn"].mean(dim=(1, 2))[:, None, None, None] * 10 + hint + boxes
-
-    patched.set_model_unet_function_wrapper(answer)
-    return patched, calls
-
-
-def sample(comfy, model, positive, latent, negative=None, cfg=1.0):
-    guider = comfy.run("CFGGuider", model=model, positive=positive, negative=negative or conditioning(SEED, "negative"), cfg=cfg)[0]
-    noise = comfy.run("DisableNoise")[0]
-    sampler = comfy.run("KSamplerSelect", sampler_name="euler")[0]
-    return comfy.run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=SIGMAS, latent_image={"samples": latent})[0][
-        "samples"
-    ]
-
-
-def tiled(comfy, model, tile_size=16, overlap=8, batch=4):
-    return comfy.run("FewStepSRTiledModel", model=model, tile_size=tile_size, overlap=overlap, batch=batch)[0]
 
 
 class LocalControl:
@@ -91,10 +59,6 @@ def painted_boxes():
 
     boxes = [(torch.ones(1, 768), 9, 30, 3, 12), (2 * torch.ones(1, 768), 41, 2, 0, 20)]
     return "position", comfy.model_patcher.CoreModelPatcher(Boxes([], torch.nn.Identity(), 768), torch.device("cpu"), torch.device("cpu")), boxes
-
-
-def with_options(cond, **options):
-    return [[embedding, {**extra, **options}] for embedding, extra in cond]
 
 
 def conditionings():

@@ -1,5 +1,7 @@
 """The pipelines as diffusers' users handle them: saving, loading, pictures in and out, generators, callbacks, offloading, wrong bases."""
 
+from dataclasses import replace
+
 import pipeline_toys
 import pytest
 import safetensors.torch
@@ -8,7 +10,8 @@ import toys
 from diffusers import UNet2DConditionModel
 from toys import gaussian, picture, relative_error
 
-from fewstep_sr.methods import INVSR, load_weights
+from fewstep_sr.methods import INVSR, OSEDIFF, load_weights
+from fewstep_sr.methods.osediff import save_adapter
 from pipelines import InvSRNoisePredictor, InvSRPipeline, OSEDiffPipeline
 from pipelines.single_file import find_tokenizer, require_noise_prediction
 
@@ -79,6 +82,21 @@ def test_osediff_comes_off(tmp_path):
     first = restore(pipeline)
     pipeline.load_osediff(tmp_path / "adapter.pkl")
     assert same(restore(pipeline), first)
+
+
+def test_one_step_is_at_the_adapters_timestep(tmp_path):
+    """Where nothing is said: the file's own, as the whole pipeline takes it; without an adapter, the published 999."""
+    pipeline, latents = osediff(tmp_path), gaussian(3, "latents", (1, 4, 6, 8))
+    at = {timestep: pipeline.one_step(latents, EMBEDS, timestep=timestep) for timestep in (0, 249, 999)}
+    assert same(pipeline.one_step(latents, EMBEDS), at[999])
+    published = load_weights(OSEDIFF, tmp_path / "adapter.pkl")
+    for timestep in (0, 249):
+        save_adapter(replace(published, timestep=timestep), tmp_path / "adapter.safetensors")
+        pipeline.load_osediff(tmp_path / "adapter.safetensors")
+        assert same(pipeline.one_step(latents, EMBEDS), at[timestep]) and not same(at[timestep], at[999])
+        assert same(pipeline.one_step(latents, EMBEDS, timestep=999), at[999])
+    pipeline.unload_osediff()
+    assert same(pipeline.one_step(latents, EMBEDS), pipeline.one_step(latents, EMBEDS, timestep=999))
 
 
 def test_noise_predictor_component_is_a_published_file(tmp_path):

@@ -48,6 +48,7 @@ def test_decoder_only_leaves_the_encoder():
     assert learned == {"decoder", "post_quant_conv"}
 
 
+@pytest.mark.slow
 def test_synthesize_vae_base_pack(tmp_path):
     folder = tmp_path / "pictures"
     assert main(["synthesize", "-o", str(folder), "--count", "3", "--size", "96"]) == 0
@@ -74,6 +75,7 @@ def test_old_commands_say_where_they_went(capfd):
             assert f"'{' '.join(old)}'" in found and found.endswith(f"python -m tools.miniature {new}{tail}\n")
 
 
+@pytest.mark.slow
 def test_runs_as_a_module():
     result = subprocess.run([sys.executable, "-m", "tools.miniature", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and "synthesize" in result.stdout, result.stderr

@@ -189,6 +189,7 @@ def test_resume_brings_back_the_random_states(tmp_path, pictures, cut, monkeypat
     assert (found[1] == expected["numpy_random_seed"][1]).all() and found[2] == expected["random_state"]
 
 
+@pytest.mark.slow
 def test_processes_find_a_bad_loss_together(tmp_path):
     """Only the second process's loss is bad: both end, with its step and value."""
     Image.new("RGB", (16, 16), "gray").save(tmp_path / "photo.png")

@@ -21,6 +21,7 @@ from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.tagger import PromptTagger
+from pipelines.training import distillation
 from pipelines.training.bases import Base, Prompts, load_base
 from pipelines.training.common import enlarge
 from pipelines.training.data import TrainingPictures
@@ -129,6 +130,30 @@ def test_invsr_learns_what_it_should(base, batch):
     last_biases = {f"heads.{i}.5.bias" for i in range(3)}  # while the hinge is open everywhere, real and generated pull them equally
     assert changed["discriminator"] | last_biases == set(task.discriminator.state_dict())
     assert not changed["unet"] and not changed["vae"]
+
+
+def test_timesteps_of_distillation_and_regulariser(base, batch, monkeypatch):
+    """The distillation draws from 20 to 979, the regulariser learns at 0 to 999 (OSEDiff's training program)."""
+    task, drawn, judged = osediff(base), [], {}
+
+    def spy(module, name, note):
+        original = getattr(module, name)
+
+        def call(*arguments, **options):
+            result = original(*arguments, **options)
+            note(arguments, result)
+            return result
+
+        monkeypatch.setattr(module, name, call)
+
+    spy(torch, "randint", lambda arguments, result: drawn.append((arguments, result)))
+    spy(distillation, "distillation_loss", lambda arguments, _: judged.update(generator=arguments[2]))
+    spy(distillation, "regulariser_loss", lambda arguments, _: judged.update(regulariser=arguments[2]))
+    for phase, low, high in (("generator", 20, 980), ("regulariser", 0, 1000)):
+        drawn.clear()
+        task.loss(phase, batch, torch.Generator().manual_seed(5))
+        ((arguments, timesteps),) = drawn
+        assert arguments == (low, high, (2,)) and torch.equal(judged[phase], timesteps)
 
 
 def test_regulariser_everywhere(base):
