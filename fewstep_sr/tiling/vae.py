@@ -9,15 +9,11 @@ import torch
 from torch import nn
 
 from .batching import Runtime, run_in_groups
-from .mosaic import Mosaic
 from .tiles import Tile, TileLayout
-from .whole_picture import WholePicture, share_whole_picture
+from .whole_picture import WholePicture, mosaic, share_whole_picture
 
 OVERLAP = 8
 """Cells that tiles share at least."""
-
-MARGIN = 3
-"""Cells along a tile's border with a neighbour that are left to the neighbour: padding there, where the picture goes on, spoils them most."""
 
 MIN_TILE = 16
 """Side of the smallest tiles, in cells."""
@@ -60,7 +56,7 @@ class TiledCoder:
         while True:
             out_of_memory = False
             try:
-                return self._run(source, result, TileLayout(cells[0], cells[1], max(even_tile(side, tile) for side in cells), OVERLAP, MARGIN), most)
+                return self._run(source, result, TileLayout(cells[0], cells[1], max(even_tile(side, tile) for side in cells), OVERLAP), most)
             except Exception as error:
                 if tile <= MIN_TILE or not self.runtime.is_out_of_memory(error):
                     raise
@@ -88,7 +84,6 @@ class TiledCoder:
         area = first.height * first.width
         quarter = min(max(MIN_MOSAIC, layout.height * layout.width // 4), MAX_MOSAIC)
         reduced_cells = max(area, min(quarter, group * area))
-        mosaic = Mosaic(layout.height, layout.width, reduced_cells)
         for i, blended in enumerate(result):
             canvas = source(i)
 
@@ -98,9 +93,7 @@ class TiledCoder:
                     tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out))
 
             self.runtime.before_call()
-            reduced = mosaic.cut(canvas, self.scale_in)
-            whole.collect(lambda part: self.call(network, part), reduced, layout.height * layout.width, mosaic)
-            del reduced
+            whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.scale_in), layout.height * layout.width)
             group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
 
 

@@ -1,9 +1,9 @@
 """A VAE's encoder or decoder on tiles of one picture, with what it takes from the whole picture held equal across the tiles.
 
 Stable Diffusion's VAE looks at the whole picture in two places: group normalisation averages over it, and the attention in its middle sees
-all of it. A tile by itself has other averages than its neighbour, which shifts the tone. So a reduced pass comes first: a mosaic of blocks from all
-over the picture (see mosaic.py) goes through the network and leaves its statistics. Every tile then is normalised with these, and attends to the
-mosaic's keys and values besides its own. docs/performance.md compares it with other reduced passes.
+all of it. A tile by itself has other averages than its neighbour, which shifts the tone. So a reduced pass comes first: a mosaic of small
+blocks from all over the picture, at full resolution and in their places, goes through the network and leaves its statistics. Every tile then is
+normalised with these, and attends to the mosaic's keys and values besides its own. docs/performance.md compares it with other reduced passes.
 
 The network is copied shallowly, so that its layers and weights are shared, wherever they are, and nobody else notices.
 """
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .mosaic import Mosaic
+BLOCK = 4
+"""Side of the mosaic's blocks in cells: larger ones leave more of the picture out, smaller ones have more edges that are not the picture's."""
 
 MAX_KEYS = 4096
 """Cells of the mosaic to which a tile attends."""
@@ -30,16 +31,10 @@ class WholePicture:
         self._statistics: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         self._keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cells = 0
-        self._mosaic: Mosaic | None = None
 
-    def collect(self, network: Callable[[torch.Tensor], torch.Tensor], reduced: torch.Tensor, cells: int, mosaic: Mosaic | None = None) -> None:
-        """Run the reduced pass on ``reduced`` (1, C, h, w), which stands for a picture of ``cells`` cells. Tiles that follow are parts of that picture.
-
-        ``mosaic`` says how much each element of it counts; without one all count the same.
-        """
-        self._statistics, self._keys, self._cells, self._mosaic = {}, {}, cells, mosaic
-        if mosaic is not None:
-            mosaic.start()
+    def collect(self, network: Callable[[torch.Tensor], torch.Tensor], reduced: torch.Tensor, cells: int) -> None:
+        """Run the reduced pass on ``reduced`` (1, C, h, w), which stands for a picture of ``cells`` cells. Tiles that follow are parts of that picture."""
+        self._statistics, self._keys, self._cells = {}, {}, cells
         self.collecting = True
         try:
             network(reduced)
@@ -49,14 +44,10 @@ class WholePicture:
     def normalize(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
         """Group normalisation of (B, C, h, w) with the whole picture's mean and variance."""
         if self.collecting:
-            self._statistics[norm] = _group_statistics(x, norm.num_groups, self._weights(x.shape[2:].numel()).to(x.device))
+            self._statistics[norm] = _group_statistics(x, norm.num_groups)
         mean, var = (values.repeat_interleave(x.shape[1] // norm.num_groups) for values in self._statistics[norm])
         weight, bias = _affine(norm, x)
         return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
-
-    def _weights(self, count: int) -> torch.Tensor:
-        """How much each of so many elements of the reduced pass counts."""
-        return torch.full((count,), 1 / count) if self._mosaic is None else self._mosaic.weights(count)
 
     def attend(self, block: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Attention of tiles (B, n, C) over themselves and the whole picture, of which the mosaic's cells are a sample.
@@ -64,9 +55,9 @@ class WholePicture:
         Each of the sample's cells stands for many outside the tile: its logit grows by the logarithm of their number.
         """
         if self.collecting:
-            sample = _sample(self._weights(k.shape[1]), min(k.shape[1], MAX_KEYS)).to(k.device)
-            self._keys[block] = k[:, sample], v[:, sample]
-            return F.scaled_dot_product_attention(q, *self._keys[block])
+            stride = math.ceil(k.shape[1] / MAX_KEYS)
+            self._keys[block] = k[:, ::stride].contiguous(), v[:, ::stride].contiguous()
+            return F.scaled_dot_product_attention(q, k, v)
         tokens = q.shape[1]
         sample_k, sample_v = (t.expand(len(q), -1, -1) for t in self._keys[block])
         weight = math.log(max(self._cells - tokens, 1) / sample_k.shape[1])
@@ -74,19 +65,10 @@ class WholePicture:
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
 
 
-def _group_statistics(x: torch.Tensor, groups: int, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of each group of (1, C, h, w), float32, (groups,), by the elements' weights (h * w,). One group at a time, to keep copies small."""
-    means, variances = [], []
-    for group in x.reshape(groups, -1, len(weights)):
-        means.append((group.float() @ weights).mean())
-        variances.append(((group.float() - means[-1]).square_() @ weights).mean())
-    return torch.stack(means), torch.stack(variances)
-
-
-def _sample(weights: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices of ``count`` elements, spread evenly, each as often as its share in ``weights``, which add up to one."""
-    positions = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    return torch.searchsorted(weights.double().cumsum(0), positions).clamp(max=len(weights) - 1)
+def _group_statistics(x: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of each group of (1, C, h, w), float32, (groups,)."""
+    var, mean = torch.var_mean(x.float().reshape(groups, -1), dim=1, correction=0)
+    return mean, var
 
 
 def _affine(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,3 +104,29 @@ def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Call
     shared._modules = {name: None if child is None else share_whole_picture(child, whole, attention) for name, child in network._modules.items()}
     attention(shared, network, whole)
     return shared
+
+
+def mosaic(picture: torch.Tensor, cells: int, scale: int = 1) -> torch.Tensor:
+    """Blocks from all over (B, C, H, W), which has ``scale`` elements for each cell along a side, put together to about ``cells`` cells.
+
+    Rows and columns of blocks are spread evenly; each channel gets the whole picture's mean and deviation, of which they are a sample.
+    A picture of no more than ``cells`` cells is its own mosaic.
+    """
+    height, width = (side // scale for side in picture.shape[-2:])
+    reduction = math.sqrt(cells / (height * width))
+    if reduction >= 1:
+        return picture
+    reduced = picture
+    for dim, length in ((-2, height), (-1, width)):
+        reduced = reduced.index_select(dim, _spread(length, reduction, scale).to(picture.device))
+    (std, mean), (whole_std, whole_mean) = (torch.std_mean(part, dim=(-2, -1), keepdim=True) for part in (reduced, picture))
+    # Where the blocks missed all that happens, what they have is not blown up.
+    return (reduced - mean) * (whole_std / std.clamp(min=1e-6)).clamp(0.5, 2) + whole_mean
+
+
+def _spread(length: int, reduction: float, scale: int) -> torch.Tensor:
+    """Indices along one axis of blocks that cover ``reduction`` of ``length`` cells."""
+    blocks = max(1, round(length * reduction / BLOCK))
+    block = min(BLOCK, length)
+    starts = [round((i + 0.5) * length / blocks - block / 2) for i in range(blocks)]
+    return torch.cat([torch.arange(start * scale, (start + block) * scale) for start in starts])
