@@ -40,5 +40,6 @@ def load_weights(method: Method, path: str | Path) -> Any:
     state, metadata = read_weights(path)
     kind, name = identify(state), printable(Path(path).name)
     if kind.id != method.kind.id:
-        raise ValueError(f"{name}: found {kind.phrase}; expected {method.kind.phrase} ({method.contents}). Choose another file: {method.source}")
+        contents = f" ({method.contents})" if method.contents else ""
+        raise ValueError(f"{name}: found {kind.phrase}; expected {method.kind.phrase}{contents}. Choose another file: {method.source}")
     return method.parse(without_wrappers(state, name), metadata, name)

@@ -134,7 +134,7 @@ INVSR = Method(
         file="noise_predictor_sd_turbo_v5.pth",
     ),
     kind=FileKind("invsr", "an InvSR noise predictor", has_key(r"^encoder\.(down_blocks\.0\.resnets\.0\.time_emb_proj|time_embedding\.linear_1)\.")),
-    contents="one encoder with a time embedding",
+    contents="",
     source="noise_predictor_sd_turbo_v5.pth is at huggingface.co/OAOA/InvSR.",
     parse=_parse,
     save=save_noise_predictor,

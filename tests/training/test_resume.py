@@ -4,8 +4,7 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,11 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from accelerate.state import AcceleratorState
+from forked import Forked
 from mean_task import Mean
 
 from pipelines.cli import main
+from pipelines.training import checkpoints
 from pipelines.training.checkpoints import find_checkpoints
 from pipelines.training.data import TrainingPictures
 from pipelines.training.loop import train
@@ -140,45 +141,42 @@ def test_a_fingerprint_is_of_the_weights():
     assert fingerprint(first, second) != fingerprint(second, first)
 
 
-KILLED = """
-import os, signal, sys, shutil
-from pathlib import Path
-sys.path[:0] = [{root!r}, {root!r} + "/tests/support"]
-from mean_task import Mean
-from pipelines.training import checkpoints, loop
-from pipelines.training.data import TrainingPictures
-from pipelines.training.options import LoopOptions
+def train_and_die(output, place: str) -> None:
+    """Five steps, checkpoints after each two and the last; killed at ``place``."""
 
-output, place, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-class Task(Mean):
-    def begin_step(self, step):
-        if place == f"step {{step}}":
-            die()
-        super().begin_step(step)
-    def save(self, folder):
-        if place == "before result":
-            die()
-        super().save(folder)
-        if place == "after result":
-            die()
+    def at(number, function):
+        calls = []
 
-calls = []
-def at(number, function):
-    def call(*a, **k):
-        calls.append(1)
-        if len(calls) == number:
-            die()
-        return function(*a, **k)
-    return call
+        def call(*arguments):
+            calls.append(1)
+            return die() if len(calls) == number else function(*arguments)
 
-if place == "in checkpoint":
-    checkpoints.write_record = at(2, checkpoints.write_record)
-if place.startswith("rename"):
-    Path.rename = at(int(place.split()[1]), Path.rename)
-loop.train(Task(), TrainingPictures([output.parent / "photo.png"], 16, 0), LoopOptions(output, steps, batch=1, lr=0.01, save_every=2, ema=0.9, resume=True))
-"""
+        return call
+
+    class Doomed(Mean):
+        def begin_step(self, step):
+            if place == f"step {step}":
+                die()
+            super().begin_step(step)
+
+        def save(self, folder):
+            if place == "before result":
+                die()
+            super().save(folder)
+            if place == "after result":
+                die()
+
+    if place == "in checkpoint":
+        checkpoints.write_record = at(2, checkpoints.write_record)
+    if place.startswith("rename"):
+        Path.rename = at(int(place.split()[1]), Path.rename)
+    AcceleratorState._reset_state()
+    options = LoopOptions(output, 5, batch=1, lr=0.01, save_every=2, ema=0.9, resume=True)
+    train(Doomed(), TrainingPictures([output.parent / "photo.png"], 16, 0), options)
+
 
 PLACES = ["step 1", "step 3", "before result", "after result", "in checkpoint", "rename 1", "rename 2", "rename 3"]
 """Before the first checkpoint and after it; around the result; while the second checkpoint is written, and on either side of its renaming."""
@@ -186,19 +184,10 @@ PLACES = ["step 1", "step 3", "before result", "after result", "in checkpoint", 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
-def test_killed_anywhere_and_resumed_is_the_uncut_run(tmp_path, photo, run, place):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(root=str(ROOT)))
-
-    def start(place):
-        command = [sys.executable, str(script), str(tmp_path / "run"), place, "5"]
-        return subprocess.run(
-            command, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=300
-        )
-
-    assert start(place).returncode == -signal.SIGKILL
-    again = start("nowhere")
-    assert again.returncode == 0, again.stderr
+def test_killed_anywhere_and_resumed_is_the_uncut_run(tmp_path, photo, place):
+    assert Forked(lambda: train_and_die(tmp_path / "run", place), tmp_path / "log").wait() == -signal.SIGKILL
+    again = Forked(lambda: train_and_die(tmp_path / "run", "nowhere"), tmp_path / "log")
+    assert again.wait() == 0, again.text
     AcceleratorState._reset_state()
     task = Mean()
     options = LoopOptions(tmp_path / "uncut", 5, batch=1, lr=0.01, save_every=2, ema=0.9)
