@@ -78,7 +78,8 @@ def installed(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "build", "tests", "docs"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
     pip += ["--target", str(folder / "site"), str(source)]
-    subprocess.run(pip, check=True, capture_output=True, text=True)
+    done = subprocess.run(pip, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder / "site"
 
 
