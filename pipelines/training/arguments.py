@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
-def add_common(command: argparse.ArgumentParser, lr: float) -> None:
-    """What every training understands."""
+def add_common(command: argparse.ArgumentParser, lr: float, patch_multiple: int = 8) -> None:
+    """What every training understands. ``patch_multiple`` is 1 where the training itself says which patches it takes."""
     command.add_argument(
         "--data",
         action="append",
@@ -24,7 +24,9 @@ def add_common(command: argparse.ArgumentParser, lr: float) -> None:
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="results, checkpoint, logs and samples")
     command.add_argument("--steps", type=whole(1), required=True)
     command.add_argument("--batch", type=whole(1, 65_536), default=4, help="samples a step, of each process (default: %(default)s)")
-    command.add_argument("--patch", type=whole(8, 16_384, multiple=8), default=512, help="side of the crops in pixels (default: %(default)s)")
+    command.add_argument(
+        "--patch", type=whole(8, 16_384, multiple=patch_multiple), default=512, help="side of the crops in pixels (default: %(default)s)"
+    )
     command.add_argument("--crops", type=whole(1), help="so many different crops, again and again, whose latents are kept (default: each is new)")
     command.add_argument("--lr", type=real(0, 10, above=True), default=lr, help="learning rate (default: %(default)g)")
     command.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for networks that start from random weights")

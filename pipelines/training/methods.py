@@ -26,7 +26,7 @@ The result, noise_predictor.safetensors in the output folder, is what upscale --
 
 def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command = trainings.add_parser("osediff", parents=[common], help="OSEDiff: an adapter for Stable Diffusion 2.1-base", epilog=_OSEDIFF, **RAW)
-    add_common(command, lr=5e-5)
+    add_common(command, lr=5e-5, patch_multiple=1)
     _add_base(command, prompt="none")
     command.add_argument("--negative-prompt", help="for guidance (default: the published one)")
     command.add_argument("--rank", type=whole(1, 4096), default=4, help="of the low-rank updates (default: %(default)s)")
@@ -51,7 +51,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
-    add_common(command, lr=5e-5)
+    add_common(command, lr=5e-5, patch_multiple=1)
     _add_base(command, prompt="the published one")
     command.add_argument(
         "--mode", choices=["start", "middle"], default="start", help="states of low-quality pictures, or of high-quality ones (default: start)"
