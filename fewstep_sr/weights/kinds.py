@@ -63,10 +63,7 @@ def _is_merged_osediff(state: Mapping) -> bool:
 
 
 # The narrower kinds come first: those that a method's own kind could be taken for, then all others.
-LOOKALIKES = (
-    FileKind("adcsr-osediff", "AdcSR's merged OSEDiff (a whole UNet and VAE under 'unet' and 'vae'), not an adapter", _is_merged_osediff),
-    FileKind("pisasr", "a PiSA-SR adapter", is_pisasr),
-)
+LOOKALIKES = (FileKind("adcsr-osediff", "AdcSR's merged OSEDiff (a whole UNet and VAE under 'unet' and 'vae'), not an adapter", _is_merged_osediff),)
 
 TAGGER = FileKind("tagger", "an image tagger (RAM or DAPE)", has_key(r"^(visual_encoder\.patch_embed|tagging_head\.)"))
 DAPE = FileKind("dape", "DAPE's low-rank weights for the RAM tagger", has_key(r"^(visual_encoder|tagging_head)\..*\.lora_[AB]$"))

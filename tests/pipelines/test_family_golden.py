@@ -1,0 +1,101 @@
+"""PiSA-SR and HYPIR, headless, against the authors' own code stage by stage, with the wrong turns that the formulas invite."""
+
+import pipeline_toys
+import pytest
+import torch
+import toys
+from toys import gaussian, golden, picture, relative_error
+
+from fewstep_sr.diffusion import alpha_bar_at, predict_x0
+from fewstep_sr.image.color import fix_color
+from fewstep_sr.methods import hypir, pisasr
+from pipelines import HYPIRPipeline, PiSASRPipeline
+
+TOLERANCE = 1e-4
+
+
+def start(case: str, kind, tmp_path, extension: str):
+    settings, arrays = golden(case)
+    seed = settings["seed"]
+    pipeline = kind(**pipeline_toys.components(seed))
+    path = tmp_path / f"adapter.{extension}"
+    torch.save(toys.adapter_checkpoint(settings), path)
+    pipeline.load_weights(path)
+    image = picture(seed, *settings["size"]).movedim(-1, 1)
+    return pipeline, arrays, image, gaussian(seed, "prompt_embeds", (1, 77, 64)), gaussian(seed, "vae_posterior", arrays["latent"].shape)
+
+
+@pytest.mark.parametrize("case", ["pisasr_square", "pisasr_tall"])
+def test_pisasr(case, tmp_path, monkeypatch):
+    pipeline, arrays, image, embeds, noise = start(case, PiSASRPipeline, tmp_path, "pkl")
+    monkeypatch.setattr("pipelines.base.draw_noise", lambda shape, seed: noise)
+    assert relative_error(pipeline.encode(image) / 0.18215, arrays["posterior_mean"]) < TOLERANCE
+    latent = pipeline.encode(image, posterior="sample")
+    assert relative_error(latent, arrays["latent"]) < TOLERANCE
+    calls = []
+    pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    for knobs in golden(case)[0]["lambdas"]:
+        name = "_".join(f"{knob:g}" for knob in knobs)
+        calls.clear()
+        assert relative_error(pipeline.one_step(latent, embeds, *knobs), arrays[f"x0_{name}"]) < TOLERANCE
+        assert len(calls) == (1 if knobs == [1, 1] else 2)
+        whole = pipeline(
+            image, prompt_embeds=embeds, scale=1, posterior="sample", pixel=knobs[0], semantic=knobs[1], color_fix=None, output_type="pt"
+        )
+        assert relative_error(whole.images * 2 - 1, arrays[f"image_{name}"]) < TOLERANCE
+    pipeline.fuse()
+    assert relative_error(pipeline.one_step(latent, embeds), arrays["x0_default"]) < TOLERANCE
+    assert relative_error(pipeline.one_step(latent, embeds, 0.5, 1.5), arrays["x0_0.5_1.5"]) < TOLERANCE
+    pipeline.unload_pisasr()
+    assert relative_error(pipeline.predict_noise(latent, 1, embeds), arrays["eps_full"]) > 0.1
+
+
+def test_pisasr_wrong_turns():
+    settings, arrays = golden("pisasr_square")
+    latent, pix, full = (arrays[name] for name in ("latent", "eps_pix", "eps_full"))
+    right = arrays["x0_0.5_1.5"]
+    assert relative_error(pisasr.residual_step(latent, pix, full, 0.5, 1.5), right) < 1e-5
+    assert relative_error(pisasr.residual_step(latent, pix, full, 1.5, 0.5), right) > 0.1  # the knobs swapped
+    assert relative_error(predict_x0(latent, full, alpha_bar_at(1, latent)), arrays["x0_default"]) > 0.1  # the usual step at index 1
+    assert pisasr.TIMESTEP == settings["timestep"] == 1
+
+
+@pytest.mark.parametrize("case", ["hypir_square", "hypir_tall"])
+def test_hypir(case, tmp_path, monkeypatch):
+    pipeline, arrays, image, embeds, noise = start(case, HYPIRPipeline, tmp_path, "pth")
+    monkeypatch.setattr("pipelines.base.draw_noise", lambda shape, seed: noise)
+    latent = pipeline.encode(image, posterior="sample")
+    assert relative_error(latent, arrays["latent"]) < TOLERANCE
+    assert relative_error(pipeline.predict_noise(latent, 200, embeds), arrays["noise_pred"]) < TOLERANCE
+    for model_t, coeff_t in golden(case)[0]["model_t_coeff_t"]:
+        assert model_t == hypir.TIMESTEP
+        x0 = pipeline.one_step(latent, embeds, coeff_t)
+        assert relative_error(x0, arrays[f"x0_{model_t}_{coeff_t}"]) < TOLERANCE
+        assert relative_error(pipeline.decode(x0) * 2 - 1, arrays[f"image_{model_t}_{coeff_t}"]) < TOLERANCE  # not clamped
+        whole = pipeline(image, prompt_embeds=embeds, scale=1, posterior="sample", coeff_t=coeff_t, output_type="pt").images
+        assert relative_error(whole, arrays[f"picture_{model_t}_{coeff_t}"]) < TOLERANCE
+        clamped = fix_color((arrays[f"image_{model_t}_{coeff_t}"] / 2 + 0.5).clamp(0, 1), image, "wavelet")
+        assert relative_error(clamped, arrays[f"picture_{model_t}_{coeff_t}"]) > 1e-3  # clamped before the colour fix
+    pipeline.fuse()
+    assert relative_error(pipeline.one_step(latent, embeds), arrays["x0_200_200"]) < TOLERANCE
+
+
+def test_hypir_wrong_turns(tmp_path):
+    pipeline, arrays, _, embeds, _ = start("hypir_square", HYPIRPipeline, tmp_path, "pth")
+    assert relative_error(pipeline.predict_noise(arrays["latent"], 199, embeds), arrays["noise_pred"]) > 0.01
+    pipeline.load_hypir(tmp_path / "adapter.pth", 2.0)  # 8 / rank at rank 4
+    assert relative_error(pipeline.predict_noise(arrays["latent"], 200, embeds), arrays["noise_pred"]) > 0.05
+    with pytest.raises(ValueError, match="coeff_t: found 1000, expected 0 to 999"):
+        pipeline.one_step(arrays["latent"], embeds, 1000)
+
+
+@pytest.mark.parametrize(("case", "kind"), [("pisasr_tall", PiSASRPipeline), ("hypir_tall", HYPIRPipeline)])
+def test_saved_and_loaded(case, kind, tmp_path):
+    pipeline, arrays, _, embeds, _ = start(case, kind, tmp_path, "pth")
+    expected = pipeline.one_step(arrays["latent"], embeds)
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert torch.equal(pipeline.one_step(arrays["latent"], embeds), expected)
+    again = kind.from_pretrained(tmp_path / "saved")
+    assert relative_error(again.one_step(arrays["latent"], embeds), expected) < 1e-5  # the sets may be added in another order
+    with pytest.raises(ValueError, match="found an OSEDiff adapter; expected"):
+        again.load_weights(toys.GOLDEN / "osediff_square.pkl")
