@@ -89,7 +89,7 @@ def test_odd_frames_are_refused_before_they_are_restored(server):
     server.run(video(1.5))
 
 
-@pytest.mark.parametrize("value", [7, None, ["l", 5], {"a": 1}, "\ud83d", "x" * 1_000_000, float("nan")], ids=lambda value: ascii(value)[:12])
+@pytest.mark.parametrize("value", [700, None, ["l", 5], {"a": 1}, "\ud83d", "x" * 1_000_000, float("nan")], ids=lambda value: ascii(value)[:12])
 @pytest.mark.parametrize(("where", "name"), [("l", "osediff_name"), ("l", "strength_model"), ("o", "cfg")])
 def test_broken_workflows_are_answered_briefly(server, value, where, name):
     prompt = still("broken")
@@ -99,7 +99,7 @@ def test_broken_workflows_are_answered_briefly(server, value, where, name):
     if (where, name) == ("l", "osediff_name") and isinstance(value, str):
         assert "expected" in words and len(words) < 2000
     if value != value:  # NaN
-        assert f"{name}: found nan" in words
+        assert name in words and "found nan" in words
     assert "Traceback (most recent call last)" not in words
     server.run(still("well"))
 
