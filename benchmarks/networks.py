@@ -121,5 +121,8 @@ def photo(path: str, size: int) -> torch.Tensor:
     """The middle of a picture file, (1, 3, size, size) in [0, 1]."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    from pipelines.pictures import read_pixels
+
+    pixels = (read_pixels(Path(path)).tensor()[0].movedim(0, -1) * 255).round().byte().numpy()
+    image = ImageOps.fit(Image.fromarray(pixels), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).movedim(-1, 0)[None] / 255

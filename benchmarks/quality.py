@@ -16,13 +16,12 @@ import numpy as np
 import piq
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fewstep_sr.methods import INVSR
 from pipelines.demo import load_demo
+from pipelines.pictures import read_pixels
 from pipelines.training.degradation import Degradation
 
 METRICS = {"PSNR": piq.psnr, "GMSD": piq.gmsd, "HaarPSI": piq.haarpsi, "FSIM": piq.fsim}
@@ -52,7 +51,7 @@ def methods() -> dict[str, Restore]:
 
 def read_photo(path: Path) -> torch.Tensor:
     """(1, 3, H, W) in [0, 1], cropped to multiples of 64."""
-    photo = rearrange(torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()), "h w c -> 1 c h w").float() / 255
+    photo = read_pixels(path).tensor()
     height, width = (side // 64 * 64 for side in photo.shape[-2:])
     return photo[..., :height, :width]
 

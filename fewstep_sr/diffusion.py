@@ -34,7 +34,7 @@ def sigmas() -> torch.Tensor:
 def alpha_bar_at(timesteps: torch.Tensor | int, like: torch.Tensor) -> torch.Tensor:
     """The schedule at ``timesteps`` (B,) or a single one, shaped (B, 1, 1, 1), on the device and in the dtype of ``like``."""
     index = torch.as_tensor(timesteps, device=like.device).reshape(-1)
-    return alphas_cumprod().to(like)[index].view(-1, 1, 1, 1)
+    return alphas_cumprod().to(like, non_blocking=True)[index].view(-1, 1, 1, 1)
 
 
 def sigma_of(alpha_bar: Level) -> Level:
@@ -76,6 +76,6 @@ def sigma_to_index(sigma: float) -> int:
     low, high = schedule[0].item(), schedule[-1].item()
     if not low * 0.999 <= sigma <= high * 1.001:
         raise ValueError(
-            f"sigma {sigma:.6g} is outside Stable Diffusion's noise schedule ({low:.6g} to {high:.6g}). Wire the SIGMAS of 'Few-Step Scheduler' here."
+            f"sigma {sigma:.6g} is outside Stable Diffusion's noise table ({low:.6g} to {high:.6g}). Wire the SIGMAS of 'Few-Step Scheduler' here."
         )
     return int((schedule.log() - torch.tensor(sigma).log()).abs().argmin())

@@ -4,7 +4,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import PartialState
@@ -15,7 +14,8 @@ from fewstep_sr.files import remove_stale
 
 from .jobs import Job, list_jobs
 from .pictures import OutputError
-from .processes import launched, must_compute_on_cpu, require_joined
+from .processes import NO_LIMIT, Peers, launched, must_compute_on_cpu, require_joined
+from .processes import join as join_peers
 from .runtime import is_out_of_memory
 
 __all__ = ["Job", "Outcome", "Written", "join", "list_jobs", "run", "share"]
@@ -40,16 +40,17 @@ class Outcome:
     not_begun: int = 0
 
 
-def join(device: str | None) -> PartialState:
-    """This process's place among those that a launcher started (``accelerate launch``, ``torchrun``); alone without one.
+def join(device: str | None) -> tuple[PartialState, Peers]:
+    """This process's place among those that a launcher started (``accelerate launch``, ``torchrun``), and the others; alone without one.
 
     Raises:
-        RuntimeError: accelerate sees no others where the launcher started some, so that each process would do every picture.
+        RuntimeError: others did not come, or accelerate sees none of them, so that each process would do every picture.
     """
+    peers = join_peers()
     cpu = device == "cpu" or must_compute_on_cpu()
-    state = PartialState(cpu=cpu) if launched() == 1 else PartialState(cpu=cpu, timeout=timedelta(days=30))  # shares may differ by days
+    state = PartialState(cpu=cpu) if launched() == 1 else PartialState(cpu=cpu, timeout=NO_LIMIT)
     require_joined(state.num_processes, "Leave out --device, or say cpu.")
-    return state
+    return state, peers
 
 
 def share(jobs: Sequence[Job], state: PartialState, is_done: Callable[[Job], bool]) -> tuple[list[Job], int]:
@@ -76,7 +77,7 @@ def share(jobs: Sequence[Job], state: PartialState, is_done: Callable[[Job], boo
         return [job for job in mine if job is not None], len(jobs) - len(todo)
 
 
-def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialState) -> Outcome:
+def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialState, peers: Peers) -> Outcome:
     """Do this process's jobs with a progress bar. An image that fails is noted and the next one done; an error that will meet each ends the run.
 
     Args:
@@ -90,6 +91,7 @@ def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialSt
         for number, job in enumerate(bar, 1):
             bar.set_description(job.source.name)
             try:
+                assert work is not None  # there is a job
                 written = work(job)
             except Exception as error:  # whatever is wrong with one image, the others are done
                 logging.getLogger(__name__).debug("%s", job.source, exc_info=True)
@@ -103,12 +105,20 @@ def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialSt
                 for note in written.notes:
                     tqdm.write(f"{job.source}: note: {note}.", file=sys.stderr)
     if state.num_processes > 1:
-        found = gather_object(found)
+        with peers.waiting(lambda: _done(found, len(jobs))):
+            found = gather_object(found)
     return Outcome(
         written=[item for item in found if isinstance(item, Written)],
         failures=[item for item in found if isinstance(item, tuple)],
         not_begun=sum(item for item in found if isinstance(item, int)),
     )
+
+
+def _done(found: list, jobs: int) -> str:
+    """What this process did, where nobody is left to tell it to."""
+    written = sum(isinstance(item, Written) for item in found)
+    failed = "".join(f"\n  {item[0]}: {item[1]}" for item in found if isinstance(item, tuple))
+    return f"It has written {written} of its {jobs} images. The same command goes on with what is left.{failed}"
 
 
 def _meets_all(error: Exception) -> bool:

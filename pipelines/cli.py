@@ -15,6 +15,7 @@ from fewstep_sr.methods import METHODS
 from .files import convert, describe_file
 from .settings import DEFAULT, DEMO_DEFAULT, Settings, every_option
 from .training.cli import add_commands as add_training
+from .training.cli import where_it_went
 
 PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
 
@@ -32,7 +33,15 @@ file does not stop the others; it is reported at the end, and the exit status is
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, 1 where pictures failed, 2 where nothing could be begun."""
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if moved := where_it_went(argv):
+        print(f"error: {moved}", file=sys.stderr)
+        return 2
+    return run_command(_parser().parse_args(argv))
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    """Run what a parser chose, ``arguments.run``: errors become a sentence, unless ``arguments.verbose``. Returns the exit status."""
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     try:

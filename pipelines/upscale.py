@@ -19,28 +19,39 @@ from .files import size_in_words
 from .find import find_base, find_weights
 from .jobs import Job, beside, list_jobs
 from .pictures import read_picture, require_place, require_writable, write_picture
+from .processes import Peers
 from .settings import Settings
 from .single_file import find_tokenizer
 
 
 def upscale(settings: Settings) -> int:
     """Restore all images, this process its share. Returns 1 where some failed, else 0."""
-    began = time.monotonic()
     output = settings.output or beside(settings.inputs, settings.scale, settings.suffix)
-    state = join(settings.device)
+    state, peers = join(settings.device)
+    try:
+        return _upscale(settings, output, state, peers)
+    finally:
+        peers.leave()
+
+
+def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers) -> int:
+    began = time.monotonic()
     jobs = list_jobs(settings.inputs, output, settings.suffix)
     results = Results(settings, jobs)
-    mine, done = share(jobs, state, results)
+    with peers.waiting(lambda: "Nothing was begun."):
+        mine, done = share(jobs, state, results)
     if state.is_main_process:
         results.report(done)
     if done == len(jobs):
         return 0
     # Also where this process has nothing to do: one that fetches must fetch for those that wait.
-    base, weights = _find(settings, state)
-    outcome = run(mine, Upscaler(settings, base, weights, state, results.record).work if mine else None, state)
+    with peers.waiting(lambda: "Nothing was begun."):
+        base, weights = _find(settings, state)
+    outcome = run(mine, Upscaler(settings, base, weights, state, results.record).work if mine else None, state, peers)
     if state.is_main_process:
         _report(outcome, len(jobs), output, time.monotonic() - began)
-    state.wait_for_everyone()  # a launcher ends all processes as soon as one has failed: not before the report
+    with peers.waiting(lambda: "All work is done."):
+        state.wait_for_everyone()  # a launcher ends all processes as soon as one has failed: not before the report
     return 1 if outcome.failures else 0
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "weights"), str(ROOT / "tests")]
 
 
 def find_comfyui() -> Path | None:
@@ -33,12 +33,14 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs ComfyUI or a browser by the fixtures that it asks for; ``slow`` stands at the tests themselves."""
+    """Mark what needs ComfyUI, a server of it or a browser by the fixtures that it asks for; other ``slow`` marks stand at the tests themselves."""
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if fixtures & {"comfy", "comfyui_path"}:
             item.add_marker(pytest.mark.comfy)
-        if item.path.stem == "test_browser":
+        if fixtures & {"server", "new_server"}:
+            item.add_marker(pytest.mark.slow)
+        if "browser" in fixtures:
             item.add_marker(pytest.mark.browser)
 
 

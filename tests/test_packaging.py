@@ -22,6 +22,28 @@ def test_requirements_are_in_step():
     assert (ROOT / project["license"]["file"]).is_file() and (ROOT / project["readme"]).is_file()
 
 
+def test_the_tests_also_run_on_the_declared_minimums():
+    """.ci/minimums.txt and the workflow name the versions that requirements.txt and the registry's metadata declare."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    lines = (ROOT / ".ci" / "minimums.txt").read_text().splitlines()
+    pinned = {requirement.name: requirement.specifier for requirement in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    for requirement in map(Requirement, (ROOT / "requirements.txt").read_text().split()):
+        for declared in requirement.specifier:
+            (oldest,) = pinned[requirement.name]
+            assert (oldest.operator, oldest.version.removesuffix(".*")) == ("==", declared.version), requirement.name
+    comfyui = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["comfy"]["requires-comfyui"].removeprefix(">=")
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert f'comfyui: ["v{comfyui}", "master"]' in workflow and "-c .ci/minimums.txt" in workflow
+
+
+def test_the_wheel_has_every_package():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {file.parent.relative_to(ROOT).as_posix() for top in ("fewstep_sr", "pipelines") for file in (ROOT / top).rglob("__init__.py")}
+    here = {"fewstep_sr." + folder.replace("/", ".") if folder.startswith("pipelines") else folder.replace("/", ".") for folder in folders}
+    assert here <= set(setuptools["packages"])
+
+
 def test_the_registrys_pictures_are_here():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     metadata = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -47,12 +69,17 @@ def test_the_archive_holds_what_users_need():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder into which pip has installed the package, from a copy of the checkout: building leaves files beside the sources."""
+    """A folder into which pip has installed the package, from a copy of the checkout: building leaves files beside the sources.
+
+    Without a network: dependencies and setuptools are those of this environment (requirements-dev.txt).
+    """
     folder = tmp_path_factory.mktemp("installed")
     source = folder / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "__pycache__", "build", "tests", "docs"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder / "site"), str(source)]
-    subprocess.run(pip, check=True, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-build-isolation"]
+    pip += ["--target", str(folder / "site"), str(source)]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder / "site"
 
 
@@ -77,7 +104,17 @@ def test_the_command_outside_the_checkout(installed, tmp_path):
     done = run(installed, tmp_path, str(installed / "bin" / "fewstep-sr"), "upscale", "photo.png", "--demo", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "photo_x4.png").size == (448, 300)
-    assert "fewstep-sr upscale" in run(installed, tmp_path, str(installed / "bin" / "fewstep-sr"), "upscale", "--help").stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("upscale",), ("train", "osediff"), ("train", "invsr")], ids=" ".join)
+def test_help_names_the_command_that_was_called(installed, tmp_path, command):
+    """In an installation there is no ``python -m pipelines``, in a checkout no ``fewstep-sr``."""
+    fresh = run(installed, tmp_path, str(installed / "bin" / "fewstep-sr"), *command, "--help").stdout
+    checkout = run(ROOT, tmp_path, "-m", "pipelines", *command, "--help").stdout
+    words = " ".join(command)
+    assert f"fewstep-sr {words} " in fresh and "-m pipelines" not in fresh
+    assert f"python -m pipelines {words} " in checkout and "fewstep-sr" not in checkout
 
 
 SAVE = """

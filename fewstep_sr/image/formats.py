@@ -28,7 +28,7 @@ _NOT_READ = (
 @cache
 def readable() -> frozenset[str]:
     """Suffixes, in lower case, of what this Pillow reads."""
-    return frozenset(WRITTEN).union(_ALSO_READ, *(suffixes for feature, suffixes in _BY_FEATURE.items() if features.check(feature)))
+    return frozenset(WRITTEN).union(_ALSO_READ, *(suffixes for feature, suffixes in _BY_FEATURE.items() if feature in features.get_supported()))
 
 
 @cache

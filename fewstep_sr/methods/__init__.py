@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base
+from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
 from ..weights.read import read_weights
+from ..weights.strict import printable
 from .invsr import INVSR
 from .method import Method
 from .osediff import OSEDIFF
@@ -37,7 +38,8 @@ def load_weights(method: Method, path: str | Path) -> Any:
         ValueError: the file is damaged, refused or something else; the message says what it is.
     """
     state, metadata = read_weights(path)
-    kind, name = identify(state), Path(path).name
+    kind, name = identify(state), printable(Path(path).name)
     if kind.id != method.kind.id:
-        raise ValueError(f"{name}: found {kind.phrase}; expected {method.kind.phrase} ({method.contents}). Choose another file: {method.source}")
-    return method.parse(state, metadata, name)
+        contents = f" ({method.contents})" if method.contents else ""
+        raise ValueError(f"{name}: found {kind.phrase}; expected {method.kind.phrase}{contents}. Choose another file: {method.source}")
+    return method.parse(without_wrappers(state, name), metadata, name)

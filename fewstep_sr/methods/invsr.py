@@ -8,8 +8,9 @@ import torch
 
 from ..diffusion import add_noise, predict_x0
 from ..networks.noise_predictor import NoisePredictor, NoisePredictorConfig
-from ..weights.kinds import FileKind, has_key, strip_wrappers, unwrap
+from ..weights.kinds import FileKind, has_key, unwrap, without_wrappers
 from ..weights.save import save_safetensors
+from ..weights.strict import own_copies
 from .method import Demo, Method, Option, Paper, Source
 from .schedule import Schedule, parse_timesteps
 
@@ -60,17 +61,20 @@ class NoisePredictorWeights:
 def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> NoisePredictorWeights:
     """A bare state dict, or a training checkpoint with one inside. Dimensions come from the weights' shapes."""
     inner = unwrap(state) or state
-    weights = {strip_wrappers(k): v for k, v in inner.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    weights = {k: v for k, v in without_wrappers(inner, name).items() if isinstance(v, torch.Tensor)}
     try:
         config = NoisePredictorConfig.from_state_dict(weights)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     _check_shapes(weights, config, name)
-    return NoisePredictorWeights(config, {key: weight.clone() for key, weight in weights.items()})  # the file may be a read-only map
+    return NoisePredictorWeights(config, own_copies(weights, name))
 
 
 def _check_shapes(weights: Mapping[str, torch.Tensor], config: NoisePredictorConfig, name: str) -> None:
-    expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
+    try:
+        expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
+    except RuntimeError:  # a product of its dimensions is beyond 64 bits
+        raise ValueError(f"{name}: found a noise predictor of {config.block_out_channels} channels; the file is damaged.") from None
     for key, shape in expected.items():
         found = tuple(weights[key].shape) if key in weights else None
         if found != shape:
@@ -130,7 +134,7 @@ INVSR = Method(
         file="noise_predictor_sd_turbo_v5.pth",
     ),
     kind=FileKind("invsr", "an InvSR noise predictor", has_key(r"^encoder\.(down_blocks\.0\.resnets\.0\.time_emb_proj|time_embedding\.linear_1)\.")),
-    contents="one encoder with a time embedding",
+    contents="",
     source="noise_predictor_sd_turbo_v5.pth is at huggingface.co/OAOA/InvSR.",
     parse=_parse,
     save=save_noise_predictor,

@@ -8,9 +8,10 @@ import torch
 
 from ..bases import TEXT_WIDTHS
 from ..diffusion import NUM_TRAIN_TIMESTEPS, predict_x0
-from ..weights.kinds import FileKind, is_pisasr
+from ..weights.kinds import FileKind, is_pisasr, strip_wrappers, without_wrappers
 from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
+from ..weights.strict import own_copies
 from .method import Demo, Method, Option, Paper, Source
 from .schedule import Schedule
 
@@ -64,7 +65,7 @@ def unet_group(layer: str) -> str:
 
 
 def _matches(state: Mapping) -> bool:
-    keys = {str(key) for key in state}
+    keys = {strip_wrappers(str(key)) for key in state}
     published = {"state_dict_unet", "state_dict_vae"} <= keys and "state_dict_vae_de_mlp" not in keys
     return not is_pisasr(state) and (published or any("lora_A.default_encoder" in key for key in keys))
 
@@ -79,9 +80,14 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> OSEDiffAda
         vae = {k.removeprefix("vae."): v for k, v in state.items() if str(k).startswith("vae.")}
     if not isinstance(unet, Mapping) or not isinstance(vae, Mapping):
         raise ValueError(f"{name}: its UNet's or its VAE's part is no dictionary of tensors; the file is damaged.")
-    for kind in ("weight", "bias"):
-        if not isinstance(unet.get(f"conv_in.base_layer.{kind}"), torch.Tensor):
-            raise ValueError(f"{name}: UNet: the tensor conv_in.base_layer.{kind} is missing; the file is incomplete.")
+    unet, vae = without_wrappers(unet, f"{name}: UNet"), without_wrappers(vae, f"{name}: VAE")
+    weight, bias = (unet.get(f"conv_in.base_layer.{kind}") for kind in ("weight", "bias"))
+    if not isinstance(weight, torch.Tensor) or not isinstance(bias, torch.Tensor):
+        missing = "bias" if isinstance(weight, torch.Tensor) else "weight"
+        raise ValueError(f"{name}: UNet: the tensor conv_in.base_layer.{missing} is missing; the file is incomplete.")
+    if weight.ndim < 2 or bias.shape != weight.shape[:1]:
+        shapes = f"{tuple(weight.shape[:8])} and {tuple(bias.shape[:8])}"
+        raise ValueError(f"{name}: UNet: conv_in.base_layer has weight and bias of shapes {shapes}, expected (out, in, h, w) and (out,).")
     timestep = metadata.get("timestep", str(TIMESTEP))
     if not (timestep.isascii() and timestep.isdecimal()) or len(timestep) > 4 or int(timestep) >= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
@@ -91,7 +97,7 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> OSEDiffAda
     return OSEDiffAdapter(
         unet=one_adapter(read_lora(unet, f"{name}: UNet", alpha), f"{name}: UNet"),
         vae=one_adapter(read_lora(vae, f"{name}: VAE", alpha), f"{name}: VAE"),
-        unet_replaced={f"conv_in.{kind}": unet[f"conv_in.base_layer.{kind}"].clone() for kind in ("weight", "bias")},
+        unet_replaced=own_copies({"conv_in.weight": weight, "conv_in.bias": bias}, f"{name}: UNet"),
         timestep=int(timestep),
     )
 

@@ -6,7 +6,6 @@ published weights (diffusers' conventions), so that a state dict loads as it is.
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from .indices import dimension, layer_counts
 from .posterior import Posterior
 
 # Not visible in the weights' shapes; the same in every published configuration.
@@ -41,27 +41,26 @@ class NoisePredictorConfig:
     @classmethod
     def from_state_dict(cls, state_dict: dict[str, torch.Tensor]) -> "NoisePredictorConfig":
         """Read the dimensions off ``state_dict``. Raises ValueError where a tensor is missing or no network of this kind has its shape."""
-        layers: dict[int, int] = {}
-        for key in state_dict:
-            if match := re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.conv1\.weight$", key):
-                block, layer = map(int, match.groups())
-                layers[block] = max(layers.get(block, 0), layer + 1)
         try:
-            moments = state_dict["encoder.conv_out.weight"].shape[0]
+            layers = layer_counts(state_dict, r"encoder\.down_blocks\.(\w+)\.resnets\.(\w+)\.conv1\.weight", "its encoder")
+            moments = dimension(state_dict, "encoder.conv_out.weight", 0, ndim=4)
             config = cls(
-                in_channels=state_dict["encoder.conv_in.weight"].shape[1],
+                in_channels=dimension(state_dict, "encoder.conv_in.weight", 1, ndim=4),
                 latent_channels=moments // 2,
-                block_out_channels=tuple(state_dict[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].shape[0] for i in range(len(layers))),
-                layers_per_block=tuple(layers[i] for i in range(len(layers))),
-                time_channels=state_dict["encoder.time_embedding.linear_1.weight"].shape[1],
-                temb_channels=state_dict["encoder.time_embedding.linear_1.weight"].shape[0],
+                block_out_channels=tuple(
+                    dimension(state_dict, f"encoder.down_blocks.{i}.resnets.0.conv1.weight", 0, ndim=4) for i in range(len(layers))
+                ),
+                layers_per_block=layers,
+                time_channels=dimension(state_dict, "encoder.time_embedding.linear_1.weight", 1, ndim=2),
+                temb_channels=dimension(state_dict, "encoder.time_embedding.linear_1.weight", 0, ndim=2),
             )
-        except KeyError as missing:
-            raise ValueError(f"noise predictor: the tensor {missing} is missing; the file is incomplete or of another network.") from None
-        if not layers or moments != 8 or config.in_channels != 3 or any(c % HEAD_DIM for c in config.block_out_channels):
+        except ValueError as error:
+            raise ValueError(f"noise predictor: {error}") from None
+        if moments != 8 or config.in_channels != 3 or any(c % HEAD_DIM for c in config.block_out_channels) or config.time_channels % 2:
             raise ValueError(
-                f"noise predictor: found {config.in_channels} input and {moments} output channels and blocks of {config.block_out_channels}; "
-                f"expected 3 input channels, 8 output channels (mean and log-variance of 4) and blocks of multiples of {HEAD_DIM}."
+                f"noise predictor: found {config.in_channels} input and {moments} output channels, blocks of {config.block_out_channels[:8]} and "
+                f"{config.time_channels} time channels; expected 3 input channels, 8 output channels (mean and log-variance of 4), blocks of "
+                f"multiples of {HEAD_DIM} and an even number of time channels."
             )
         return config
 

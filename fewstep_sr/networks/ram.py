@@ -5,15 +5,16 @@ layers of cross-attention every label looks at the picture (Query2Label, Liu et 
 network with low-rank updates that see through degradation. Module names are those of the published weights.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from .indices import dimension, layer_count
 from .swin import SwinConfig, SwinTransformer
 
 # Not visible in the weights' shapes; the same in every published configuration.
@@ -41,18 +42,18 @@ class TaggerConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, torch.Tensor]) -> "TaggerConfig":
-        """Read the dimensions off ``state_dict``. Raises ValueError where a tensor is missing."""
-        try:
-            return cls(
-                swin=SwinConfig.from_state_dict(state_dict, "visual_encoder."),
-                num_tags=state_dict["label_embed"].shape[0],
-                label_channels=state_dict["label_embed"].shape[1],
-                hidden_channels=state_dict["wordvec_proj.weight"].shape[0],
-                mlp_channels=state_dict["tagging_head.encoder.layer.0.intermediate.dense.weight"].shape[0],
-                layers=len({k for k in state_dict if re.match(r"tagging_head\.encoder\.layer\.\d+\.output\.dense\.weight$", k)}),
-            )
-        except KeyError as missing:
-            raise ValueError(f"the tensor {missing} is missing; the file is incomplete or of another network.") from None
+        """Read the dimensions off ``state_dict``. Raises ValueError where a tensor is missing or no network of this kind has its shape."""
+        config = cls(
+            swin=SwinConfig.from_state_dict(state_dict, "visual_encoder."),
+            num_tags=dimension(state_dict, "label_embed", 0, ndim=2),
+            label_channels=dimension(state_dict, "label_embed", 1, ndim=2),
+            hidden_channels=dimension(state_dict, "wordvec_proj.weight", 0, ndim=2),
+            mlp_channels=dimension(state_dict, "tagging_head.encoder.layer.0.intermediate.dense.weight", 0, ndim=2),
+            layers=layer_count(state_dict, r"tagging_head\.encoder\.layer\.(\w+)\.output\.dense\.weight", "tagging_head"),
+        )
+        if config.hidden_channels % HEADS:
+            raise ValueError(f"tagging_head: found {config.hidden_channels} channels, expected a multiple of {HEADS}, the number of heads.")
+        return config
 
 
 class Tagger(nn.Module):
@@ -67,7 +68,7 @@ class Tagger(nn.Module):
         self.label_embed = nn.Parameter(torch.zeros(config.num_tags, config.label_channels, **kw))
         self.wordvec_proj = operations.Linear(config.label_channels, config.hidden_channels, **kw)
         layers = nn.ModuleList(TaggingLayer(config, operations, **kw) for _ in range(config.layers))
-        self.tagging_head = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
+        self.tagging_head: Any = nn.ModuleDict({"encoder": nn.ModuleDict({"layer": layers})})
         self.fc = operations.Linear(config.hidden_channels, 1, **kw)
 
     def image_embeds(self, image: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ class TaggingLayer(nn.Module):
             "key": operations.Linear(config.label_channels, channels, **kw),
             "value": operations.Linear(config.label_channels, channels, **kw),
         }
-        self.crossattention = nn.ModuleDict({"self": nn.ModuleDict(attention), "output": AddAndNorm(channels, channels, operations, **kw)})
+        self.crossattention: Any = nn.ModuleDict({"self": nn.ModuleDict(attention), "output": AddAndNorm(channels, channels, operations, **kw)})
         self.intermediate = nn.ModuleDict({"dense": operations.Linear(channels, config.mlp_channels, **kw)})
         self.output = AddAndNorm(config.mlp_channels, channels, operations, **kw)
 

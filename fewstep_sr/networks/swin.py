@@ -4,17 +4,22 @@ The picture is square and of one size, at which the last stage is a single windo
 Position offsets and window masks are computed where they are needed: buffers would not follow weights that are loaded piece by piece.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from .indices import dimension, layer_counts
+
 PATCH = 4  # pixels along a side of the first stage's cells
 MLP_RATIO = 4
+MAX_STAGES = 8  # the channels double from one to the next
 MASKED = -100.0  # the reference's stand-in for minus infinity, finite in half precision
 
 
@@ -38,19 +43,23 @@ class SwinConfig:
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, torch.Tensor], prefix: str) -> "SwinConfig":
-        """Read the dimensions off the entries under ``prefix``. Raises KeyError where one of them is missing."""
-        depths: dict[int, int] = {}
-        for key in state_dict:
-            if match := re.match(re.escape(prefix) + r"layers\.(\d+)\.blocks\.(\d+)\.norm1\.weight$", key):
-                stage, block = map(int, match.groups())
-                depths[stage] = max(depths.get(stage, 0), block + 1)
-        tables = [state_dict[f"{prefix}layers.{i}.blocks.0.attn.relative_position_bias_table"] for i in range(max(1, len(depths)))]
-        return cls(
-            embed_dim=state_dict[f"{prefix}patch_embed.proj.weight"].shape[0],
-            depths=tuple(depths[i] for i in range(len(depths))),
-            num_heads=tuple(table.shape[1] for table in tables),
-            window_size=(round(tables[0].shape[0] ** 0.5) + 1) // 2,
+        """Read the dimensions off the entries under ``prefix``. Raises ValueError where one is missing or no network of this kind has its shape."""
+        depths = layer_counts(state_dict, re.escape(prefix) + r"layers\.(\w+)\.blocks\.(\w+)\.norm1\.weight", prefix.rstrip("."))
+        tables = [f"{prefix}layers.{i}.blocks.0.attn.relative_position_bias_table" for i in range(len(depths))]
+        rows = dimension(state_dict, tables[0], 0, ndim=2)
+        config = cls(
+            embed_dim=dimension(state_dict, f"{prefix}patch_embed.proj.weight", 0, ndim=4),
+            depths=depths,
+            num_heads=tuple(dimension(state_dict, table, 1, ndim=2) for table in tables),
+            window_size=(math.isqrt(rows) + 1) // 2,
         )
+        whole_heads = all(config.embed_dim * 2**i % heads == 0 for i, heads in enumerate(config.num_heads))
+        if len(depths) > MAX_STAGES or (2 * config.window_size - 1) ** 2 != rows or not whole_heads:
+            raise ValueError(
+                f"{prefix.rstrip('.')}: found {len(depths)} stages from {config.embed_dim} channels on, with {config.num_heads[:8]} heads and {rows} "
+                f"relative positions; expected at most {MAX_STAGES} stages, heads that divide the channels, and (2 w - 1)² positions."
+            )
+        return config
 
 
 class SwinTransformer(nn.Module):
@@ -58,16 +67,16 @@ class SwinTransformer(nn.Module):
 
     def __init__(self, config: SwinConfig, operations=nn, **kw):
         super().__init__()
-        self.patch_embed = nn.ModuleDict(
+        self.patch_embed: Any = nn.ModuleDict(
             {
                 "proj": operations.Conv2d(3, config.embed_dim, PATCH, stride=PATCH, **kw),
                 "norm": operations.LayerNorm(config.embed_dim, **kw),
             }
         )
-        self.layers = nn.ModuleList()
+        self.layers: Any = nn.ModuleList()
         for i, (depth, heads) in enumerate(zip(config.depths, config.num_heads, strict=True)):
             channels = config.embed_dim * 2**i
-            stage = nn.ModuleDict({"blocks": nn.ModuleList()})
+            stage: Any = nn.ModuleDict({"blocks": nn.ModuleList()})
             last = i == len(config.depths) - 1
             for j in range(depth):
                 shift = config.window_size // 2 if j % 2 and not last else 0  # the last stage has but one window

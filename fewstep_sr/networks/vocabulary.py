@@ -1,5 +1,7 @@
 """What the tagger's logits mean: the names of the tags, the threshold of each, and the prompt that they make."""
 
+import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +31,35 @@ class TagVocabulary:
         thresholds = []
         for row, text in enumerate(numbers, start=1):
             try:
-                thresholds.append(float(text))
+                threshold = float(text)
             except ValueError:
-                raise ValueError(f"{THRESHOLD_LIST}: line {row} is {text[:40]!r}, expected a number between 0 and 1. Download it again.") from None
+                threshold = math.nan
+            if not math.isfinite(threshold):
+                raise ValueError(f"{THRESHOLD_LIST}: line {row} is {text[:40]!r}, expected a number between 0 and 1. Download it again.")
+            thresholds.append(threshold)
         if len(names) != len(thresholds):
             raise ValueError(f"{TAG_LIST} has {len(names)} lines and {THRESHOLD_LIST} {len(thresholds)}, expected as many. Download both again.")
         return cls(tuple(names), tuple(thresholds))
+
+    @classmethod
+    def from_json(cls, names: str, thresholds: str, what: str) -> "TagVocabulary":
+        """Parse two JSON lists, of text and of numbers, as they stand in a converted file's metadata.
+
+        Raises:
+            ValueError: they are no such lists, or not of one length. ``what`` names them in the message.
+        """
+        try:
+            parsed_names, parsed = json.loads(names), json.loads(thresholds)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{what}: the tags or their thresholds are no JSON lists. Convert the tagger again.") from None
+        texts = isinstance(parsed_names, list) and all(isinstance(name, str) for name in parsed_names)
+        numbers = isinstance(parsed, list) and all(type(number) in (int, float) and 0 <= number <= 1 for number in parsed)
+        if not texts or not numbers or len(parsed_names) != len(parsed):
+            raise ValueError(
+                f"{what}: found {_counted(parsed_names)} for the tags and {_counted(parsed)} for their thresholds, "
+                "expected texts and as many numbers between 0 and 1. Convert the tagger again."
+            )
+        return cls(tuple(parsed_names), tuple(map(float, parsed)))
 
     def tags(self, logits: torch.Tensor, offset: float = 0.0, max_tags: int = 0, exclude: Iterable[str] = ()) -> list[list[str]]:
         """The tags of each picture, in the vocabulary's order, as the reference gives them.
@@ -58,10 +83,17 @@ class TagVocabulary:
         return pictures
 
 
+def _counted(value) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) else f"no list ({type(value).__name__})"
+
+
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.name} is missing: put it next to the weights, in {path.parent}. "
             "It is published with RAM, in the folder ram/data of github.com/xinyu1205/recognize-anything and of OSEDiff's own repository."
         )
-    return path.read_text(encoding="utf-8").splitlines()
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name}: it is no text in UTF-8. Download it again.") from None

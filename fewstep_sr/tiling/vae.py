@@ -56,7 +56,7 @@ class TiledCoder:
         while True:
             out_of_memory = False
             try:
-                return self._run(source, result, TileLayout(*cells, max(even_tile(side, tile) for side in cells), OVERLAP), most)
+                return self._run(source, result, TileLayout(cells[0], cells[1], max(even_tile(side, tile) for side in cells), OVERLAP), most)
             except Exception as error:
                 if tile <= MIN_TILE or not self.runtime.is_out_of_memory(error):
                     raise

@@ -101,7 +101,7 @@ def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Call
     if not network._modules:
         return network
     shared = copy.copy(network)
-    shared._modules = {name: share_whole_picture(child, whole, attention) for name, child in network._modules.items()}
+    shared._modules = {name: None if child is None else share_whole_picture(child, whole, attention) for name, child in network._modules.items()}
     attention(shared, network, whole)
     return shared
 

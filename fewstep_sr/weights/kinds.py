@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ..bases import TEXT_WIDTHS
+from .strict import printable
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,21 @@ class FileKind:
 def strip_wrappers(key: str) -> str:
     """A state dict key without what DistributedDataParallel (``module.``) and torch.compile (``_orig_mod.``) put before it."""
     return re.sub(r"^((module|_orig_mod)\.)+", "", key)
+
+
+def without_wrappers(state: Mapping, what: str) -> dict:
+    """A state dict with :func:`strip_wrappers` on each key.
+
+    Raises:
+        ValueError: two keys become the same, of which one would be lost. ``what`` names the file.
+    """
+    stripped: dict = {}
+    for key, value in state.items():
+        short = strip_wrappers(key) if isinstance(key, str) else key
+        if short in stripped:
+            raise ValueError(f"{what}: {short} is there twice, with and without wrappers such as 'module.' before it; the file is damaged.")
+        stripped[short] = value
+    return stripped
 
 
 def has_key(pattern: str) -> Callable[[Mapping], bool]:
@@ -109,5 +125,5 @@ def with_base(kind: FileKind, state: Mapping) -> FileKind:
 
 def unknown(state: Mapping) -> FileKind:
     """:data:`UNKNOWN` with the first keys in its phrase."""
-    first = ", ".join(sorted(str(key)[:60] for key in state)[:3]) or "none"
+    first = ", ".join(sorted(printable(str(key)[:60]) for key in state)[:3]) or "none"
     return replace(UNKNOWN, phrase=f"an unknown file with {len(state)} entries ({first}, ...)")

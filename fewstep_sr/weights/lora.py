@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .strict import own_copies
+
 PEFT_ALPHA = 8.0
 """PEFT's default ``lora_alpha``, which the published trainings of this family leave as it is: the scale is 8 / rank at every rank."""
 
@@ -76,25 +78,34 @@ def read_lora(state: Mapping[str, torch.Tensor], what: str, alpha: float | None 
     Raises:
         ValueError: there are none, a half is missing, or two halves do not fit together.
     """
-    halves: dict[str, dict[str, dict[str, torch.Tensor]]] = {}
-    for key, tensor in state.items():
+    halves: dict[tuple[str, str], dict[str, str]] = {}
+    for key in state:
         if match := re.match(r"(.+)\.lora_([AB])\.(?:(\w+)\.)?weight$", str(key)):
             layer, half, adapter = match.groups()
-            halves.setdefault(adapter or "", {}).setdefault(layer, {})[half] = tensor
+            halves.setdefault((adapter or "", layer), {})[half] = key
     if not halves:
         raise ValueError(f"{what}: no low-rank weights (lora_A, lora_B) found; the file is incomplete.")
-    return {adapter: {layer: _pair(pair, f"{what}: layer {layer}", alpha) for layer, pair in layers.items()} for adapter, layers in halves.items()}
+    for (_, layer), pair in halves.items():
+        _require_pair({half: state[key] for half, key in pair.items()}, f"{what}: layer {layer}")
+    copies = own_copies({key: state[key] for pair in halves.values() for key in pair.values()}, what)
+    layers: dict[str, dict[str, LowRank]] = {}
+    for (adapter, layer), pair in halves.items():
+        down, up = copies[pair["A"]], copies[pair["B"]]
+        layers.setdefault(adapter, {})[layer] = LowRank(down, up, float(down.shape[0]) if alpha is None else alpha)
+    return layers
 
 
-def _pair(halves: dict[str, torch.Tensor], what: str, alpha: float | None) -> LowRank:
+def _require_pair(halves: Mapping[str, torch.Tensor], what: str) -> None:
     if len(halves) != 2:
         raise ValueError(f"{what} has lora_{'A' if 'A' in halves else 'B'} but not its other half; the file is incomplete.")
     down, up = halves["A"], halves["B"]
-    if min(down.ndim, up.ndim) < 2 or 0 in (*down.shape, *up.shape):
-        raise ValueError(f"{what} has halves of shapes {tuple(down.shape)} and {tuple(up.shape)}, expected (rank, in, ...) and (out, rank, ...).")
+    if not (isinstance(down, torch.Tensor) and isinstance(up, torch.Tensor)):
+        raise ValueError(f"{what} has something else than tensors for its lora_A and lora_B; the file is damaged.")
+    if down.ndim != up.ndim or down.ndim not in (2, 4) or 0 in (*down.shape, *up.shape) or set(up.shape[2:]) - {1}:
+        shapes = f"{tuple(down.shape[:8])} and {tuple(up.shape[:8])}"
+        raise ValueError(f"{what} has halves of shapes {shapes}, expected (rank, in) and (out, rank), or (rank, in, h, w) and (out, rank, 1, 1).")
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"{what} has ranks {down.shape[0]} and {up.shape[1]} in its two halves, expected one rank.")
-    return LowRank(down.clone(), up.clone(), float(down.shape[0]) if alpha is None else alpha)
 
 
 def one_adapter(adapters: Mapping[str, dict[str, LowRank]], what: str) -> dict[str, LowRank]:

@@ -1,18 +1,24 @@
-"""Reading weight files without running them.
+"""Reading weight files without running them: the one place through which every weight file goes.
 
-Pickled files (.pkl, .pt, .pth, .ckpt) go through ``torch.load(weights_only=True)`` and nothing else: a file cannot run code here.
+Pickled files (.pkl, .pt, .pth, .ckpt) go through ``torch.load(weights_only=True)`` and nothing else: a file cannot run code here. Nor can it
+take more time or memory than its size allows, whatever it claims.
 """
 
-import pickle
-import re
-from collections.abc import Mapping
+import errno
+import os
+import stat
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
-import torch
 
-_ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
+from .pickled import PICKLE, ZIP, read_pickled
+from .strict import Refused, printable, require_plain
+
+MAX_HEADER = 16 << 20
+"""Bytes of a safetensors header: its tensors' names, and the longest descriptions that trainers leave there."""
+
+MAX_TENSORS = 20_000
+"""A checkpoint of Stable Diffusion XL has 2,500; each takes a tenth of a millisecond, whatever its size."""
 
 
 def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
@@ -22,24 +28,58 @@ def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
         path: a safetensors file, or one that ``torch.save`` wrote (zip or the older format).
 
     Returns:
-        The file's dictionary (tensors memory-mapped where the format allows) and its metadata (safetensors only, else empty).
+        The file's dictionary (tensors memory-mapped where the format allows) and its metadata (safetensors only, else empty). Every tensor is
+        dense, on the CPU, no larger than what is stored, and has a text key; whether its numbers are finite is for the caller to see
+        (:func:`fewstep_sr.weights.strict.own_copies`), who uses but a part of them.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is empty, cut off, no weight file at all, or refused because it holds Python objects.
+        ValueError: the file cannot be read, is empty, cut off, no weight file at all, or refused because of what it holds or claims.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file.")
-    with path.open("rb") as file:
-        head = file.read(1024)
-    if problem := _not_weights(head):
-        raise ValueError(f"{path.name}: {problem}")
-    if head[8:9] == b"{":
-        return _read_safetensors(path)
-    if head.startswith((_ZIP, _PICKLE)):
-        return _read_pickled(path, zipped=head.startswith(_ZIP)), {}
-    raise ValueError(f"{path.name}: not a weight file (it starts with {head[:8]!r}); expected safetensors or a file written by torch.save.")
+    size = _regular_file_size(path)
+    name = printable(path.name)
+    try:
+        with path.open("rb") as file:
+            head = file.read(1024)
+        if problem := _not_weights(head):
+            raise Refused(problem)
+        if head[8:9] == b"{":
+            state, metadata = _read_safetensors(path, int.from_bytes(head[:8], "little"), size)
+        elif head.startswith((ZIP, PICKLE)):
+            state, metadata = read_pickled(path, zipped=head.startswith(ZIP)), {}
+        else:
+            raise Refused(f"not a weight file (it starts with {head[:8]!r}); expected safetensors or a file written by torch.save.")
+        require_plain(state)
+        return state, metadata
+    except Refused as error:
+        raise ValueError(f"{name}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{name}: it cannot be read ({_os_reason(error)}).") from None
+    except Exception as error:  # whatever the readers of damaged files come upon: their own list has no end
+        raise ValueError(f"{name}: {_in_words(error)}") from None
+
+
+def _regular_file_size(path: Path) -> int:
+    """Asked without opening the path: a pipe would wait for its other end."""
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{printable(str(path))}: there is no such file.") from None
+    except OSError as error:
+        raise ValueError(f"{printable(str(path))}: it cannot be read ({_os_reason(error)}).") from None
+    except ValueError as error:  # a zero byte in the name, or half a surrogate pair
+        raise ValueError(f"{printable(str(path))}: no file can have this name ({error}).") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"{printable(path.name)}: this is a folder, expected a weight file. Choose a file in it.")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{printable(path.name)}: this is a pipe, a socket or a device, expected a weight file.")
+    return found.st_size
+
+
+def _os_reason(error: OSError) -> str:
+    reasons = {errno.EACCES: "no permission", errno.EPERM: "no permission", errno.ELOOP: "a symbolic link that leads back to itself"}
+    return reasons.get(error.errno or 0, error.strerror or type(error).__name__)
 
 
 def _not_weights(head: bytes) -> str | None:
@@ -55,30 +95,31 @@ def _not_weights(head: bytes) -> str | None:
     return None
 
 
-def _read_safetensors(path: Path) -> tuple[dict, dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        return safetensors.torch.load_file(path), metadata
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path.name}: the safetensors file is damaged or cut off ({error}). Download it again.") from None
+def _read_safetensors(path: Path, header: int, size: int) -> tuple[dict, dict[str, str]]:
+    if min(header, size) > MAX_HEADER:
+        raise Refused(f"the safetensors header claims {header:,} bytes, expected at most {MAX_HEADER:,}; the file is damaged. Download it again.")
+    with safetensors.safe_open(path, framework="pt") as file:
+        keys = list(file.keys())
+        if len(keys) > MAX_TENSORS:
+            raise Refused(f"found {len(keys):,} tensors, expected at most {MAX_TENSORS:,}; it is no file of weights for these methods.")
+        return {key: file.get_tensor(key) for key in keys}, file.metadata() or {}
 
 
-def _read_pickled(path: Path, zipped: bool) -> dict:
+def _in_words(error: Exception) -> str:
+    reason = _reason(error)
+    if isinstance(error, MemoryError) or "allocate memory" in reason:
+        return "it takes more memory than there is, or is damaged. Close other programs, or download it again."
+    kind = "safetensors file" if isinstance(error, safetensors.SafetensorError) else "file"
+    return f"the {kind} is damaged or cut off ({reason}). Download it again."
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, bounded and printable."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        if "truncated" in str(error):
-            raise ValueError(f"{path.name}: the file is cut off. Download it again.") from None
-        culprit = re.search(r"GLOBAL ([\w.]+)", str(error))
-        found = f" ({culprit.group(1)})" if culprit else ""
-        raise ValueError(
-            f"{path.name}: refused, because the pickle holds Python objects{found} that could run code; "
-            "expected tensors, numbers and text alone. Use a safetensors file from a source you trust."
-        ) from None
-    except (RuntimeError, EOFError, KeyError, IndexError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path.name}: the file is damaged or cut off ({reason}). Download it again.") from None
-    if isinstance(content, torch.Tensor) or not isinstance(content, Mapping):
-        raise ValueError(f"{path.name}: found a single {type(content).__name__}, expected a dictionary of tensors.")
-    return dict(content)
+        text = str(error)
+    except Exception:  # a key that cannot be shown: too deep, for one
+        text = ""
+    if "storage that is not resizable" in text:
+        return "a tensor claims more numbers than are stored"
+    first = text.strip().partition("\n")[0]
+    return printable(first[:120]) if first else type(error).__name__

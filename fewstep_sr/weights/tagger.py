@@ -11,9 +11,10 @@ import torch
 from ..methods import identify
 from ..networks.ram import Tagger, TaggerConfig
 from ..networks.vocabulary import TagVocabulary
-from .kinds import strip_wrappers
+from .kinds import without_wrappers
 from .read import read_weights
 from .save import save_safetensors
+from .strict import own_copies, printable, require_weights
 
 DAPE_FILE, TAGGER_FILE = "DAPE.pth", "ram_swin_large_14m.pth"
 TAGGER_SOURCE = f"{TAGGER_FILE} is at huggingface.co/spaces/xinyu1205/recognize-anything."
@@ -44,20 +45,21 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None, d
         FileNotFoundError: one of the files is missing.
         ValueError: a file is damaged, refused or something else; the message says what it is.
     """
-    name = Path(path).name
+    name = printable(Path(path).name)
     state, metadata = read_weights(path)
     nested = state.get("model")
     inner = nested if isinstance(nested, Mapping) else state
-    weights = {strip_wrappers(k).replace("vision_multi.", "tagging_head."): w for k, w in inner.items() if isinstance(w, torch.Tensor)}
+    tensors = {k: w for k, w in without_wrappers(inner, name).items() if isinstance(w, torch.Tensor)}
+    weights = {k.replace("vision_multi.", "tagging_head."): w for k, w in tensors.items()}
     if not {"visual_encoder.patch_embed.proj.weight", "label_embed"} <= weights.keys() or "reweight_scale" in weights:
         raise ValueError(
             f"{name}: found {identify(state).phrase}; expected RAM's tagger, or a file converted from it. Choose another file: {TAGGER_SOURCE}"
         )
     if _TAGS in metadata:
-        vocabulary = TagVocabulary(tuple(json.loads(metadata[_TAGS])), tuple(json.loads(metadata[_THRESHOLDS])))
+        vocabulary = TagVocabulary.from_json(metadata[_TAGS], metadata.get(_THRESHOLDS, ""), f"{name}: its metadata")
     else:
         vocabulary = TagVocabulary.read(Path(path).parent)
-    rows = weights["label_embed"].shape[0]
+    rows = weights["label_embed"].shape[0] if weights["label_embed"].ndim else 0
     if rows != len(vocabulary.names):
         raise ValueError(
             f"{name}: found {rows} label embeddings, but {len(vocabulary.names)} tag names; expected as many. "
@@ -65,24 +67,26 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None, d
         )
     try:
         config = TaggerConfig.from_state_dict(weights)
-        state_dict = _select(weights, Tagger(config, device="meta").state_dict())
+        expected = {key: weight.shape for key, weight in Tagger(config, device="meta").state_dict().items()}
+        _require_shapes(weights, expected)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    except RuntimeError:  # a product of its dimensions is beyond 64 bits
+        raise ValueError(f"{name}: no tagger has its dimensions; the file is damaged.") from None
+    state_dict = own_copies({key: weights[key] for key in expected}, name)
 
-    tagger = TaggerWeights(config, state_dict, vocabulary, metadata.get(_DAPE) or None)
+    tagger = TaggerWeights(config, state_dict, vocabulary, printable(metadata.get(_DAPE, "")) or None)
     if dape_path is None and tagger.dape is None:
         dape_path = next((file for file in map(Path, dape_among) if file.name == DAPE_FILE and file.is_file()), None)
     return tagger if dape_path is None else add_dape(tagger, dape_path)
 
 
-def _select(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of the expected tensors: the file may be a read-only map, of which only these pages are read."""
-    for key, wanted in expected.items():
+def _require_shapes(weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size]) -> None:
+    for key, shape in expected.items():
         if key not in weights:
             raise ValueError(f"the tensor {key!r} is missing; the file is incomplete or of another network.")
-        if weights[key].shape != wanted.shape:
-            raise ValueError(f"{key} has shape {tuple(weights[key].shape)}, expected {tuple(wanted.shape)}; the file is of another network.")
-    return {key: weights[key].clone() for key in expected}
+        if weights[key].shape != shape:
+            raise ValueError(f"{key} has shape {tuple(weights[key].shape[:8])}, expected {tuple(shape)}; the file is of another network.")
 
 
 def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
@@ -95,11 +99,11 @@ def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, refused, something else or for another tagger, or DAPE is in the tagger already.
     """
-    name = Path(dape_path).name
+    name = printable(Path(dape_path).name)
     if tagger.dape:
         raise ValueError(f"{name}: the tagger file already holds {tagger.dape}. Load it without DAPE, or load RAM's own file.")
     state, _ = read_weights(dape_path)
-    halves = {strip_wrappers(k): w for k, w in state.items() if isinstance(w, torch.Tensor)}
+    halves = {k: w for k, w in without_wrappers(state, name).items() if isinstance(w, torch.Tensor)}
     layers = sorted({m.group(1) for k in halves if (m := re.match(r"((?:visual_encoder|tagging_head)\..+)\.lora_[AB]$", k))})
     if not layers:
         raise ValueError(f"{name}: found {identify(state).phrase}; expected DAPE's low-rank weights such as {DAPE_FILE}.")
@@ -109,18 +113,23 @@ def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
         if down is None or up is None:
             raise ValueError(f"{name}: layer {layer} has but one of lora_A and lora_B; the file is incomplete.")
         parts = 2 if layer.endswith(".qkv") else 1
-        if down.shape[0] != parts * up.shape[1]:
-            raise ValueError(f"{name}: layer {layer} has lora_A of {tuple(down.shape)} and lora_B of {tuple(up.shape)}, expected one rank in both.")
+        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != parts * up.shape[1]:
+            shapes = f"lora_A of {tuple(down.shape[:8])} and lora_B of {tuple(up.shape[:8])}"
+            raise ValueError(f"{name}: layer {layer} has {shapes}, expected one rank in both.")
+        rows = up.shape[0] // 2 * 3 if parts == 2 else up.shape[0]
+        if weight is None or tuple(weight.shape) != (rows, down.shape[1]) or up.shape[0] % parts:
+            found = "no such layer" if weight is None else f"a weight of {tuple(weight.shape)}"
+            raise ValueError(
+                f"{name}: the update of {layer} is for a weight of {(rows, down.shape[1])}, but the tagger has {found}. DAPE belongs to RAM's Swin-L."
+            )
+        for half, tensor in (("lora_A", down), ("lora_B", up)):
+            require_weights(tensor, f"{name}: {layer}.{half}")
         update = torch.cat([b @ a for a, b in zip(down.float().chunk(parts), up.float().chunk(parts), strict=True)]) / up.shape[1]
         if parts == 2:
             q, v = update.chunk(2)
             update = torch.cat([q, torch.zeros_like(q), v])
-        if weight is None or weight.shape != update.shape:
-            found = "no such layer" if weight is None else f"a weight of {tuple(weight.shape)}"
-            raise ValueError(
-                f"{name}: the update of {layer} is for a weight of {tuple(update.shape)}, but the tagger has {found}. DAPE belongs to RAM's Swin-L."
-            )
         merged[f"{layer}.weight"] = (weight.float() + update).to(weight.dtype)
+        require_weights(merged[f"{layer}.weight"], f"{name}: {layer} with the update")
     return replace(tagger, state_dict=merged, dape=name)
 
 

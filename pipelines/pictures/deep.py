@@ -5,6 +5,7 @@ and the lower bytes.
 """
 
 import sys
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -51,7 +52,7 @@ def read_deep(open_again, image: Image.Image) -> np.ndarray:
     return _divide_by_alpha(values) if raw.startswith(_PREMULTIPLIED) else values
 
 
-def _read(image: Image.Image, mode: str, raw: str) -> Image.Image:
+def _read(image: Any, mode: str, raw: str) -> Image.Image:
     image._mode = mode
     image.tile = [_packed(tile, raw) for tile in image.tile]
     image.load()

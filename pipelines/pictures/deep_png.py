@@ -24,7 +24,9 @@ def encode_png(values: np.ndarray, options: dict[str, Any]) -> bytes:
     height, width, channels = values.shape
     small = BytesIO()
     Image.new(_MODES[channels], (1, 1)).save(small, "PNG", **options)
-    head, tail, seen = [small.getvalue()[:8]], [], False
+    head: list[bytes] = [small.getvalue()[:8]]
+    tail: list[bytes] = []
+    seen = False
     for kind, body, chunk in png_chunks(small.getvalue()):
         if kind == b"IHDR":
             head.append(_chunk(kind, struct.pack(">IIBB", width, height, 16, _COLOR_TYPES[channels]) + body[10:]))

@@ -13,6 +13,9 @@ X_RESOLUTION, Y_RESOLUTION, RESOLUTION_UNIT = 0x011A, 0x011B, 0x0128
 _KEPT = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298)
 _DROPPED = (0xA002, 0xA003, 0x927C, 0xA005)  # width, height, the maker's note, whose offsets break, and the pointer behind it
 
+_EXIF_HEADER = 20
+"""Bytes of EXIF that says nothing."""
+
 _XMP_TEXT = "XML:com.adobe.xmp"
 _OF_OLD_PIXELS = rb"tiff:Orientation|tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension"
 
@@ -46,7 +49,7 @@ def read_metadata(image: Image.Image) -> Metadata:
     return Metadata(
         icc_profile=image.info.get("icc_profile") or None,
         exif=exif,
-        dpi=_resolution(image.info.get("dpi")),
+        dpi=_resolution(image),
         xmp=_read_xmp(image),
         text=_read_text(image),
         comment=comment if isinstance(comment, bytes) else None,
@@ -61,6 +64,8 @@ def _read_exif(image: Image.Image) -> tuple[dict[int, dict[int, Any]], list[str]
     except Exception as error:
         return {}, [f"its EXIF cannot be read ({error or type(error).__name__}) and is left out"]
     notes = []
+    if len(image.info.get("exif") or b"") > _EXIF_HEADER and not len(exif):  # Pillow raises over it once, and then finds it empty
+        return {}, ["its EXIF cannot be read and is left out"]
     for directory in (EXIF_IFD, GPS_IFD):
         try:
             directories[directory] = {tag: value for tag, value in exif.get_ifd(directory).items() if tag not in _DROPPED}
@@ -104,10 +109,12 @@ def exif_bytes(directories: dict[int, dict[int, Any]]) -> bytes:
     return exif.tobytes() if len(exif) else b""
 
 
-def _resolution(dpi: Any) -> tuple[float, float] | None:
+def _resolution(image: Image.Image) -> tuple[float, float] | None:
     try:
-        across, down = (float(value) for value in dpi)
-    except (TypeError, ValueError, ZeroDivisionError):
+        if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit") and X_RESOLUTION not in image.getexif():
+            return None  # Pillow says 72 where the file says nothing
+        across, down = (float(value) for value in image.info["dpi"])
+    except Exception:  # none, or none that is two numbers
         return None
     return (across, down) if 1 <= across <= 65535 and 1 <= down <= 65535 else None
 
@@ -125,5 +132,8 @@ def _read_xmp(image: Image.Image) -> bytes | None:
 
 def _read_text(image: Image.Image) -> dict[str, str]:
     """A PNG's text, but for other programs' ways to keep EXIF, XMP and profiles in it."""
-    text = getattr(image, "text", None) or {}
+    try:
+        text = getattr(image, "text", None) or {}
+    except Exception:  # already noted when the image was loaded
+        return {}
     return {key: value for key, value in text.items() if key != _XMP_TEXT and not key.startswith("Raw profile type")}

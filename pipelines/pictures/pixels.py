@@ -110,8 +110,8 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _gray_step(raw: str) -> int:
-    """What one step of a PNG's grey of 1, 2 or 4 bits is in 8 bits: its transparent grey is counted in such steps."""
-    return {"1": 255, "L;2": 85, "L;4": 17}.get(raw, 1)
+    """What one step of a PNG's grey of 2 or 4 bits is in 8 bits: its transparent grey is counted in such steps."""
+    return {"L;2": 85, "L;4": 17}.get(raw, 1)
 
 
 def _values(image: Image.Image, gray_step: int) -> tuple[np.ndarray, bool]:
@@ -122,7 +122,8 @@ def _values(image: Image.Image, gray_step: int) -> tuple[np.ndarray, bool]:
     if image.mode in ("1", "L"):
         gray = np.asarray(image.convert("L"))
         if isinstance(key, int):
-            return np.stack([gray, np.where(gray == key * gray_step, 0, 255).astype(np.uint8)], -1), False
+            step = 255 if image.mode == "1" and key <= 1 else gray_step  # Pillow counts black and white either way
+            return np.stack([gray, np.where(gray == key * step, 0, 255).astype(np.uint8)], -1), False
         return gray[..., None], False
     if image.mode in ("LA", "La"):
         return np.asarray(image.convert("LA")), False
@@ -160,7 +161,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
     if image.mode == "CMYK" and profile:
         try:
             source = ImageCms.ImageCmsProfile(BytesIO(profile))
-            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB") or image
         except (ImageCms.PyCMSError, OSError) as error:
             _log.warning("its CMYK profile cannot be used (%s); the colours are converted without it.", error)
     return image.convert("RGB")

@@ -130,7 +130,7 @@ def from_pil(image: Image.Image) -> Pixels:
     if is_deep(image) and path.is_file():  # not loaded yet: its 16 bits are still there to be read
 
         def again() -> Image.Image:
-            return Image.open(path, formats=[image.format])
+            return Image.open(path, formats=[image.format or ""])
 
         with again() as fresh:
             return to_pixels(fresh, again)
@@ -149,7 +149,7 @@ def _keep_pixels_at_any_cost(image: Image.Image, notes: list[str]) -> None:
         except Exception as error:
             notes.append(f"its description cannot be read ({error}) and is left out")
 
-    image.load_end = end
+    image.load_end = end  # type: ignore[attr-defined]  # Pillow's file images have it
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from fewstep_sr.image.formats import readers
 
@@ -33,7 +33,7 @@ def read_record(path: Path) -> str | None:
     """The record of a result, from its header; None of a file that is not one, or that another program has written since."""
     try:
         with Image.open(path, formats=readers(path.suffix)) as image:
-            line = image.tag_v2.get(RECORD_TAG) if image.format == "TIFF" else _in_exif(image.info.get("exif"))
+            line = image.tag_v2.get(RECORD_TAG) if isinstance(image, TiffImagePlugin.TiffImageFile) else _in_exif(image.info.get("exif"))
     except Exception:  # whatever lies there
         return None
     return line.rstrip("\0") if isinstance(line, str) and line.startswith(_NAME) else None

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +153,7 @@ def _shorten(exif: dict[int, dict]) -> list[str]:
 def _encode(values: np.ndarray, kind: str, quality: int, metadata: Metadata) -> bytes:
     if kind == "TIFF":
         return encode_tiff(values, metadata)
-    options = {}
+    options: dict[str, Any] = {}
     if metadata.icc_profile:
         options["icc_profile"] = metadata.icc_profile
     if exif := exif_bytes(metadata.exif):

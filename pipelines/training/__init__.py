@@ -1,1 +1,1 @@
-"""Training of OSEDiff and InvSR, and of small base models to try them on: ``python -m pipelines train``."""
+"""Training of OSEDiff and InvSR: ``python -m pipelines train``."""

@@ -50,7 +50,7 @@ def _layers(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
     ]
 
 
-def _adapt(model: nn.Module, groups: dict[str, list[str]], rank: int) -> None:
+def _adapt(model: UNet2DConditionModel | AutoencoderKL, groups: dict[str, list[str]], rank: int) -> None:
     model.requires_grad_(False)
     for name, layers in groups.items():
         config = LoraConfig(r=rank, lora_alpha=PEFT_ALPHA, init_lora_weights="gaussian", target_modules=layers)

@@ -2,12 +2,18 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .ranges import WEIGHT, real, whole
+
+if TYPE_CHECKING:
+    from .options import LoopOptions
 
 RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
 
-def add_common(command: argparse.ArgumentParser, lr: float) -> None:
-    """What every training understands."""
+def add_common(command: argparse.ArgumentParser, lr: float, patch_multiple: int = 8) -> None:
+    """What every training understands. ``patch_multiple`` is 1 where the training itself says which patches it takes."""
     command.add_argument(
         "--data",
         action="append",
@@ -16,26 +22,32 @@ def add_common(command: argparse.ArgumentParser, lr: float) -> None:
         help="folder, text list or picture; with a share, how often it is taken (default: 1 a picture)",
     )
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="results, checkpoint, logs and samples")
-    command.add_argument("--steps", type=int, required=True)
-    command.add_argument("--batch", type=int, default=4, help="samples a step, of each process (default: %(default)s)")
-    command.add_argument("--patch", type=int, default=512, help="side of the crops in pixels (default: %(default)s)")
-    command.add_argument("--crops", type=int, help="so many different crops, again and again, whose latents are kept (default: each is new)")
-    command.add_argument("--lr", type=float, default=lr, help="learning rate (default: %(default)g)")
+    command.add_argument("--steps", type=whole(1), required=True)
+    command.add_argument("--batch", type=whole(1, 65_536), default=4, help="samples a step, of each process (default: %(default)s)")
+    command.add_argument(
+        "--patch", type=whole(8, 16_384, multiple=patch_multiple), default=512, help="side of the crops in pixels (default: %(default)s)"
+    )
+    command.add_argument("--crops", type=whole(1), help="so many different crops, again and again, whose latents are kept (default: each is new)")
+    command.add_argument("--lr", type=real(0, 10, above=True), default=lr, help="learning rate (default: %(default)g)")
     command.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for networks that start from random weights")
-    command.add_argument("--matrix-lr", type=float, default=0.02, help="learning rate of Muon's matrices (default: %(default)g)")
-    command.add_argument("--warmup", type=int, default=0, help="steps in which the learning rate rises (default: %(default)s)")
+    command.add_argument("--matrix-lr", type=real(0, 10, above=True), default=0.02, help="learning rate of Muon's matrices (default: %(default)g)")
+    command.add_argument("--warmup", type=whole(0), default=0, help="steps in which the learning rate rises (default: %(default)s)")
     command.add_argument("--cosine", action="store_true", help="let the learning rate fall to 0 along half a cosine")
-    command.add_argument("--weight-decay", type=float, default=0.0, help="decoupled (default: %(default)g)")
-    command.add_argument("--max-grad-norm", type=float, default=1.0, help="longer gradients are cut to it (default: %(default)g)")
-    command.add_argument("--ema", type=float, default=0.0, help="decay of the averaged weights, 0 for none (default: %(default)g)")
-    command.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default: %(default)s)")
-    command.add_argument("--accumulate", type=int, default=1, help="batches whose gradients are added up for a step (default: %(default)s)")
+    command.add_argument("--weight-decay", type=WEIGHT, default=0.0, help="decoupled (default: %(default)g)")
+    command.add_argument(
+        "--max-grad-norm", type=real(0, above=True, infinite=True), default=1.0, help="longer gradients are cut to it (default: %(default)g)"
+    )
+    command.add_argument("--ema", type=real(0, 1, below=True), default=0.0, help="decay of the averaged weights, 0 for none (default: %(default)g)")
+    command.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, help="of weights, data and noise (default: %(default)s)")
+    command.add_argument(
+        "--accumulate", type=whole(1, 65_536), default=1, help="batches whose gradients are added up for a step (default: %(default)s)"
+    )
     command.add_argument("--mixed-precision", choices=["no", "fp16", "bf16"], default="no", help="default: %(default)s")
-    command.add_argument("--workers", type=int, default=0, help="processes that read and degrade pictures (default: %(default)s)")
-    command.add_argument("--threads", type=int, help="CPU threads of the networks")
-    command.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    command.add_argument("--sample-every", type=int, default=500, help="steps between sample grids (default: %(default)s)")
-    command.add_argument("--max-minutes", type=float, default=float("inf"), help="save and stop after so long; --resume goes on")
+    command.add_argument("--workers", type=whole(0, 1024), default=0, help="processes that read and degrade pictures (default: %(default)s)")
+    command.add_argument("--threads", type=whole(1, 1024), help="CPU threads of the networks")
+    command.add_argument("--save-every", type=whole(1), default=500, help="steps between checkpoints (default: %(default)s)")
+    command.add_argument("--sample-every", type=whole(1), default=500, help="steps between sample grids (default: %(default)s)")
+    command.add_argument("--max-minutes", type=real(0, infinite=True), default=float("inf"), help="save and stop after so long; --resume goes on")
     command.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
     command.set_defaults(stopped="With --resume the same command goes on from the last checkpoint.")
 
@@ -51,6 +63,19 @@ def loop_options(arguments: argparse.Namespace):
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     return LoopOptions(**{name: getattr(arguments, name) for name in LoopOptions.__dataclass_fields__ if hasattr(arguments, name)})
+
+
+def report(loop: "LoopOptions", result: str) -> None:
+    """Say what a training that has ended has written, and how far it is. One process says it for all."""
+    from accelerate import PartialState
+
+    from .checkpoints import find_checkpoints
+    from .records import read_record
+
+    record = read_record(find_checkpoints(loop.output)[0])
+    if record and PartialState().is_main_process:
+        step = record["step"]
+        print(f"{loop.output / result}: after {step} of {loop.steps} steps" + (". --resume goes on" if step < loop.steps else ""))
 
 
 def training_pictures(arguments: argparse.Namespace, degradation=None):

@@ -1,8 +1,10 @@
 """The base that a method is trained on, and the prompts that it is trained with."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -70,9 +72,11 @@ class Prompts:
 
     def __init__(self, base: Base, text: str = "", negative: str = "", tagger: PromptTagger | None = None, file: Path | None = None):
         self._base, self._text, self._tagger = base, text, tagger
-        file = file or (None if base.text_encoder else base.prompt_file)
+        self._file = file = file or (None if base.text_encoder else base.prompt_file)
+        self._negative_text = negative
         self.networks: list[torch.nn.Module] = []
-        self._fixed, self._negative = None, None
+        self._fixed: torch.Tensor | None = None
+        self._negative: torch.Tensor | None = None
         if file:
             self._read(file)
         elif base.text_encoder is None:
@@ -92,21 +96,33 @@ class Prompts:
             raise ValueError("tagger: a tagger's tags need a text encoder, but the prompt is given as embeddings. Give one or the other.")
         self._fixed, self._negative = found.float(), tensors.get("negative_prompt_embeds")
 
+    def settings(self) -> dict[str, Any]:
+        """What a run keeps of them: texts, or a file's contents."""
+        if self._file is not None:
+            return {"prompt_embeds": hashlib.sha256(self._file.read_bytes()).hexdigest()[:16]}
+        return {"prompt": self._text, "negative_prompt": self._negative_text, "tagger": self._tagger is not None}
+
     @torch.no_grad()
     def _encode(self, texts: list[str]) -> torch.Tensor:
-        encoder, tokenizer = self._base.text_encoder, self._base.tokenizer
+        encoder: Any = self._base.text_encoder
+        tokenizer: Any = self._base.tokenizer
         length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return encoder(tokens.input_ids.to(encoder.device))[0].float()
 
     def __call__(self, pictures: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, n, width) for high-quality pictures (B, 3, H, W) in [0, 1]."""
-        embeds = self._encode(self._tagger(pictures, self._text)) if self._fixed is None else self._fixed
-        return embeds.to(pictures.device).expand(len(pictures), -1, -1)
+        embeds = self._fixed
+        if embeds is None:
+            assert self._tagger is not None  # one of the two is there
+            embeds = self._encode(self._tagger(pictures, self._text))
+        return embeds.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     def negative(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Embeddings of the negative prompt, as many as pictures."""
-        return self._negative.to(pictures.device).expand(len(pictures), -1, -1)
+        """Embeddings of the negative prompt, as many as pictures. Raises ValueError where there are none."""
+        if self._negative is None:
+            raise ValueError("negative prompt: found none beside the prompt's embeddings. Give it, or guidance 1.")
+        return self._negative.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     @property
     def has_negative(self) -> bool:

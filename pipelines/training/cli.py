@@ -1,86 +1,23 @@
-"""``python -m pipelines train`` and ``python -m pipelines synthesize``."""
+"""``python -m pipelines train``, and where the commands went that only the miniature's making needs."""
 
 import argparse
-from pathlib import Path
+import shlex
+from collections.abc import Sequence
 
-from .arguments import RAW, add_common, loop_options, training_pictures
 from .methods import add_methods
 
-_SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
+_MOVED = {("synthesize",): "synthesize", ("train", "vae"): "vae", ("train", "base"): "base", ("train", "pack"): "pack"}
 
 
 def add_commands(commands, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser("synthesize", parents=[common], help="draw synthetic pictures to train on", description=_SYNTHESIZE, **RAW)
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    command.add_argument("--count", type=int, default=400, help="default: %(default)s")
-    command.add_argument("--size", type=int, default=512, help="side in pixels (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
-    command.set_defaults(run=_synthesize)
-
-    trainings = commands.add_parser("train", help="train a method, or a small base model to try it on").add_subparsers(required=True, metavar="WHAT")
-    command = trainings.add_parser("vae", parents=[common], help="a small VAE of Stable Diffusion's shape", **RAW)
-    add_common(command, lr=7e-4)
-    command.add_argument("--init", type=Path, help="go on from this VAE (a diffusers folder) instead of random weights")
-    command.add_argument("--channels", type=int, nargs="+", default=[32, 32, 64, 128], help="of each resolution (default: 32 32 64 128)")
-    command.add_argument("--kl-weight", type=float, default=1e-4, help="pull of the posterior to the standard normal (default: %(default)g)")
-    command.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it the latents")
-    command.set_defaults(run=_vae)
-
-    command = trainings.add_parser("base", parents=[common], help="a small UNet of Stable Diffusion's shape, on a VAE", **RAW)
-    add_common(command, lr=5e-4)
-    command.add_argument("--vae", type=Path, required=True, help="the VAE (a diffusers folder)")
-    command.add_argument("--channels", type=int, nargs="+", default=[64, 64, 64], help="of each resolution (default: 64 64 64)")
-    command.add_argument("--width", type=int, default=64, help="of the prompt embedding (default: %(default)s)")
-    command.set_defaults(run=_base)
+    trainings = commands.add_parser("train", help="train a method").add_subparsers(required=True, metavar="WHAT")
     add_methods(trainings, common)
 
-    command = trainings.add_parser("pack", parents=[common], help="a base and the methods' weights for it into one folder, in half precision", **RAW)
-    command.add_argument("--base", type=Path, required=True, help="the base (a diffusers folder)")
-    command.add_argument("--osediff", type=Path, help="its OSEDiff adapter")
-    command.add_argument("--noise-predictor", type=Path, help="its noise predictor")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    command.set_defaults(run=_pack)
 
-
-def _synthesize(arguments: argparse.Namespace) -> int:
-    from .synthetic import write_pictures
-
-    write_pictures(arguments.output, arguments.count, arguments.size, arguments.seed)
-    return 0
-
-
-def _vae(arguments: argparse.Namespace) -> int:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from .autoencoder import AutoencoderTask, small_vae
-    from .loop import train
-
-    options = loop_options(arguments)
-    vae = AutoencoderKL.from_pretrained(arguments.init) if arguments.init else small_vae(tuple(arguments.channels))
-    pictures = training_pictures(arguments)
-    examples = torch.stack([pictures[i]["hq"] for i in range(256)])
-    train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, options)
-    return 0
-
-
-def _base(arguments: argparse.Namespace) -> int:
-    import torch
-    from diffusers import AutoencoderKL
-
-    from .base_unet import BaseUNetTask, small_unet
-    from .loop import train
-
-    options = loop_options(arguments)
-    prompt_embeds = torch.randn(1, 8, arguments.width)
-    task = BaseUNetTask(small_unet(tuple(arguments.channels), arguments.width), AutoencoderKL.from_pretrained(arguments.vae), prompt_embeds)
-    train(task, training_pictures(arguments), options)
-    return 0
-
-
-def _pack(arguments: argparse.Namespace) -> int:
-    from .pack import pack
-
-    size = pack(arguments.base, arguments.osediff, arguments.noise_predictor, arguments.output)
-    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights")
-    return 0
+def where_it_went(argv: Sequence[str]) -> str | None:
+    """What to type instead of a command that moved to the miniature's workshop; None for all others."""
+    for old, new in _MOVED.items():
+        if tuple(argv[: len(old)]) == old:
+            command = shlex.join(["python", "-m", "tools.miniature", new, *argv[len(old) :]])
+            return f"'{' '.join(old)}' is among the miniature's own tools now. In a checkout of the repository: {command}"
+    return None

@@ -74,11 +74,12 @@ class TrainingPictures(Dataset):
         hq = hq.expand(3, -1, -1).contiguous()
         sample = {"hq": hq, "number": index} if self.crops else {"hq": hq}
         if self.degradation is not None:
-            sample["lq"] = self._degraded.get(index)
-            if sample["lq"] is None:
-                sample["lq"] = self.degradation(hq, (self.seed, index, 1))
+            lq = self._degraded.get(index)
+            if lq is None:
+                lq = self.degradation(hq, (self.seed, index, 1))
                 if self.crops:
-                    self._degraded[index] = sample["lq"]
+                    self._degraded[index] = lq
+            sample["lq"] = lq
         return sample
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
@@ -101,13 +102,14 @@ class TrainingPictures(Dataset):
             return self._cache[path]
         pixels = read_pixels(path).values
         if min(pixels.shape[:2]) < self.patch:
-            pixels = _enlarged(pixels, [max(side, self.patch) for side in pixels.shape[1::-1]])
+            height, width = pixels.shape[:2]
+            pixels = _enlarged(pixels, (max(width, self.patch), max(height, self.patch)))
         if self._cached + pixels.nbytes <= CACHE_BYTES:
             self._cache[path], self._cached = pixels, self._cached + pixels.nbytes
         return pixels
 
 
-def _enlarged(pixels: np.ndarray, size: list[int]) -> np.ndarray:
+def _enlarged(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The middle of (H, W, C), cut to the proportions of ``size`` (width, height) and brought to it, bicubic."""
     eight = pixels.dtype == np.uint8
     channels = [Image.fromarray(channel if eight else channel.astype(np.float32)) for channel in np.moveaxis(pixels, -1, 0)]

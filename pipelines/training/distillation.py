@@ -32,7 +32,7 @@ def distillation_loss(
     frozen: Denoiser,
     regulariser: Denoiser,
     prompt_embeds: torch.Tensor,
-    negative_prompt_embeds: torch.Tensor,
+    negative_prompt_embeds: torch.Tensor | None,
     guidance: float = GUIDANCE,
 ) -> torch.Tensor:
     """A loss whose gradient with respect to the latents is the distillation's (OSEDiff, eq. 10), times 2 / latents.numel().
@@ -52,6 +52,8 @@ def distillation_loss(
         x0_regulariser = predict_x0(noisy, regulariser(noisy, timesteps, prompt_embeds).float(), alpha_bar)
         noise_pred = frozen(noisy, timesteps, prompt_embeds).float()
         if guidance != 1:
+            if negative_prompt_embeds is None:
+                raise ValueError(f"negative_prompt_embeds: found none with guidance {guidance:g}. Give the negative prompt, or guidance 1.")
             negative = frozen(noisy, timesteps, negative_prompt_embeds).float()
             noise_pred = negative + guidance * (noise_pred - negative)
         x0_frozen = predict_x0(noisy, noise_pred, alpha_bar)

@@ -1,6 +1,6 @@
 """Training of InvSR's noise predictor (Yue et al., CVPR 2025) against a frozen diffusion model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at
 from fewstep_sr.image.predictor import fit_picture
+from fewstep_sr.image.sizes import size_of
 from fewstep_sr.methods.invsr import NoisePredictorWeights, intermediate_state, reverse_step, save_noise_predictor, start_state
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 
@@ -17,6 +18,8 @@ from .common import cells, denoiser, draw, enlarge, sample_grid
 from .discriminator import CHANNELS, LatentDiscriminator
 from .latents import Encoder
 from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
+from .records import fingerprint
+from .task import Task
 
 TIMESTEPS = (250, 200, 150, 100)
 """Counted from 1, as InvSR publishes them."""
@@ -48,7 +51,7 @@ class InvSROptions:
     discriminator_channels: tuple[int, ...] = CHANNELS
 
 
-class InvSRTask:
+class InvSRTask(Task):
     """InvSR's losses and its learners, the noise predictor and, where there is an adversarial loss, the discriminator.
 
     Args:
@@ -68,7 +71,9 @@ class InvSRTask:
         if not options.timesteps or not all(1 <= timestep <= NUM_TRAIN_TIMESTEPS for timestep in options.timesteps):
             raise ValueError(f"timesteps: found {options.timesteps}, expected numbers from 1 to {NUM_TRAIN_TIMESTEPS}, such as {TIMESTEPS}.")
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
-        self.step = 0
+        losses = (options.latent, options.gaussian, options.variance, options.structure, options.adversarial, options.perceptual and perceptual)
+        if not any(losses):
+            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --latent-weight 1.")
         self.encode_hq, self.encode_lq = Encoder(base.vae), Encoder(base.vae)
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
         for network in self.frozen:
@@ -78,15 +83,21 @@ class InvSRTask:
         self.predictor = NoisePredictor(predictor or NoisePredictorConfig())
         if options.variance_alone:
             _freeze_mean(self.predictor)
-        self.phases: dict[str, nn.Module] = {"predictor": self.predictor}
+        self.phases = {"predictor": self.predictor}
         if options.adversarial:
             self.discriminator = LatentDiscriminator(base.unet.config.cross_attention_dim, options.discriminator_channels)
             self.phases["discriminator"] = self.discriminator
 
-    @property
-    def optimizers(self):
+    def optimizer(self, phase, parameters, options):
         """The discriminator's is the published one, and not the loop's."""
-        return {"discriminator": lambda parameters, options: torch.optim.Adam(parameters, options.lr, weight_decay=1e-3)}
+        if phase == "discriminator":
+            return torch.optim.Adam(parameters, options.lr, weight_decay=1e-3)
+        return super().optimizer(phase, parameters, options)
+
+    def settings(self):
+        options = asdict(self.options) | {"perceptual": self.options.perceptual if self.perceptual else 0.0}
+        shape = {f"predictor_{name}": value for name, value in asdict(self.predictor.config).items()}
+        return {"method": "invsr", **options, **shape, "base": fingerprint(self.base.unet, self.base.vae), **self.prompts.settings()}
 
     def loss(self, phase, batch, generator):
         return self._predict(batch, generator) if phase == "predictor" else self._discriminate()
@@ -95,7 +106,7 @@ class InvSRTask:
         options, hq, lq = self.options, batch["hq"], batch["lq"]
         embeds = self.prompts(hq)
         which = torch.randint(len(options.timesteps), (len(hq),), generator=generator)
-        timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device)
+        timesteps = (torch.tensor(options.timesteps)[which] - 1).to(hq.device, non_blocking=True)
 
         number = batch.get("number")
         target = self.encode_hq(hq, number).sample(draw(hq, generator))
@@ -120,7 +131,7 @@ class InvSRTask:
         return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
 
     def _fit(self, lq: torch.Tensor, hq: torch.Tensor) -> torch.Tensor:
-        return fit_picture(lq, tuple(hq.shape[-2:]), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
+        return fit_picture(lq, size_of(hq), cells(hq), self.predictor.config.pixels_per_cell) * 2 - 1
 
     def restore(self, clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """x0 of one model call on the start state of low-quality latents, or in the middle on the intermediate state of high-quality ones."""

@@ -26,12 +26,12 @@ class Encoder:
         """
         if numbers is None:
             return Posterior.from_moments(self._encode(pictures))
-        numbers = numbers.tolist()
-        new = [row for row, number in enumerate(numbers) if number not in self._kept]
+        kept: list[int] = numbers.tolist()
+        new = [row for row, number in enumerate(kept) if number not in self._kept]
         if new:
             for row, moments in zip(new, self._encode(pictures[new]).cpu(), strict=True):
-                self._kept[numbers[row]] = moments.clone()
-        return Posterior.from_moments(torch.stack([self._kept[number] for number in numbers]).to(pictures.device))
+                self._kept[kept[row]] = moments.clone()
+        return Posterior.from_moments(torch.stack([self._kept[number] for number in kept]).to(pictures.device))
 
     @torch.no_grad()
     def _encode(self, pictures: torch.Tensor) -> torch.Tensor:

@@ -1,182 +1,249 @@
-"""The training loop that all trainings share: accelerate, EMA, schedules, checkpoints, TensorBoard, sample grids."""
+"""The training loop that all trainings share: accelerate, EMA, schedules, checkpoints, TensorBoard, sample grids.
+
+Nothing in a batch waits for the device. It is waited for when figures are logged, a checkpoint or a sample is written, and nowhere else,
+but for the scaler of fp16, which has to know whether the gradients overflowed before each update.
+"""
 
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, is_tensorboard_available, send_to_device
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import InitProcessGroupKwargs, broadcast, is_tensorboard_available, send_to_device
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..processes import must_compute_on_cpu, require_joined
-from .checkpoints import Progress, averaged, find_checkpoint, keep_what_learns, learning, save_checkpoint
+from ..processes import NO_LIMIT, join, must_compute_on_cpu, require_joined
+from .checkpoints import averaged, find_checkpoints, keep_what_learns, learning, load_checkpoint, save_checkpoint
 from .data import TrainingPictures, load_batches
-from .optimizers import MUON_LR, Muon
+from .options import LoopOptions
+from .progress import Progress
+from .records import go_on, settings_of
+from .task import Batch, Task
 
 _log = logging.getLogger(__name__)
 
 _HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class LoopOptions:
-    """How long, how fast, how often. ``batch`` is of one process; ``max_minutes`` ends a run early, as if it had been cut, but saved."""
-
-    output: Path
-    steps: int
-    batch: int = 4
-    lr: float = 5e-5
-    warmup: int = 0
-    cosine: bool = False
-    seed: int = 0
-    ema: float = 0.0
-    accumulate: int = 1
-    mixed_precision: str = "no"
-    max_grad_norm: float = 1.0
-    weight_decay: float = 0.0
-    optimizer: str = "adamw"
-    matrix_lr: float = MUON_LR
-    betas: tuple[float, float] = (0.9, 0.999)
-    workers: int = 0
-    save_every: int = 500
-    sample_every: int = 500
-    log_every: int = 10
-    max_minutes: float = math.inf
-    resume: bool = False
-
-
-class Task(Protocol):
-    """What is trained.
-
-    ``phases`` names the alternating updates of a step, and what learns in each. ``loss`` gives the loss of one phase, and figures to log; random
-    draws come from ``generator``, on the CPU. The EMA is of the first phase's module. ``sample`` gives a picture for people to look at, (3, H, W) in [0, 1]. ``save`` writes the result, beside each checkpoint.
-
-    A task may also have ``frozen`` networks, which the loop moves to the device, in the training's precision; ``measures``, moved in float32;
-    ``optimizers`` of phases that want another than AdamW, as functions of parameters and options; and ``step``, the number of steps made, told by the loop.
-    """
-
-    phases: dict[str, nn.Module]
-    """Replaced by the loop with what accelerate makes of the modules: call these."""
-
-    def loss(self, phase: str, batch: dict[str, torch.Tensor], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]: ...
-
-    def sample(self, batch: dict[str, torch.Tensor]) -> torch.Tensor: ...
-
-    def save(self, folder: Path) -> None: ...
-
-
 def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[dict[str, float]]:
     """Train and save. Returns what was logged, one entry every ``log_every`` steps.
 
     Raises:
-        ValueError: the output holds another run's checkpoint and ``resume`` was not asked for.
+        ValueError: the output holds another run's checkpoint and ``resume`` was not asked for, or a checkpoint that can't be gone on from.
         RuntimeError: a loss is not a finite number, or a launcher's processes did not find each other.
     """
-    checkpoint = find_checkpoint(options.output)
-    if checkpoint and not options.resume:
+    checkpoints = _checkpoints(options)
+    run = _Run(task, pictures, options)
+    try:
+        with run.peers.waiting(lambda: "The last checkpoint is whole: --resume goes on from it."):
+            return _train(run, checkpoints)
+    finally:
+        run.peers.leave()
+
+
+def _train(run: "_Run", checkpoints: list[Path]) -> list[dict[str, float]]:
+    pictures, options = run.pictures, run.options
+    if checkpoints:
+        run.resume(checkpoints)
+    example = torch.utils.data.default_collate([pictures[i] for i in range(min(4, options.batch))])
+    for number, batch in run.batches():
+        run.learn(number, batch)
+        if not run.accelerator.sync_gradients:
+            continue
+        run.end_step()
+        if run.due(options.log_every):
+            run.log()
+        if last := run.is_last():
+            run.finished = True
+        if last or run.due(options.save_every):
+            run.save()
+        if last or run.due(options.sample_every):
+            run.sample(example)
+        if last:
+            break
+    if not run.finished:  # all steps were made before; the run may have been killed before its result was written
+        advice = "what is written anew is the result. More --steps go on"
+        _log.warning("%s: nothing to train, found all of %d steps made; %s.", options.output, run.progress.step, advice)
+        run.save_result()
+        run.sample(example)
+    run.close()
+    return run.history
+
+
+def draw_seed(seed: int, number: int, process: int) -> int:
+    """The seed of a batch's draws: of 63 bits, and the same on every machine and in every version of Python."""
+    return int(np.random.SeedSequence([seed, number, process]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _checkpoints(options: LoopOptions) -> list[Path]:
+    checkpoints = find_checkpoints(options.output)
+    if checkpoints and not options.resume:
         raise ValueError(
             f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to go on with it, or another --output."
         )
-    accelerator = Accelerator(
-        cpu=must_compute_on_cpu(),
-        gradient_accumulation_steps=options.accumulate,
-        mixed_precision=options.mixed_precision,
-        log_with="tensorboard" if is_tensorboard_available() else None,
-        project_dir=options.output,
-    )
-    require_joined(accelerator.num_processes, "Start them with 'accelerate launch --multi_gpu'.")
-    options.output.mkdir(parents=True, exist_ok=True)
-    accelerator.init_trackers("logs")
-    state, schedulers, optimizers = Progress(), [], {}
-    for phase, module in task.phases.items():
-        optimizer = getattr(task, "optimizers", {}).get(phase, _optimizer)(learning(module), options)
-        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options)))
-        task.phases[phase], optimizers[phase] = accelerator.prepare(module, optimizer)
-    for network in getattr(task, "frozen", ()):
-        network.to(accelerator.device)
-        if accelerator.mixed_precision in _HALF:
-            network.to(_HALF[accelerator.mixed_precision])
-    for network in getattr(task, "measures", ()):
-        network.to(accelerator.device)
-    keep_what_learns(accelerator)
-    first = next(iter(task.phases.values()))
-    ema = EMAModel(learning(first), decay=options.ema) if options.ema else None
-    accelerator.register_for_checkpointing(state, *schedulers, *([ema] if ema else []))
-    if checkpoint:
-        accelerator.load_state(checkpoint)
-        if ema:
-            ema.to(accelerator.device)
-        _log.info("going on from step %d", state.step)
+    return checkpoints
 
-    samples = options.batch * accelerator.num_processes * options.accumulate
-    pictures.length = options.steps * samples
-    loader = accelerator.prepare(load_batches(pictures, options.batch, state.step * samples, options.workers))
-    example = torch.utils.data.default_collate([pictures[i] for i in range(min(4, options.batch))])
-    began, history = time.monotonic(), []
-    sums = state.sums
-    bar = tqdm(total=options.steps, initial=state.step, disable=not accelerator.is_main_process, desc=options.output.name)
-    for number, batch in enumerate(loader, state.step * options.accumulate):
-        task.step = state.step
-        generator = torch.Generator().manual_seed(hash((options.seed, number, accelerator.process_index)) % 2**63)
+
+class _Run:
+    """A training under way: what accelerate made of the task's networks, and what is done with them in each step."""
+
+    def __init__(self, task: Task, pictures: TrainingPictures, options: LoopOptions):
+        self.task, self.pictures, self.options = task, pictures, options
+        self.peers = join()
+        self.progress, self.finished = Progress(), False
+        self.history: list[dict[str, float]] = []
+        self.accelerator = self._join()
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.schedulers: list[torch.optim.lr_scheduler.LRScheduler] = []
+        self._prepare()
+        first = next(iter(task.phases.values()))
+        self.first, self.ema = first, EMAModel(learning(first), decay=options.ema) if options.ema else None
+        self.accelerator.register_for_checkpointing(*self._kept)
+        keep_what_learns(self.accelerator)
+        self.settings = settings_of(task, pictures, options, self.accelerator.num_processes)
+        self.began = time.monotonic()
+
+    def _join(self) -> Accelerator:
+        accelerator = Accelerator(
+            cpu=must_compute_on_cpu(),
+            gradient_accumulation_steps=self.options.accumulate,
+            mixed_precision=self.options.mixed_precision,
+            log_with="tensorboard" if is_tensorboard_available() else None,
+            project_dir=self.options.output,
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=NO_LIMIT)],
+        )
+        require_joined(accelerator.num_processes, "Start them with 'accelerate launch --multi_gpu'.")
+        self.options.output.mkdir(parents=True, exist_ok=True)
+        accelerator.init_trackers("logs")
+        return accelerator
+
+    def _prepare(self) -> None:
+        """Give each phase its optimizer, its schedule and its place on the device, and the frozen networks theirs."""
+        task, accelerator = self.task, self.accelerator
+        for phase, module in task.phases.items():
+            optimizer = task.optimizer(phase, learning(module), self.options)
+            self.schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, self.options)))
+            wrapped, self.optimizers[phase] = accelerator.prepare(module, optimizer)
+            task.prepared(phase, wrapped)
+        for network in task.frozen:
+            network.to(accelerator.device, _HALF.get(accelerator.mixed_precision))
+        for network in task.measures:
+            network.to(accelerator.device)
+
+    @property
+    def _kept(self) -> list:
+        """What a checkpoint holds besides networks, optimizers and random states; the order is the files'."""
+        return [self.progress, *self.schedulers, *([self.ema] if self.ema else [])]
+
+    def resume(self, checkpoints: list[Path]) -> None:
+        """Go on from the last checkpoint that is whole, with the present learning rates and weight decays."""
+        modules, optimizers = list(self.task.phases.values()), list(self.optimizers.values())
+        groups = [[(group["initial_lr"], group["weight_decay"]) for group in optimizer.param_groups] for optimizer in optimizers]
+        go_on(checkpoints, self.settings, lambda folder: load_checkpoint(self.accelerator, modules, optimizers, self._kept, folder))
+        for optimizer, scheduler, present in zip(optimizers, self.schedulers, groups, strict=True):
+            scheduler.base_lrs = [lr for lr, _ in present]
+            for group, (lr, decay) in zip(optimizer.param_groups, present, strict=True):
+                group |= {"initial_lr": lr, "lr": lr * rate(self.progress.step, self.options), "weight_decay": decay}
+        if self.ema:
+            self.ema.to(self.accelerator.device)
+        _log.info("going on from step %d", self.progress.step)
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """The batches that are left, with their numbers in the whole run; the bar shows the steps."""
+        options, pictures, step, accelerator = self.options, self.pictures, self.progress.step, self.accelerator
+        samples = options.batch * accelerator.num_processes * options.accumulate
+        pictures.length = options.steps * samples
+        loader = accelerator.prepare(load_batches(pictures, options.batch, min(step * samples, pictures.length), options.workers))
+        self.bar = tqdm(total=options.steps, initial=step, disable=not accelerator.is_main_process, desc=options.output.name)
+        return enumerate(loader, step * options.accumulate)
+
+    def learn(self, number: int, batch: Batch) -> None:
+        """One batch through all phases; where it is the step's last, the weights are updated. Does not wait for the device."""
+        task, accelerator, progress = self.task, self.accelerator, self.progress
+        generator = torch.Generator().manual_seed(draw_seed(self.options.seed, number, accelerator.process_index))
+        task.begin_step(progress.step)
+        share = 1 / self.options.log_every
         with accelerator.accumulate(*task.phases.values()):
-            for phase, module in task.phases.items():
+            for phase in task.phases:
                 loss, figures = task.loss(phase, batch, generator)
-                if not torch.isfinite(loss):
-                    raise RuntimeError(
-                        f"{phase}: the loss is {loss.item()} at step {state.step}. Lower lr or train in float32; the last checkpoint is whole."
-                    )
+                progress.watch(phase, loss.detach())
                 accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.unscale_gradients(optimizers[phase])  # not the other phase's, which may not be whole yet
-                    figures["gradient"] = nn.utils.clip_grad_norm_(learning(module), options.max_grad_norm)
-                optimizers[phase].step()
-                optimizers[phase].zero_grad()
+                norm = self._update(phase)
                 for name, value in {phase: loss.detach(), **{f"{phase}/{name}": value for name, value in figures.items()}}.items():
-                    sums[name] = sums.get(name, 0.0) + float(value) / options.log_every / (1 if name.endswith("/gradient") else options.accumulate)
-        if not accelerator.sync_gradients:
-            continue
-        for scheduler in schedulers:
+                    progress.add(name, value, share / self.options.accumulate)
+                if norm is not None:
+                    progress.add(f"{phase}/gradient", norm, share)
+
+    def _update(self, phase: str) -> torch.Tensor | None:
+        """Clip and step, where the gradients are whole. Returns their norm then."""
+        norm, optimizer = None, self.optimizers[phase]
+        if self.accelerator.sync_gradients:
+            self.accelerator.unscale_gradients(optimizer)  # not the other phase's, which may not be whole yet
+            norm = nn.utils.clip_grad_norm_(learning(self.task.phases[phase]), self.options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
+    def end_step(self) -> None:
+        for scheduler in self.schedulers:
             scheduler.step()
-        if ema:
-            ema.step(learning(first))
-        state.step += 1
-        bar.update()
-        if state.step % options.log_every == 0:
-            history.append({"step": state.step, **sums})
-            accelerator.log({**sums, "lr": schedulers[0].get_last_lr()[0]}, step=state.step)
-            bar.set_postfix({phase: f"{sums[phase]:.4f}" for phase in task.phases})
-            sums.clear()
-        late = bool(broadcast(torch.tensor(int(time.monotonic() - began > 60 * options.max_minutes), device=accelerator.device)))
-        last = late or state.step == options.steps
-        if last or state.step % options.save_every == 0:
-            save_checkpoint(accelerator, options.output)
-            if accelerator.is_main_process:
-                with averaged(ema, first):
-                    task.save(options.output)
-        if accelerator.is_main_process and (last or state.step % options.sample_every == 0):
-            with averaged(ema, first), torch.no_grad():
-                _save_picture(task.sample(send_to_device(example, accelerator.device)), options.output / "samples" / f"{state.step:07d}.png")
-        if last:
-            break
-    bar.close()
-    accelerator.end_training()
-    return history
+        if self.ema:
+            self.ema.step(learning(self.first))
+        self.progress.step += 1
+        self.bar.update()
+
+    def due(self, every: int) -> bool:
+        return self.progress.step % every == 0
+
+    def is_last(self) -> bool:
+        """Whether all steps are made, or the time is up.
+
+        Processes have to agree on the time, which waits for the device: on an accelerator they do so when figures are logged or a checkpoint is written.
+        """
+        late, device = time.monotonic() - self.began > 60 * self.options.max_minutes, self.accelerator.device
+        if self.accelerator.num_processes > 1 and math.isfinite(self.options.max_minutes):
+            waits = device.type == "cpu" or self.due(self.options.log_every) or self.due(self.options.save_every)
+            late = waits and bool(broadcast(torch.tensor(int(late), device=device)))
+        return late or self.progress.step == self.options.steps
+
+    def log(self) -> None:
+        self.progress.require_finite(self.accelerator)
+        figures = self.progress.take()
+        self.history.append({"step": self.progress.step, **figures})
+        self.accelerator.log({**figures, "lr": self.schedulers[0].get_last_lr()[0]}, step=self.progress.step)
+        self.bar.set_postfix({phase: f"{figures[phase]:.4f}" for phase in self.task.phases})
+
+    def save(self) -> None:
+        """A checkpoint, and the result beside it."""
+        self.progress.require_finite(self.accelerator)
+        save_checkpoint(self.accelerator, self.options.output, self.settings, self.progress.step)
+        self.save_result()
+
+    def save_result(self) -> None:
+        if self.accelerator.is_main_process:
+            with averaged(self.ema, self.first):
+                self.task.save(self.options.output)
+
+    def sample(self, example: Batch) -> None:
+        if self.accelerator.is_main_process:
+            with averaged(self.ema, self.first), torch.no_grad():
+                picture = self.task.sample(send_to_device(example, self.accelerator.device))
+            _save_picture(picture, self.options.output / "samples" / f"{self.progress.step:07d}.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
 
 
-def _optimizer(parameters: list[nn.Parameter], options: LoopOptions) -> torch.optim.Optimizer:
-    if options.optimizer == "muon":
-        return Muon(parameters, options.lr, options.matrix_lr, betas=options.betas, weight_decay=options.weight_decay)
-    return torch.optim.AdamW(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
-
-
-def _rate(step: int, options: LoopOptions) -> float:
+def rate(step: int, options: LoopOptions) -> float:
     """The learning rate at a step, relative to ``lr``: a linear rise, then constant or half a cosine down to zero."""
     if step < options.warmup:
         return (step + 1) / options.warmup

@@ -31,6 +31,16 @@ def adversarial_loss(fake: Sequence[torch.Tensor]) -> torch.Tensor:
     return -torch.stack([logits.mean() for logits in fake]).mean()
 
 
+def gradient_loss(a: torch.Tensor, b: torch.Tensor, scales: int = 3) -> torch.Tensor:
+    """Mean absolute error of the differences between neighbours, summed over rows and columns and ``scales`` halvings: edges count, not tone alone."""
+    loss = a.new_zeros(())
+    for _ in range(scales):
+        for dim in (-2, -1):
+            loss = loss + (a.diff(dim=dim) - b.diff(dim=dim)).abs().mean()
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return loss
+
+
 def gradient_similarity(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """Mean gradient magnitude similarity of pictures (B, 3, H, W) in [0, 1], 1 for equal ones (Xue et al., TIP 2014, eq. 4, on luma at half the size).
 

@@ -1,22 +1,24 @@
-"""``python -m pipelines train osediff`` and ``train invsr``."""
+"""``train osediff`` and ``train invsr`` of the command line."""
 
 import argparse
 import os
 from pathlib import Path
 
-from .arguments import RAW, add_common, loop_options, training_pictures
+from .arguments import RAW, add_common, loop_options, report, training_pictures
+from .ranges import WEIGHT, real, whole
 
-_OSEDIFF = """\
+_PACKAGE = __package__.rpartition(".")[0]
+_OSEDIFF = f"""\
 examples:
-  python -m pipelines train osediff --base sd-2-1-base --data photos -o run --steps 100000 --mixed-precision bf16 --gradient-checkpointing
-  accelerate launch --multi_gpu --num_processes 4 -m pipelines train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
+  %(prog)s --base sd-2-1-base --data photos -o run --steps 100000 --mixed-precision bf16 --gradient-checkpointing
+  accelerate launch --multi_gpu --num_processes 4 -m {_PACKAGE} train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
 
 The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'OSEDiff Loader' read.
 """
 _INVSR = """\
 examples:
-  python -m pipelines train invsr --base sd-turbo --data photos -o run --steps 100000 --mixed-precision fp16 --gradient-checkpointing
-  python -m pipelines train invsr --base sd-turbo --data photos -o run2 --steps 100000 --mode middle --init run/noise_predictor.safetensors
+  %(prog)s --base sd-turbo --data photos -o run --steps 100000 --mixed-precision fp16 --gradient-checkpointing
+  %(prog)s --base sd-turbo --data photos -o run2 --steps 100000 --mode middle --init run/noise_predictor.safetensors
 
 The result, noise_predictor.safetensors in the output folder, is what upscale --weights and the node 'InvSR Noise Predictor Loader' read.
 """
@@ -24,54 +26,64 @@ The result, noise_predictor.safetensors in the output folder, is what upscale --
 
 def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command = trainings.add_parser("osediff", parents=[common], help="OSEDiff: an adapter for Stable Diffusion 2.1-base", epilog=_OSEDIFF, **RAW)
-    add_common(command, lr=5e-5)
+    add_common(command, lr=5e-5, patch_multiple=1)
     _add_base(command, prompt="none")
     command.add_argument("--negative-prompt", help="for guidance (default: the published one)")
-    command.add_argument("--rank", type=int, default=4, help="of the low-rank updates (default: %(default)s)")
-    command.add_argument("--mse-weight", type=float, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
-    command.add_argument("--lpips-weight", type=float, default=2.0, help="of LPIPS, where its weights are at hand (default: %(default)g)")
-    command.add_argument("--vsd-weight", type=float, default=1.0, help="of score distillation; 0 also saves its two UNets (default: %(default)g)")
-    command.add_argument("--regulariser-weight", type=float, default=1.0, help="of the regulariser's own loss (default: %(default)g)")
+    command.add_argument("--rank", type=whole(1, 4096), default=4, help="of the low-rank updates (default: %(default)s)")
+    command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
+    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="of LPIPS, where its weights are at hand (default: %(default)g)")
+    command.add_argument("--vsd-weight", type=WEIGHT, default=1.0, help="of score distillation; 0 also saves its two UNets (default: %(default)g)")
+    command.add_argument("--regulariser-weight", type=WEIGHT, default=1.0, help="of the regulariser's own loss (default: %(default)g)")
     command.add_argument(
         "--regulariser-everywhere", action="store_true", help="let it learn in all layers, not in the UNet's middle alone as published"
     )
-    command.add_argument("--guidance", type=float, default=7.5, help="of the frozen base in the distillation (default: %(default)g)")
+    command.add_argument("--guidance", type=real(0), default=7.5, help="of the frozen base in the distillation (default: %(default)g)")
     command.add_argument(
-        "--timestep", type=int, default=999, help="of the one step; use the result with the same (default: %(default)s, the published one)"
+        "--timestep", type=whole(0, 999), default=999, help="of the one step; use the result with the same (default: %(default)s, the published one)"
     )
-    command.add_argument("--latent-weight", type=float, default=0.0, help="not in the paper: of the latents' distance (default: %(default)g)")
+    command.add_argument("--latent-weight", type=WEIGHT, default=0.0, help="not in the paper: of the latents' distance (default: %(default)g)")
     command.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="that distance (default: %(default)s)")
-    command.add_argument("--gradient-weight", type=float, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
+    command.add_argument("--gradient-weight", type=WEIGHT, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
     _add_structure(command)
-    command.add_argument("--vae-lr", type=float, help="learning rate of the encoder's updates (default: --lr)")
+    command.add_argument("--vae-lr", type=real(0, 10), help="learning rate of the encoder's updates (default: --lr)")
     command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
     command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
     command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
-    add_common(command, lr=5e-5)
+    add_common(command, lr=5e-5, patch_multiple=1)
     _add_base(command, prompt="the published one")
     command.add_argument(
         "--mode", choices=["start", "middle"], default="start", help="states of low-quality pictures, or of high-quality ones (default: start)"
     )
-    command.add_argument("--timesteps", type=int, nargs="+", metavar="T", help="counted from 1 (default: 250 200 150 100, without 250 in the middle)")
-    command.add_argument("--latent-weight", type=float, default=1.0, help="of the latents' squared distance (default: %(default)g)")
+    command.add_argument(
+        "--timesteps", type=whole(1, 1000), nargs="+", metavar="T", help="counted from 1 (default: 250 200 150 100, without 250 in the middle)"
+    )
+    command.add_argument("--latent-weight", type=WEIGHT, default=1.0, help="of the latents' squared distance (default: %(default)g)")
     command.add_argument(
         "--perceptual", type=Path, metavar="FILE", help="InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth; without it there is no such loss"
     )
-    command.add_argument("--perceptual-weight", type=float, default=2.0, help="of that loss (default: %(default)g)")
-    command.add_argument("--gaussian-weight", type=float, help="of the Gaussian constraint (default: 0.1 in the middle, else 0)")
+    command.add_argument("--perceptual-weight", type=WEIGHT, default=2.0, help="of that loss (default: %(default)g)")
+    command.add_argument("--gaussian-weight", type=WEIGHT, help="of the Gaussian constraint (default: 0.1 in the middle, else 0)")
     command.add_argument(
-        "--variance-weight", type=float, default=0.0, help="not in the paper: keeps the noise that L2 alone would take away (default: %(default)g)"
+        "--variance-weight", type=WEIGHT, default=0.0, help="not in the paper: keeps the noise that L2 alone would take away (default: %(default)g)"
     )
     command.add_argument("--variance-alone", action="store_true", help="not in the paper: --init's mean stays, and the variance alone learns")
     _add_structure(command)
-    command.add_argument("--adversarial-weight", type=float, default=0.0, help="of the latent discriminator; 0.1 as published (default: none)")
-    command.add_argument("--adversarial-from", type=int, default=10_000, help="steps in which the discriminator learns alone (default: %(default)s)")
-    command.add_argument("--discriminator-channels", type=int, nargs="+", default=[128, 256, 512], help="default: 128 256 512")
-    command.add_argument("--predictor-channels", type=int, nargs="+", default=[256, 512], help="multiples of 64 (default: 256 512)")
-    command.add_argument("--predictor-layers", type=int, nargs="+", default=[3, 3], help="of each level (default: 3 3)")
-    command.add_argument("--predictor-time", type=int, nargs=2, default=[256, 512], help="widths of the timestep's embedding (default: 256 512)")
+    command.add_argument("--adversarial-weight", type=WEIGHT, default=0.0, help="of the latent discriminator; 0.1 as published (default: none)")
+    command.add_argument(
+        "--adversarial-from", type=whole(0), default=10_000, help="steps in which the discriminator learns alone (default: %(default)s)"
+    )
+    command.add_argument(
+        "--discriminator-channels", type=whole(32, 8192, multiple=32), nargs="+", default=[128, 256, 512], help="default: 128 256 512"
+    )
+    command.add_argument(
+        "--predictor-channels", type=whole(64, 8192, multiple=64), nargs="+", default=[256, 512], help="multiples of 64 (default: 256 512)"
+    )
+    command.add_argument("--predictor-layers", type=whole(1, 64), nargs="+", default=[3, 3], help="of each level (default: 3 3)")
+    command.add_argument(
+        "--predictor-time", type=whole(2, 8192, multiple=2), nargs=2, default=[256, 512], help="widths of the timestep's embedding (default: 256 512)"
+    )
     command.add_argument("--init", type=Path, metavar="FILE", help="go on from this noise predictor; its dimensions count")
     command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0, max_grad_norm=float("inf"))
 
@@ -79,7 +91,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
 def _add_structure(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--structure-weight",
-        type=float,
+        type=WEIGHT,
         default=0.0,
         help="not in the paper: of 1 - the pictures' gradient magnitude similarity (default: %(default)g)",
     )
@@ -127,7 +139,7 @@ def _osediff(arguments: argparse.Namespace) -> int:
     from ..tagger import PromptTagger
     from .bases import Prompts
     from .loop import train
-    from .osediff import OSEDiffOptions, OSEDiffTask
+    from .osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
     from .perceptual import load_lpips
 
     loop, pictures = loop_options(arguments), _pairs(arguments)
@@ -152,6 +164,7 @@ def _osediff(arguments: argparse.Namespace) -> int:
     )
     lpips = load_lpips() if arguments.lpips_weight else None
     train(OSEDiffTask(base, prompts, options, lpips, arguments.gradient_checkpointing), pictures, loop)
+    report(loop, ADAPTER_FILE)
     return 0
 
 
@@ -160,12 +173,15 @@ def _invsr(arguments: argparse.Namespace) -> int:
     from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
     from .bases import Prompts
-    from .invsr import TIMESTEPS, InvSROptions, InvSRTask
+    from .invsr import PREDICTOR_FILE, TIMESTEPS, InvSROptions, InvSRTask
     from .loop import train
     from .perceptual import LatentLPIPS
 
     if arguments.variance_alone and (arguments.weight_decay or not arguments.init or not arguments.variance_weight):
         raise ValueError("--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay.")
+    if len(arguments.predictor_channels) != len(arguments.predictor_layers):
+        found = f"{len(arguments.predictor_channels)} and {len(arguments.predictor_layers)}"
+        raise ValueError(f"--predictor-channels, --predictor-layers: found {found} numbers, expected as many of one as of the other, one a level.")
     loop, pictures = loop_options(arguments), _pairs(arguments)
     base = _base(arguments, "invsr")
     prompts = Prompts(base, INVSR.prompt if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
@@ -199,4 +215,5 @@ def _invsr(arguments: argparse.Namespace) -> int:
     if weights:
         task.predictor.load_state_dict(weights.state_dict)
     train(task, pictures, loop)
+    report(loop, PREDICTOR_FILE)
     return 0

@@ -1,7 +1,7 @@
 """Training of OSEDiff (Wu et al., NeurIPS 2024): a base becomes a one-step restorer, held to pictures by score distillation."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +15,12 @@ from fewstep_sr.methods.osediff import TIMESTEP, one_step, save_adapter
 from ..osediff import ADAPTER_FILE
 from . import distillation
 from .adapters import adapt_generator, adapt_regulariser, adapt_vae, extract_adapter
-from .autoencoder import gradient_loss
 from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
 from .latents import Encoder
-from .losses import gradient_similarity
+from .losses import gradient_loss, gradient_similarity
+from .records import fingerprint
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Generator(nn.Module):
         return restored, self.vae.decode(restored / scale).sample.float().clamp(-1, 1) if decode else None
 
 
-class OSEDiffTask:
+class OSEDiffTask(Task):
     """OSEDiff's losses and its two learners, the generator and, where there is distillation, the regulariser.
 
     Args:
@@ -90,9 +91,11 @@ class OSEDiffTask:
                 "negative prompt: found none beside the prompt's embeddings, but distillation with guidance wants one. Give it, or guidance 1."
             )
         self.prompts, self.options, self.lpips = prompts, options, lpips
-        self.step = 0
+        if not any((options.mse, options.vsd, options.latent, options.gradients, options.structure, options.lpips and lpips)):
+            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --mse-weight 1.")
+        self._base = fingerprint(base.unet, base.vae)
         self.frozen, self.measures = list(prompts.networks), [lpips] if lpips else []
-        self.phases: dict[str, nn.Module] = {}
+        self.phases = {}
         learners = [base.unet]
         if options.vsd:
             self.judge, self.regulariser = copy.deepcopy(base.unet), copy.deepcopy(base.unet)
@@ -113,18 +116,20 @@ class OSEDiffTask:
             for network in (*learners, base.vae):
                 network.enable_gradient_checkpointing()
 
-    @property
-    def optimizers(self):
-        """The generator's, where the encoder has a learning rate of its own."""
-        return {} if self.options.vae_lr is None else {"generator": self._optimizer}
-
-    def _optimizer(self, parameters, options):
+    def optimizer(self, phase, parameters, options):
+        """The generator's has a group for the encoder, where that has a learning rate of its own."""
+        if phase != "generator" or self.options.vae_lr is None:
+            return super().optimizer(phase, parameters, options)
         if options.optimizer != "adamw":
             raise ValueError(f"--vae-lr: found {options.optimizer}, expected --optimizer adamw.")
         encoder = {id(parameter) for parameter in self.generator.vae.parameters()}
-        groups = [{"params": [p for p in parameters if id(p) not in encoder]}]
+        groups: list[dict] = [{"params": [p for p in parameters if id(p) not in encoder]}]
         groups.append({"params": [p for p in parameters if id(p) in encoder], "lr": self.options.vae_lr})
         return torch.optim.AdamW(groups, options.lr, betas=options.betas, weight_decay=options.weight_decay)
+
+    def settings(self):
+        options = {name: value for name, value in asdict(self.options).items() if name != "vae_lr"}
+        return {"method": "osediff", **options, "lpips": self.options.lpips if self.lpips else 0.0, "base": self._base, **self.prompts.settings()}
 
     def loss(self, phase, batch, generator):
         return self._restore(batch, generator) if phase == "generator" else self._regularise(generator)
@@ -157,7 +162,7 @@ class OSEDiffTask:
         return distillation.distillation_loss(
             latents,
             draw(hq, generator),
-            timesteps.to(latents.device),
+            timesteps.to(latents.device, non_blocking=True),
             denoiser(self.judge),
             denoiser(self.regulariser),
             embeds,
@@ -167,7 +172,7 @@ class OSEDiffTask:
 
     def _regularise(self, generator):
         hq, embeds = self._seen
-        timesteps = distillation.draw_timesteps(len(hq), generator).to(hq.device)
+        timesteps = distillation.draw_timesteps(len(hq), generator).to(hq.device, non_blocking=True)
         loss = distillation.regulariser_loss(self._latents, draw(hq, generator), timesteps, denoiser(self.phases["regulariser"]), embeds)
         return self.options.regulariser * loss, {}
 

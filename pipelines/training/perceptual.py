@@ -1,13 +1,17 @@
 """Perceptual losses, whose weights must be at hand: nothing is fetched."""
 
 import logging
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from fewstep_sr.weights.kinds import unwrap, without_wrappers
 from fewstep_sr.weights.read import read_weights
+from fewstep_sr.weights.strict import require_weights
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ class LatentLPIPS(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.groups = nn.ModuleList()
+        self.groups: Any = nn.ModuleList()
         width = 4
         for group in _VGG:
             layers = nn.ModuleList()
@@ -62,16 +66,14 @@ class LatentLPIPS(nn.Module):
             ValueError: the file is something else.
         """
         state, _ = read_weights(path)
-        state = {str(key).removeprefix("module."): value for key, value in state.get("state_dict", state).items()}
+        name = Path(path).name
+        state = without_wrappers(unwrap(state) or state, name)
         network = cls()
-        try:
-            for i, group in enumerate(_VGG):
-                for (place, _), layer in zip(group, network.groups[i], strict=True):
-                    layer.weight.data.copy_(state[f"net.slice{i + 1}.{place}.weight"])
-                    layer.bias.data.copy_(state[f"net.slice{i + 1}.{place}.bias"])
-                network.weights[i].data.copy_(state[f"lin{i}.model.1.weight"].flatten())
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{Path(path).name}: {error}; expected InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth.") from None
+        for i, group in enumerate(_VGG):
+            for (place, _), layer in zip(group, network.groups[i], strict=True):
+                for part in ("weight", "bias"):
+                    _fill(getattr(layer, part), state, f"net.slice{i + 1}.{place}.{part}", name)
+            _fill(network.weights[i], state, f"lin{i}.model.1.weight", name)
         return network.eval().requires_grad_(False)
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -85,6 +87,15 @@ class LatentLPIPS(nn.Module):
             difference = (_unit(a) - _unit(b)) ** 2
             distance = distance + (difference * weight.view(1, -1, 1, 1)).sum(dim=1).mean()
         return distance
+
+
+def _fill(parameter: nn.Parameter, state: Mapping, key: str, name: str) -> None:
+    weight = state.get(key)
+    if not isinstance(weight, torch.Tensor) or weight.squeeze().shape != parameter.shape:
+        found = f"the shape {tuple(weight.shape[:8])}" if isinstance(weight, torch.Tensor) else "no tensor"
+        raise ValueError(f"{name}: {key} has {found}, expected {tuple(parameter.shape)}: InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth.")
+    require_weights(weight, f"{name}: {key}")
+    parameter.data.copy_(weight.squeeze())
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ def parse_source(text: str) -> tuple[Path, float | None]:
     """``SOURCE[=SHARE]`` as a path and a share. What exists under the whole name is that, ``year=2020`` too.
 
     Raises:
-        ValueError: the share is no number above 0.
+        ValueError: there is neither such a path nor one with a share, or the share is no number above 0.
     """
     whole = Path(text).expanduser()
     name, separator, share = text.rpartition("=")
@@ -31,13 +31,14 @@ def parse_source(text: str) -> tuple[Path, float | None]:
             raise ValueError("data: found an empty name, expected a folder of pictures, a text list of paths, or a picture.")
         return whole, None
     path = Path(name).expanduser()
+    if not path.exists():
+        raise ValueError(f"data: found nothing at {text}, expected a folder of pictures, a text list of paths, or a picture.")
     try:
         number = float(share)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        what = "expected a number above 0 behind the =" if path.exists() else "found nothing there, and nothing before the ="
-        raise ValueError(f"data: found {text!r}, {what}.")
+        raise ValueError(f"data: found {text!r}, expected a number above 0 behind the =.")
     return path, number
 
 

@@ -59,7 +59,7 @@ def test_nearest_timestep():
     assert sigma_to_index(between) == 300  # nearest in log sigma
     assert sigma_to_index(sigmas[999].item() * 1.0005) == 999 and sigma_to_index(sigmas[0].item() * 0.9995) == 0
     for outside in (sigmas[999].item() * 1.002, sigmas[0].item() * 0.998, 0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="outside Stable Diffusion's noise schedule"):
+        with pytest.raises(ValueError, match="outside Stable Diffusion's noise table"):
             sigma_to_index(outside)
 
 

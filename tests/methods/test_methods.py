@@ -85,7 +85,7 @@ def test_schedule_refuses(arguments, message):
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, 100.0, float("nan")])
 def test_sigma_outside_the_schedule(sigma):
-    with pytest.raises(ValueError, match="noise schedule"):
+    with pytest.raises(ValueError, match="noise table"):
         sigma_to_index(sigma)
 
 

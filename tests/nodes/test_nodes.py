@@ -323,7 +323,7 @@ def test_mask_keeps_the_low_quality_picture_outside(comfy, osediff):
 @pytest.mark.parametrize("timestep", [0, 250, 998, 999])
 def test_one_step_at_any_timestep(comfy, osediff, timestep):
     """x0 = (z - sqrt(1 - a) * eps(z)) / sqrt(a), with the low-quality latent as z at every timestep."""
-    from fewstep_sr.methods.schedule import alphas_cumprod
+    from fewstep_sr.diffusion import alphas_cumprod
 
     model = osediff[0].clone()
     z, seen = torch.randn(1, 4, 8, 8), []

@@ -6,6 +6,7 @@ realesrgan/models/realesrnet_model.py (order of the parts), basicsr/data/degrada
 """
 
 import math
+from dataclasses import FrozenInstanceError, fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -124,13 +125,14 @@ def test_poisson_noise_is_as_strong_as_light():
 
 @pytest.mark.parametrize("gaussian", [True, False])
 def test_noise_is_cut_to_the_range(gaussian):
+    """Resizing goes beyond the range, and so does noise; there are no fewer photons than none, and none beyond white."""
     x = torch.tensor([-0.5, 0.0, 1.0, 1.5]).repeat(1, 3, 20, 20)
-    real = np.random.default_rng(0)
-    draws = SimpleNamespace(
-        random=lambda: 0.45 if gaussian else 0.9, poisson=real.poisson, uniform=lambda low, high: high, standard_normal=real.standard_normal
-    )
+    real, rates = np.random.default_rng(0), [np.array([0, 2])]
+    draws = SimpleNamespace(random=lambda: 0.45 if gaussian else 0.9, uniform=lambda low, high: high, standard_normal=real.standard_normal)
+    draws.poisson = lambda asked: rates.append(asked) or real.poisson(asked)
     found = Degradation()._noise(x, draws, Order())
     assert found.min() == 0 and found.max() == 1
+    assert set(rates[-1].flatten()) == {0, 2}  # black and white are two levels
 
 
 def blur(sigma_range: tuple[float, float], sigma: float, half: int):
@@ -139,15 +141,14 @@ def blur(sigma_range: tuple[float, float], sigma: float, half: int):
     return *kernel, ("random", YES), ("random", YES), ("uniform", 1.0, 1.0, 1.0)
 
 
-def whole(first: list, second: list, final: list, size=(48, 80), **options) -> tuple[torch.Tensor, Draws, torch.Tensor]:
-    """The result of these draws, the draws, and the picture it was made of."""
-    picture, draws = noisy_picture(*size), Draws(*first, *second, *final)
-    seeds = []
+def whole(picture: torch.Tensor, first: list, second: list, final: list) -> tuple[torch.Tensor, Draws]:
+    """What these draws make of a picture, and the draws."""
+    draws, seeds = Draws(*first, *second, *final), []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module.np.random, "default_rng", lambda seed: seeds.append(seed) or draws)
-        result = Degradation(**options)(picture[0], (3, 5))
+        result = Degradation()(picture[0], (3, 5))
     assert seeds == [(3, 5)] and draws.done()
-    return result, draws, picture
+    return result, draws
 
 
 def gaussian_blur(sigma: float, side: int) -> np.ndarray:
@@ -200,7 +201,8 @@ def test_parts_in_their_order(last, blurred, ringing):
         ("random", below(0.5) if last else 0.5),
         ("choice", MODES, "area"),
     ]
-    found, draws, picture = whole(first, second, final)
+    picture = noisy_picture(48, 80)
+    found, draws = whole(picture, first, second, final)
 
     x = filtered(picture, gaussian_blur(0.9, 9))
     x = F.interpolate(x, (36, 61), mode="bilinear", align_corners=False)
@@ -220,26 +222,43 @@ def test_parts_in_their_order(last, blurred, ringing):
     assert off.max() < 8 and off.mean() < 0.05 and (off > 0.5).float().mean() < 0.05
 
 
+def little(kind: int, sizes_of_noise: list[tuple[int, int]], ringing: bool) -> tuple[list, list, list]:
+    """Draws of a run with hardly any noise, one sharp blur, area resizing, and JPEG before the last filter."""
+    first = [("random", NO), *blur((0.2, 3.0), 0.2, 3), *sizes((0.2, 0.7, 0.1), kind, 1.5, 1.1, 0.15, 0.15)]
+    second = [("random", NO), *sizes((0.3, 0.4, 0.3), kind, 1.2, 1.1, 0.3, 0.3)]
+    for order, size, high in zip((first, second), sizes_of_noise, (30, 25), strict=True):
+        order += [("choice", MODES, "area"), COLOUR, ("random", YES), ("standard_normal", (1, 3, *size), np.float32, None), ("uniform", 1, high, 1.0)]
+    final = [("integers", 3, 11, 3), ("uniform", math.pi / 3, math.pi, 1.5), ("random", YES if ringing else NO)]
+    final += [("uniform", 30, 95, 95.0), ("random", NO), ("choice", MODES, "area")]
+    return [*first, ("uniform", 30, 95, 95.0)], second, final
+
+
 def test_tiny_pictures_keep_a_pixel():
     """No side becomes 0, however small the factor."""
-    none = (1, 1, 1)
-    first = [("random", NO), *blur((0.2, 3.0), 0.9, 3), *sizes((0.2, 0.7, 0.1), DOWN, 1.5, 1.3, 0.15, 0.15), ("choice", MODES, "area")]
-    first += [
-        COLOUR,
-        ("random", YES),
-        ("standard_normal", (1, 3, 1, 1), np.float32, None),
-        ("uniform", *none[:1], 30, 1.0),
-        ("uniform", 30, 95, 95.0),
-    ]
-    second = [("random", NO), *sizes((0.3, 0.4, 0.3), DOWN, 1.2, 1.1, 0.3, 0.3), ("choice", MODES, "area")]
-    second += [COLOUR, ("random", YES), ("standard_normal", (1, 3, 1, 1), np.float32, None), ("uniform", 1, 25, 1.0)]
-    final = [
-        ("integers", 3, 11, 3),
-        ("uniform", math.pi / 3, math.pi, 2.0),
-        ("random", NO),
-        ("uniform", 30, 95, 95.0),
-        ("random", NO),
-        ("choice", MODES, "area"),
-    ]
-    found, _, _ = whole(first, second, final, size=(4, 4))
+    found, _ = whole(noisy_picture(4, 4), *little(DOWN, [(1, 1), (1, 1)], ringing=False))
     assert found.shape == (3, 1, 1)
+
+
+def test_ringing_is_cut_to_the_range():
+    """Beside an edge from black to white the low-pass goes below 0 and above 1."""
+    edge = torch.zeros(1, 3, 64, 128)
+    edge[..., 64:] = 1
+    found, _ = whole(edge, *little(KEEP, [(64, 128), (16, 32)], ringing=True))
+    ringing = filtered(area(edge, (16, 32)), _sinc_kernel(7, 1.5).numpy())
+    assert ringing.min() < -0.05 and ringing.max() > 1.05
+    assert found.min() == 0 and found.max() == 1
+    assert (found - ringing[0].clamp(0, 1)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("height, width", [(62, 64), (64, 62), (61, 63)])
+def test_sides_that_are_no_multiples(height, width):
+    with pytest.raises(ValueError, match=f"found {width} x {height} pixels, expected multiples of 4. Crop it first"):
+        Degradation()(torch.zeros(3, height, width), 0)
+
+
+@pytest.mark.parametrize("settings", [Degradation(), Order()])
+def test_settings_stay(settings):
+    """All samples of a run have the same ranges, also where several share the object."""
+    for field in fields(settings):
+        with pytest.raises(FrozenInstanceError):
+            setattr(settings, field.name, None)

@@ -13,7 +13,9 @@ pytest.importorskip("diffusers")
 from pipelines.training import distillation
 from pipelines.training.data import TrainingPictures
 from pipelines.training.distillation import draw_timesteps
-from pipelines.training.loop import LoopOptions, Task, train
+from pipelines.training.loop import train
+from pipelines.training.options import LoopOptions
+from pipelines.training.task import Task
 
 
 class Slope(Task):

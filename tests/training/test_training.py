@@ -22,8 +22,6 @@ from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.tagger import PromptTagger
 from pipelines.training import distillation
-from pipelines.training.autoencoder import small_vae
-from pipelines.training.base_unet import small_unet, stable_diffusion_scheduler
 from pipelines.training.bases import Base, Prompts, load_base
 from pipelines.training.common import enlarge
 from pipelines.training.data import TrainingPictures
@@ -31,6 +29,8 @@ from pipelines.training.degradation import Degradation
 from pipelines.training.invsr import PREDICTOR_FILE, InvSROptions, InvSRTask
 from pipelines.training.loop import LoopOptions, train
 from pipelines.training.osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
+from tools.miniature.autoencoder import small_vae
+from tools.miniature.base_unet import small_unet, stable_diffusion_scheduler
 
 PREDICTOR = NoisePredictorConfig(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=64, temb_channels=64)
 WIDTH = 32

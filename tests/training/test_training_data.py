@@ -1,4 +1,4 @@
-"""What trainings read: synthetic pictures, data sets, the degradation; and the small base models' own parts."""
+"""What trainings read: data sets and the degradation; and Muon."""
 
 import numpy as np
 import pytest
@@ -7,25 +7,19 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from pipelines.cli import main
-from pipelines.training.autoencoder import AutoencoderTask, gradient_loss, normalize_latents, small_vae
 from pipelines.training.data import TrainingPictures, find_pictures, load_batches
 from pipelines.training.degradation import Degradation, Order, _blur_kernel, _sinc_kernel, jpeg
 from pipelines.training.latents import Encoder
+from pipelines.training.losses import gradient_loss
 from pipelines.training.optimizers import Muon, orthogonalize
-from pipelines.training.synthetic import draw_picture
+from tools.miniature.autoencoder import small_vae
+from tools.miniature.synthetic import write_pictures
 
 
 @pytest.fixture
 def folder(tmp_path):
-    main(["synthesize", "-o", str(tmp_path / "pictures"), "--count", "3", "--size", "96"])
+    write_pictures(tmp_path / "pictures", count=3, size=96, seed=0)
     return tmp_path / "pictures"
-
-
-def test_a_seed_draws_one_picture():
-    first, again, other = (np.asarray(draw_picture(48, seed)) for seed in (1, 1, 2))
-    assert first.shape == (48, 48, 3) and first.std() > 5
-    assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
 def test_a_sample_depends_on_its_number_alone(folder):
@@ -134,41 +128,3 @@ def test_gradient_loss_by_hand():
     assert gradient_loss(a, b, scales=1).item() == pytest.approx(1 / 3)  # of three differences in each row, one is off by 1
     assert gradient_loss(a, b, scales=2).item() == pytest.approx(1 / 3 + 1)
     assert gradient_loss(b + 5, b, scales=2).item() == 0
-
-
-def test_normalized_latents_have_deviation_one_and_reconstruct_the_same():
-    torch.manual_seed(0)
-    vae = small_vae().eval()
-    torch.nn.init.normal_(vae.quant_conv.bias)
-    pictures = torch.rand(6, 3, 32, 32)
-    with torch.no_grad():
-        before = vae.decode(vae.encode(pictures * 2 - 1).latent_dist.mode()).sample
-        normalize_latents(vae, pictures)
-        posterior = vae.encode(pictures * 2 - 1).latent_dist
-        latents = posterior.mean * vae.config.scaling_factor
-        assert torch.allclose(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4)
-        assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=1e-3)
-        assert (vae.decode(posterior.mode()).sample - before).norm() < 1e-3 * before.norm()
-
-
-def test_decoder_only_leaves_the_encoder():
-    vae = small_vae()
-    task = AutoencoderTask(vae, torch.rand(1, 3, 32, 32), decoder_only=True)
-    loss, _ = task.loss("autoencoder", {"hq": torch.rand(2, 3, 32, 32)}, torch.Generator().manual_seed(0))
-    loss.backward()
-    learned = {name.split(".")[0] for name, parameter in vae.named_parameters() if parameter.grad is not None}
-    assert learned == {"decoder", "post_quant_conv"}
-
-
-def test_train_vae_then_base(folder, tmp_path):
-    common = ["--data", str(folder), "--patch", "32", "--batch", "2", "--threads", "1", "--save-every", "2"]
-    assert main(["train", "vae", *common, "-o", str(tmp_path / "vae"), "--steps", "3", "--optimizer", "muon"]) == 0
-    assert (
-        main(
-            ["train", "base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae"), "--channels", "32", "64"]
-        )
-        == 0
-    )
-    for name in ("unet", "vae", "scheduler", "prompt_embeds.safetensors", "samples/0000003.png"):
-        assert (tmp_path / "base" / name).exists(), name
-    assert main(["train", "base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae")]) == 2

@@ -13,7 +13,15 @@ from pipelines.training.adapters import adapt_regulariser
 from pipelines.training.common import denoiser
 from pipelines.training.discriminator import LatentDiscriminator
 from pipelines.training.distillation import distillation_loss, regulariser_loss
-from pipelines.training.losses import adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
+from pipelines.training.losses import (
+    LATENT_BOUND,
+    _gradient_magnitude,
+    adversarial_loss,
+    gaussian_constraint,
+    gradient_similarity,
+    hinge_loss,
+    variance_constraint,
+)
 from pipelines.training.perceptual import _VGG, LatentLPIPS, load_lpips
 
 TOLERANCE = 1e-4
@@ -75,6 +83,29 @@ def test_distillation_stands_still_where_both_agree(tensors):
     assert loss.item() == 0 and latents.grad.abs().max() == 0
 
 
+def test_without_guidance_the_frozen_network_is_asked_once(tensors):
+    """Guidance g takes negative + g (positive - negative); 1 needs no negative prompt, and does not compute one. The published guidance is 7.5."""
+    _, _, latents, embeds, negative = tensors
+    noise, timesteps, asked = torch.randn_like(latents), torch.tensor([30, 900]), []
+
+    def frozen(noisy, timesteps, prompt):
+        asked.append(prompt)
+        return noisy * (0.3 if prompt is embeds else 0.1)
+
+    def guided(factor):
+        return lambda noisy, timesteps, prompt: noisy * factor
+
+    arguments = latents, noise, timesteps
+    loss = distillation_loss(*arguments, frozen, guided(0.2), embeds, None, guidance=1)
+    assert len(asked) == 1 and asked[0] is embeds
+    assert loss.item() == pytest.approx(distillation_loss(*arguments, guided(0.3), guided(0.2), embeds, None, guidance=1).item())
+    loss = distillation_loss(*arguments, frozen, guided(0.2), embeds, negative)
+    assert len(asked) == 3
+    assert loss.item() == pytest.approx(
+        distillation_loss(*arguments, guided(0.1 + 7.5 * 0.2), guided(0.2), embeds, None, guidance=1).item(), rel=1e-4
+    )
+
+
 def test_noise_and_x0_are_each_others_inverse():
     latents, noise, timesteps = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 500, 999])
     alpha_bar = alpha_bar_at(timesteps, latents)
@@ -94,6 +125,8 @@ def test_hinge_and_adversarial_losses():
     real, fake = [torch.tensor([2.0, 0.5]), torch.tensor([1.0])], [torch.tensor([-3.0, 0.0]), torch.tensor([-0.5])]
     assert hinge_loss(real, fake).item() == pytest.approx((0.5 * (0.25 + 0.5) + 0.5 * 0.5) / 2)
     assert adversarial_loss(fake).item() == pytest.approx((1.5 + 0.5) / 2)
+    with pytest.raises(ValueError, match="shorter"):
+        hinge_loss(real, fake[:1])
 
 
 def test_latent_lpips(tmp_path):
@@ -125,6 +158,15 @@ def test_latent_lpips(tmp_path):
     torch.save({"lin0.model.1.weight": torch.rand(1, 64, 1, 1)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other\.pth.*vgg16_sdturbo_lpips\.pth"):
         LatentLPIPS.from_file(tmp_path / "other.pth")
+    wrong = {
+        r"net\.slice1\.0\.weight has the shape \(1,\), expected": {"net.slice1.0.weight": torch.ones(1)},  # which copy_ would spread over the layer
+        r"net\.slice1\.0\.bias has no tensor, expected": {"net.slice1.0.bias": 5},
+        r"lin0\.model\.1\.weight holds values that are not finite": {"lin0.model.1.weight": torch.full((1, 64, 1, 1), float("nan"))},
+    }
+    for message, changes in wrong.items():
+        torch.save(state | changes, tmp_path / "other.pth")
+        with pytest.raises(ValueError, match=rf"^other\.pth: {message}"):
+            LatentLPIPS.from_file(tmp_path / "other.pth")
 
 
 def test_lpips_is_not_fetched(tmp_path, monkeypatch, caplog):
@@ -160,6 +202,31 @@ def test_gradient_similarity():
     assert relative_error(similarity, by_hand) < 1e-4
     assert by_hand < 0.95
     assert gradient_similarity(expected.expand(-1, 3, -1, -1), expected.expand(-1, 3, -1, -1)) == pytest.approx(1)
+
+
+def test_gradient_magnitude_is_of_luma():
+    """A ramp of 0.01 a pixel in one channel is one of 0.02 times its share of luma at half the size, 0.04 over two of its pixels; a flat picture has 1e-4."""
+    for channel, share in enumerate((0.299, 0.587, 0.114)):
+        for turned in (False, True):
+            picture = torch.zeros(1, 3, 32, 32)
+            picture[0, channel] = 0.01 * torch.arange(32)
+            magnitude = _gradient_magnitude(picture.mT if turned else picture)
+            assert magnitude.shape == (1, 16, 16)
+            assert magnitude[0, 8, 8].item() == pytest.approx(0.04 * share, rel=1e-3, abs=4e-6)
+    assert _gradient_magnitude(torch.full((1, 3, 32, 32), 0.5))[0, 8, 8].item() == pytest.approx(1e-4)
+
+
+def test_gradient_similarity_is_the_papers():
+    """(2 a b + c) / (a^2 + b^2 + c), c = 170 of eight-bit pictures squared (Xue et al.), in the mean; faint pictures show what c is."""
+    a, b = 0.1 * torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    g, h = _gradient_magnitude(a), _gradient_magnitude(b)
+    c = 170 / 255 / 255
+    assert gradient_similarity(a, b).item() == pytest.approx(((2 * g * h + c) / (g * g + h * h + c)).mean().item(), rel=1e-9)
+
+
+def test_discriminator_bound():
+    """InvSR's trainer clamps the latents that its discriminator sees to -10 and 10."""
+    assert LATENT_BOUND == 10
 
 
 def test_gradient_similarity_wants_texture():

@@ -10,17 +10,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fewstep_sr.diffusion import add_noise, alpha_bar_at, predict_x0
-
-from . import distillation
-from .bases import PROMPT_FILE
-from .common import denoiser, draw
-from .latents import Encoder
+from pipelines.training import distillation
+from pipelines.training.bases import PROMPT_FILE
+from pipelines.training.common import denoiser, draw
+from pipelines.training.latents import Encoder
+from pipelines.training.task import Task
 
 
 def small_unet(channels: tuple[int, ...] = (64, 64, 64), width: int = 64) -> UNet2DConditionModel:
     """A UNet with random weights, whose blocks add nothing yet; attention everywhere but at the highest resolution, heads of 32 channels.
 
-    The first convolution adds constants, for the same reason as a small VAE's (:func:`pipelines.training.autoencoder.small_vae`).
+    The first convolution adds constants, for the same reason as a small VAE's (:func:`tools.miniature.autoencoder.small_vae`).
     """
     lower = len(channels) - 1
     unet = UNet2DConditionModel(
@@ -48,17 +48,17 @@ def stable_diffusion_scheduler() -> DDPMScheduler:
     )
 
 
-class BaseUNetTask:
+class BaseUNetTask(Task):
     """Noise prediction on the latents of a frozen VAE (Ho et al., NeurIPS 2020, equation 14)."""
 
     def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_embeds: torch.Tensor):
         self.unet, self.vae, self.prompt_embeds = unet, vae.requires_grad_(False).eval(), prompt_embeds
         self.frozen, self._encode = [vae], Encoder(vae)
-        self.phases: dict[str, nn.Module] = {"unet": unet}
+        self.phases = {"unet": unet}
 
     def loss(self, phase, batch, generator):
         latents, noise = self._encode(batch["hq"], batch.get("number")).mean, draw(batch["hq"], generator)
-        timesteps = distillation.draw_timesteps(len(latents), generator).to(latents.device)
+        timesteps = distillation.draw_timesteps(len(latents), generator).to(latents.device, non_blocking=True)
         return distillation.regulariser_loss(latents, noise, timesteps, denoiser(self.phases[phase]), self._prompt(latents)), {}
 
     def sample(self, batch):

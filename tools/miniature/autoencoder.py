@@ -11,9 +11,9 @@ from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from torch import nn
 
 from fewstep_sr.networks.posterior import Posterior
-
-from .common import draw
-from .losses import gaussian_constraint
+from pipelines.training.common import draw
+from pipelines.training.losses import gaussian_constraint, gradient_loss
+from pipelines.training.task import Task
 
 SCALING_FACTOR = 0.18215
 """Stable Diffusion's: latents times this have deviation 1."""
@@ -80,7 +80,7 @@ class Autoencoder(nn.Module):
         return self.vae.decode(posterior.mean + posterior.std * noise).sample, kl
 
 
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Reconstruction (L1, L1 of differences at three scales, L1 of each latent cell's mean tone and hue, which normalisation would drop) and a weak pull of the
     posterior to the standard normal.
 
@@ -104,7 +104,7 @@ class AutoencoderTask:
         if decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-        self.phases: dict[str, nn.Module] = {"autoencoder": Autoencoder(vae)}
+        self.phases = {"autoencoder": Autoencoder(vae)}
 
     def loss(self, phase, batch, generator):
         hq = batch["hq"] * 2 - 1
@@ -132,16 +132,6 @@ class AutoencoderTask:
             vae = copy.deepcopy(vae).cpu()
             normalize_latents(vae, self.examples)
         vae.save_pretrained(folder / "vae")
-
-
-def gradient_loss(a: torch.Tensor, b: torch.Tensor, scales: int = 3) -> torch.Tensor:
-    """Mean absolute error of the differences between neighbours, summed over rows and columns and ``scales`` halvings: edges count, not tone alone."""
-    loss = a.new_zeros(())
-    for _ in range(scales):
-        for dim in (-2, -1):
-            loss = loss + (a.diff(dim=dim) - b.diff(dim=dim)).abs().mean()
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return loss
 
 
 @torch.no_grad()

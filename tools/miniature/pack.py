@@ -9,8 +9,7 @@ from safetensors import safe_open
 
 from fewstep_sr.methods import INVSR, OSEDIFF, load_weights
 from fewstep_sr.weights.save import save_safetensors
-
-from .bases import PROMPT_FILE
+from pipelines.training.bases import PROMPT_FILE
 
 
 def pack(base: Path, osediff: Path | None, noise_predictor: Path | None, folder: Path) -> int:

@@ -1,0 +1,139 @@
+"""What ``torch.save`` wrote, read with ``torch.load(weights_only=True)`` after a look at it that costs next to nothing.
+
+The look is for what PyTorch's reader does not mind: entries that unpack to more than the file, pickles that build large objects out of a few
+bytes, storages of another size than what is kept for them, and kinds of tensors that are no weights.
+"""
+
+import io
+import pickle
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+
+from .opcodes import python_objects, require_weights_alone
+from .strict import Refused
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
+
+# A tensor takes some 300 bytes of a pickle, and 100 of an archive's directory: room for tens of thousands of tensors.
+MAX_PICKLE = MAX_DIRECTORY = 16 << 20
+
+
+def read_pickled(path: Path, zipped: bool) -> dict:
+    """The dictionary in a file of ``torch.save``, its tensors on the CPU, memory-mapped where it is a zip archive.
+
+    Raises:
+        Refused: the file is damaged, holds something else than tensors, numbers and text, or claims more than it stores.
+        Exception: anything else, out of PyTorch's reader.
+    """
+    with path.open("rb") as file:
+        storages = _ZipStorages(file) if zipped else _LegacyStorages(file)
+    try:
+        content = torch.load(path, map_location=storages.place, weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise python_objects(culprit.group(1)) from None
+        raise
+    storages.require_all()
+    if isinstance(content, torch.Tensor) or not isinstance(content, Mapping):
+        raise Refused(f"found a single {type(content).__name__}, expected a dictionary of tensors.")
+    return dict(content)
+
+
+class _ZipStorages:
+    """Each of the pickle's storages must have the size of an entry of the archive of its own."""
+
+    def __init__(self, file: BinaryIO):
+        with zipfile.ZipFile(_Bounded(file, MAX_DIRECTORY)) as archive:
+            entries = archive.infolist()
+            names = Counter(entry.filename.lower() for entry in entries)  # as PyTorch's reader looks for them
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise Refused("this is a TorchScript archive, a program and its weights; expected a dictionary of tensors. Choose another file.")
+            if any(entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size for entry in entries):
+                raise Refused("its entries are compressed, which torch.save never does; expected a file of torch.save, or safetensors.")
+            if sum(entry.file_size for entry in entries) > _size(file) or max(names.values(), default=0) > 1:
+                raise Refused("the archive's entries overlap or have the same name; the file is damaged. Download it again.")
+            pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+            for entry in pickles[:1]:  # without one, PyTorch's reader says what is missing
+                if entry.file_size > MAX_PICKLE:
+                    raise Refused(_too_long(entry.file_size))
+                require_weights_alone(io.BytesIO(archive.read(entry)))
+        self.left = Counter(entry.file_size for entry in entries if "/data/" in entry.filename)
+
+    def place(self, storage, location: str):
+        """``map_location``: called once for each storage, which stays on the CPU."""
+        size = storage.nbytes()
+        if size and not self.left[size]:
+            raise Refused(f"a tensor claims {size:,} bytes, for which the archive has no entry of that size. Download it again.")
+        self.left[size] -= 1
+        return storage
+
+    def require_all(self) -> None:
+        """Nothing is left to compare: each storage was when it was placed."""
+
+
+class _LegacyStorages:
+    """In a file from before PyTorch 1.6, five pickles, the last of which names the storages whose numbers follow it."""
+
+    def __init__(self, file: BinaryIO):
+        reader = cast(BinaryIO, _Bounded(file, MAX_PICKLE))
+        texts = [require_weights_alone(reader, magic=torch.serialization.MAGIC_NUMBER if i == 0 else None) for i in range(5)]
+        self.named, self.stored = len(texts[4]), _size(file) - file.tell()
+        self.placed = self.claimed = 0
+
+    def place(self, storage, location: str):
+        """``map_location``: called once for each storage, which stays on the CPU."""
+        self.placed += 1
+        self.claimed += storage.nbytes()
+        if self.claimed > self.stored:
+            raise Refused(
+                f"the file is cut off, or damaged: its tensors claim {self.claimed:,} bytes, but {self.stored:,} are stored. Download it again."
+            )
+        return storage
+
+    def require_all(self) -> None:
+        """Storages that are not named are never filled."""
+        if self.placed != self.named:
+            raise Refused(f"it names {self.named} storages, but its tensors have {self.placed}; the file is damaged. Download it again.")
+
+
+class _Bounded(io.RawIOBase):
+    """A file of which no more is read at once, nor line by line, than a limit: lengths in a damaged file are not to be believed."""
+
+    def __init__(self, file: BinaryIO, limit: int):
+        self.file, self.limit, self.end = file, limit, _size(file)
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        left = self.end - self.tell()
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > self.limit:
+            raise Refused(_too_long(wanted))
+        return self.file.read(wanted)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self.file.readline(self.limit)
+
+
+def _too_long(size: int) -> str:
+    return f"a part that is not numbers claims {size:,} bytes, expected at most {MAX_PICKLE:,}; the file is damaged. Download it again."
+
+
+def _size(file: BinaryIO) -> int:
+    here = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return end

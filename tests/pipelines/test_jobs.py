@@ -1,0 +1,244 @@
+"""Which images a command names, where their results go, and what of them is done."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep_sr.methods import METHODS
+from pipelines.cli import main
+from pipelines.done import Results
+from pipelines.jobs import Job, beside, list_jobs
+from pipelines.pictures import Picture, Pixels, find_in_folder, write_picture
+from pipelines.settings import Settings
+
+OUT = Path("nowhere_yet")
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+    return folder
+
+
+def results(jobs: list[Job]) -> list[str]:
+    return [str(job.target.relative_to(OUT)) for job in jobs]
+
+
+def test_kinds_in_a_folder(tmp_path):
+    """Kinds that are written keep their suffix, others become PNG; kinds that are not read get a job, too, which says so."""
+    touch(tmp_path, "1.png", "2.bmp", "3.gif", "4.ppm", "5.jfif", "6.JPE", "7.heic", "8.tga", "9.CR2", "notes.txt", "movie.mp4", "Thumbs.db")
+    assert results(list_jobs([str(tmp_path)], OUT, None)) == ["1.png", "2.png", "3.png", "4.png", "5.jfif", "6.JPE", "7.png", "8.png", "9.png"]
+
+
+def test_files_of_systems_are_no_images(tmp_path):
+    touch(
+        tmp_path,
+        "a.png",
+        "sub/b.jpg",
+        "._a.png",
+        ".hidden.png",
+        ".thumbnails/c.png",
+        "__MACOSX/a.png",
+        "@eaDir/a.png",
+        "$RECYCLE.BIN/d.png",
+        "sub/.t/e.png",
+    )
+    assert results(list_jobs([str(tmp_path)], OUT, None)) == ["a.png", "sub/b.jpg"]
+    hidden = tmp_path / ".thumbnails"  # named by the user: their own choice
+    assert [path.name for path in find_in_folder(hidden, {".png"})] == ["c.png"]
+
+
+def test_one_name_for_two(tmp_path):
+    touch(tmp_path, "cat.png", "cat.bmp", "dog.bmp")
+    assert results(list_jobs([str(tmp_path)], OUT, None)) == ["cat.bmp.png", "cat.png", "dog.png"]
+    touch(tmp_path, "dog.gif")
+    with pytest.raises(ValueError, match=r"dog.bmp and .*dog.gif would both become"):
+        list_jobs([str(tmp_path)], OUT, None)
+
+
+def test_brackets_in_folders(tmp_path):
+    touch(tmp_path, "trip [2024]/p.jpg", "trip [2024]/q.jpg", "trip [2024]/r[1].png", "trip 2/z.jpg")
+    assert results(list_jobs([f"{tmp_path}/trip [[]2024]/*.jpg"], OUT, None)) == ["p.jpg", "q.jpg"]
+    assert results(list_jobs([f"{tmp_path}/trip [2024]/*.jpg"], OUT, None)) == ["p.jpg", "q.jpg"]
+    assert results(list_jobs([f"{tmp_path}/trip [2024]/r[1].png"], OUT, None)) == ["r[1].png"]
+    assert results(list_jobs([f"{tmp_path}/trip [0-9]/*.jpg"], OUT, None)) == ["z.jpg"]
+    assert len(list_jobs([f"{tmp_path}/**/*.jpg"], OUT, None)) == 3
+
+
+def test_links_are_images_of_their_own(tmp_path):
+    touch(tmp_path, "real/a.png", "in/own.png")
+    for name in ("x.png", "y.png"):
+        os.symlink(tmp_path / "real" / "a.png", tmp_path / "in" / name)
+    assert results(list_jobs([str(tmp_path / "in")], OUT, None)) == ["own.png", "x.png", "y.png"]
+    assert results(list_jobs([str(tmp_path / "in"), str(tmp_path / "in" / "x.png")], OUT, None)) == ["own.png", "x.png", "y.png"]
+    with pytest.raises(ValueError, match="would replace the picture itself"):
+        list_jobs([str(tmp_path / "in" / "x.png")], tmp_path / "real" / "a.png", None)
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(touch(tmp_path, "a.png"))
+    with pytest.raises(ValueError, match="INPUT: found an empty name"):
+        list_jobs([text], OUT, None)
+
+
+@pytest.mark.parametrize(
+    ("output", "suffix", "words"),
+    [
+        ("cat.bmp", None, "-o: found cat.bmp, but .bmp is not written"),
+        ("cat.HEIC", None, "-o: found cat.HEIC, but .heic is not written"),
+        ("cat.pdf", None, "-o: found cat.pdf, but .pdf is not written"),
+        ("a.jpg", ".png", "--format: found png, but -o names the file a.jpg"),
+        ("a.tiff", ".webp", "--format: found webp, but -o names the file a.tiff"),
+    ],
+)
+def test_output_names_that_contradict(tmp_path, output, suffix, words):
+    with pytest.raises(ValueError, match=words):
+        list_jobs([str(touch(tmp_path, "a.png") / "a.png")], tmp_path / output, suffix)
+
+
+def test_output_names_that_agree(tmp_path):
+    touch(tmp_path, "in.png")
+    source = str(tmp_path / "in.png")
+    for output, suffix in (("a.jpg", ".jpeg"), ("a.tif", ".tiff"), ("a.PNG", None), ("a.jfif", None)):
+        assert list_jobs([source], tmp_path / output, suffix)[0].target == tmp_path / output
+    assert list_jobs([source], tmp_path / "results.v2", None)[0].target == tmp_path / "results.v2" / "in.png"
+    (tmp_path / "album.png").mkdir()
+    assert list_jobs([source], tmp_path / "album.png", ".webp")[0].target == tmp_path / "album.png" / "in.webp"
+    assert beside([str(touch(tmp_path, "c.bmp") / "c.bmp")], 1.5, None).name == "c_x1.5.png"
+
+
+def settings(method="osediff", **kwargs) -> Settings:
+    return Settings(inputs=("a",), output=None, method=METHODS[method], **kwargs)
+
+
+def result(job: Job, own: Settings | None) -> None:
+    record = Results(own, [job]).record(job) if own else None
+    write_picture(Pixels(np.zeros((4, 4, 3), np.uint8)).tensor(), Picture(Pixels(np.zeros((4, 4, 3), np.uint8))), job.target, 95, record)
+
+
+OTHERS = [
+    {"method": "invsr"},
+    {"scale": 2.0},
+    {"seed": 1},
+    {"prompt": "a cat"},
+    {"cfg": 2.0},
+    {"color_fix": "wavelet"},
+    {"tile": 512},
+    {"weights": "other.pkl"},
+    {"options": {"tagger": Path("ram.pth")}},
+]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_settings_are_part_of_done(tmp_path, capsys, other, suffix):
+    touch(tmp_path, "a.png", "b.png")
+    jobs = [Job(tmp_path / "a.png", tmp_path / "out" / f"a{suffix}"), Job(tmp_path / "b.png", tmp_path / "out" / f"b{suffix}")]
+    for job in jobs:
+        result(job, settings())
+    look = Results(settings(), jobs)
+    assert [look(job) for job in jobs] == [True, True]
+    look = Results(settings(**other), jobs)
+    assert [look(job) for job in jobs] == [False, False]
+    look.report(0)
+    assert "2 were made with other settings and are done again (a" in capsys.readouterr().err
+    (name,) = other
+    if name != "options":
+        assert name in look.other[0][1]
+    look = Results(settings(**other, overwrite=True), jobs)
+    assert not look(jobs[0]) and not look.other
+
+
+def test_what_does_not_change_a_result(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    jobs = [Job(tmp_path / f"{n}.png", tmp_path / "out" / f"{n}.png") for n in "ab"]
+    result(jobs[0], settings())
+    for same in ({"device": "cpu"}, {"offload": True}, {"quality": 50}, {"negative_prompt": "x"}, {"weights": None}):
+        assert Results(settings(**same), jobs)(jobs[0]), same
+    (tmp_path / "a.png").write_bytes(b"another photo of the same name")
+    look = Results(settings(), jobs)
+    assert not look(jobs[0]) and look.other[0][1] == "another source"
+
+
+def test_records_hold_no_paths(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "base.safetensors").write_bytes(b"1234")
+    touch(tmp_path, "a.png")
+    line = Results(settings(base=str(tmp_path / "secret" / "base.safetensors")), []).record(Job(tmp_path / "a.png", tmp_path / "b.png"))
+    assert "base.safetensors (4 bytes)" in line and "secret" not in line
+
+
+def test_what_else_may_lie_there(tmp_path, capsys):
+    """An empty file is no result; another program's file is left, and named; a folder fails alone."""
+    touch(tmp_path, "a.png", "b.png", "c.png", "out/b.png")
+    jobs = [Job(tmp_path / f"{n}.png", tmp_path / "out" / f"{n}.png") for n in "abc"]
+    jobs[0].target.write_bytes(b"")
+    jobs[2].target.mkdir()
+    look = Results(settings(), jobs)
+    assert [look(job) for job in jobs] == [False, True, False]
+    look.report(1)
+    assert "1 of these hold no record of how they were made: b.png" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"c.png is a folder, expected a file"):
+        Results(settings(), jobs[2:])(jobs[2])
+
+
+def test_a_single_named_file_is_done_again(tmp_path):
+    touch(tmp_path, "a.png")
+    job = Job(tmp_path / "a.png", tmp_path / "b.png", named=True)
+    result(job, settings())
+    assert not Results(settings(), [job])(job)
+    result(job, None)
+    with pytest.raises(FileExistsError, match="b.png exists and is no result of this program"):
+        Results(settings(), [job])(job)
+    assert not Results(settings(overwrite=True), [job])(job)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--scale nan", "--scale: found nan, expected a finite number of more than 0"),
+        ("--scale inf", "--scale: found inf"),
+        ("--scale 0", "--scale: found 0"),
+        ("--scale -2", "--scale: found -2"),
+        ("--cfg nan", "--cfg: found nan"),
+        (f"--seed {2**64}", f"--seed: found {2**64}, expected 0 to"),
+        ("--seed -1", "--seed: found -1"),
+        ("--quality 500", "--quality: found 500, expected 1 to 100"),
+        ("--quality 0", "--quality: found 0"),
+        ("--tile 100", "--tile: found 100, expected a multiple of 64 from 256 on"),
+        ("--tile -64", "--tile: found -64"),
+        ("--device gpu", "--device: found 'gpu', expected one of those here: cpu"),
+        ("--device cuda:99", "--device: found 'cuda:99'"),
+        ("--device meta", "--device: found 'meta'"),
+        ("--steps 0", "steps: found 0"),
+    ],
+)
+def test_options_edges(tmp_path, capsys, words, message):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    method = [] if "cfg" in words else ["--demo"]
+    assert main(["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), *method, *words.split()]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        ({"negative_prompt": "x"}, "--negative-prompt is passed over"),
+        ({"options": {"dape": Path("d.pth")}}, "--dape is passed over: it goes with --tagger"),
+        ({"suffix": ".png", "quality": 50}, "--quality is passed over: PNG loses nothing"),
+        ({"method": "invsr", "options": {"steps": 9, "timesteps": ()}}, "--steps 9: InvSR is published with 1 to 5; these are evenly spaced"),
+        ({"method": "invsr", "options": {"steps": 3, "timesteps": (100,)}}, "--steps is passed over"),
+    ],
+)
+def test_options_that_change_nothing_are_said(capsys, own, words):
+    from pipelines.ranges import say_ignored
+
+    say_ignored(settings(**own))
+    assert words in capsys.readouterr().err
+    say_ignored(settings())
+    assert capsys.readouterr().err == ""

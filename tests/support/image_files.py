@@ -1,0 +1,61 @@
+"""Image files that Pillow does not write, byte by byte from the formats' specifications."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def write_png(path: Path, values: np.ndarray, bits: int = 16, key: tuple[int, ...] = (), before: bytes = b"", after: bytes = b"") -> None:
+    """(H, W, channels) with each filter by turns up to Up; ``key`` is the transparent colour, ``before`` and ``after`` chunks around the pixels."""
+    height, width, channels = values.shape
+    rows, above = b"", None
+    for y, row in enumerate(values):
+        if bits < 8:
+            digits = "".join(f"{int(v):0{bits}b}" for v in row.ravel())
+            line = np.frombuffer(int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big"), np.uint8)
+        else:
+            line = np.frombuffer(row.astype(f">u{bits // 8}").tobytes(), np.uint8)
+        step = max(1, channels * bits // 8)
+        left = np.concatenate([np.zeros(step, np.uint8), line[:-step]])
+        kind = y % 3 if y else y % 2
+        rows += bytes([kind]) + (line - (0, left, above)[kind]).astype(np.uint8).tobytes()
+        above = line
+    header = struct.pack(">IIBBBBB", width, height, bits, _COLOR_TYPES[channels], 0, 0, 0)
+    transparent = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    body = chunk(b"IHDR", header) + before + transparent + chunk(b"IDAT", zlib.compress(rows)) + after + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def write_tiff(path: Path, values: np.ndarray, order: str = "<", white_is_zero: bool = False, alpha: int = 2, orientation: int = 1) -> None:
+    """(H, W, 1, 3 or 4), any unsigned or floating-point type, uncompressed. ``alpha``: 1 multiplied into the colours, 2 not."""
+    height, width, channels = values.shape
+    bits = 8 * values.dtype.itemsize
+    photometric = 2 if channels > 2 else 0 if white_is_zero else 1
+    tags = [
+        (256, 4, (width,)), (257, 4, (height,)), (258, 3, (bits,) * channels), (259, 3, (1,)), (262, 3, (photometric,)), (273, 4, (0,)),
+        (274, 3, (orientation,)), (277, 3, (channels,)), (278, 4, (height,)), (279, 4, (values.nbytes,)),
+    ]  # fmt: skip
+    tags += [(338, 3, (alpha,))] if channels == 4 else []
+    tags += [(339, 3, (3,) * channels)] if values.dtype.kind == "f" else []
+    at = 8 + 2 + 12 * len(tags) + 4
+    extra, entries = b"", b""
+    offsets = {tag: len(v) * (2 if kind == 3 else 4) for tag, kind, v in tags}
+    start = at + sum(size for size in offsets.values() if size > 4)
+    for tag, kind, value in tags:
+        value = (start,) if tag == 273 else value
+        data = struct.pack(f"{order}{len(value)}{'H' if kind == 3 else 'I'}", *value)
+        if len(data) > 4:
+            entries += struct.pack(f"{order}HHII", tag, kind, len(value), at + len(extra))
+            extra += data
+        else:
+            entries += struct.pack(f"{order}HHI", tag, kind, len(value)) + data.ljust(4, b"\0")
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    path.write_bytes(head + entries + bytes(4) + extra + values.astype(values.dtype.newbyteorder(order)).tobytes())

@@ -1,0 +1,97 @@
+"""The command line, ``python -m tools.miniature``: synthesize, vae, base, pack. The methods on top of the base train as any other does, with ``python -m pipelines train``."""
+
+import argparse
+from pathlib import Path
+
+from pipelines.cli import run_command
+from pipelines.training.arguments import RAW, add_common, loop_options, training_pictures
+
+_SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 where it failed."""
+    return run_command(_parser().parse_args(argv))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.miniature", description="How the miniature is made.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
+
+    command = commands.add_parser("synthesize", parents=[common], help="draw synthetic pictures to train on", description=_SYNTHESIZE, **RAW)
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--count", type=int, default=400, help="default: %(default)s")
+    command.add_argument("--size", type=int, default=512, help="side in pixels (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
+    command.set_defaults(run=_synthesize)
+
+    command = commands.add_parser("vae", parents=[common], help="train a small VAE of Stable Diffusion's shape", **RAW)
+    add_common(command, lr=7e-4)
+    command.add_argument("--init", type=Path, help="go on from this VAE (a diffusers folder) instead of random weights")
+    command.add_argument("--channels", type=int, nargs="+", default=[32, 32, 64, 128], help="of each resolution (default: 32 32 64 128)")
+    command.add_argument("--kl-weight", type=float, default=1e-4, help="pull of the posterior to the standard normal (default: %(default)g)")
+    command.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it the latents")
+    command.set_defaults(run=_vae)
+
+    command = commands.add_parser("base", parents=[common], help="train a small UNet of Stable Diffusion's shape on a VAE", **RAW)
+    add_common(command, lr=5e-4)
+    command.add_argument("--vae", type=Path, required=True, help="the VAE (a diffusers folder)")
+    command.add_argument("--channels", type=int, nargs="+", default=[64, 64, 64], help="of each resolution (default: 64 64 64)")
+    command.add_argument("--width", type=int, default=64, help="of the prompt embedding (default: %(default)s)")
+    command.set_defaults(run=_base)
+
+    command = commands.add_parser("pack", parents=[common], help="a base and the methods' weights for it into one folder, in half precision", **RAW)
+    command.add_argument("--base", type=Path, required=True, help="the base (a diffusers folder)")
+    command.add_argument("--osediff", type=Path, help="its OSEDiff adapter")
+    command.add_argument("--noise-predictor", type=Path, help="its noise predictor")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.set_defaults(run=_pack)
+    return parser
+
+
+def _synthesize(arguments: argparse.Namespace) -> int:
+    from .synthetic import write_pictures
+
+    write_pictures(arguments.output, arguments.count, arguments.size, arguments.seed)
+    return 0
+
+
+def _vae(arguments: argparse.Namespace) -> int:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from pipelines.training.loop import train
+
+    from .autoencoder import AutoencoderTask, small_vae
+
+    options = loop_options(arguments)
+    vae = AutoencoderKL.from_pretrained(arguments.init) if arguments.init else small_vae(tuple(arguments.channels))
+    pictures = training_pictures(arguments)
+    examples = torch.stack([pictures[i]["hq"] for i in range(256)])
+    train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, options)
+    return 0
+
+
+def _base(arguments: argparse.Namespace) -> int:
+    import torch
+    from diffusers import AutoencoderKL
+
+    from pipelines.training.loop import train
+
+    from .base_unet import BaseUNetTask, small_unet
+
+    options = loop_options(arguments)
+    prompt_embeds = torch.randn(1, 8, arguments.width)
+    task = BaseUNetTask(small_unet(tuple(arguments.channels), arguments.width), AutoencoderKL.from_pretrained(arguments.vae), prompt_embeds)
+    train(task, training_pictures(arguments), options)
+    return 0
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from .pack import pack
+
+    size = pack(arguments.base, arguments.osediff, arguments.noise_predictor, arguments.output)
+    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights")
+    return 0
