@@ -16,8 +16,8 @@ def stages(comfy):
     model, vae = toys.comfy_model(SEED), toys.comfy_vae(SEED)
     torch.save(toys.predictor_state_dict(SEED), comfy.folder("invsr") / "memory.pth")
     predictor = comfy.run("InvSRNoisePredictorLoader", noise_predictor_name="memory.pth")[0]
-    latent = {"samples": torch.randn(4, 4, 24, 20, generator=torch.Generator().manual_seed(1))}
-    images = picture(SEED, 192, 160, batch=4)
+    latent = {"samples": torch.randn(4, 4, 20, 12, generator=torch.Generator().manual_seed(1))}
+    images = picture(SEED, 160, 96, batch=4)
     tiled = comfy.run("FewStepSRTiledModel", model=model, tile_size=16, overlap=8)[0]
 
     def one_step(model):
