@@ -87,9 +87,10 @@ def figures():
     spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
     quality = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(quality)
-    return quality.measure(sorted(PHOTOS.glob("*.png")), seeds=3)
+    return quality.measure(sorted(PHOTOS.glob("*.png")), seeds=12)  # with fewer, chance decides about the third digit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["OSEDiff", "InvSR"])
 def test_restores_held_out_photos(figures, method):
     """More of the structure than bicubic enlargement by all three measures, and not at fidelity's cost."""
