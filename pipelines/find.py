@@ -45,10 +45,11 @@ def find(source: Source, option: str, given: str | None, comfyui: Path | None, d
         raise FileNotFoundError(f"{option}: there is no {given} here{looked}. Give the path of the file{hint}.")
     if cached := _published_in_cache(source):
         return cached
-    if not download:
+    if not download or source.by_hand:
+        fetched = "It is linked from" if source.by_hand else "With --download it is fetched from"
         raise FileNotFoundError(
             f"{source.what} ({source.names[0]}) was not found: put it into {folder or '<ComfyUI>/models/' + source.folder} and name that ComfyUI "
-            f"with --comfyui or COMFYUI_PATH, or give its path with {option}. With --download it is fetched from "
+            f"with --comfyui or COMFYUI_PATH, or give its path with {option}. {fetched} "
             f"{source.page} (licence: {source.licence})."
         )
     print(f"Fetching {source.what}. Licence: {source.licence}", file=sys.stderr)

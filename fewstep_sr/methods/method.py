@@ -24,7 +24,8 @@ class Paper:
 class Source:
     """A file or a base to load: the names that it has in ComfyUI's models folder, and where it is published under which licence.
 
-    ``repository`` is a hub id; ``file`` a file in it (None: a whole diffusers repository); ``url`` is for what is on no hub. ``size`` is in words.
+    ``repository`` is a hub id; ``file`` a file in it (None: a whole diffusers repository); ``url`` is for what is on no hub;
+    with ``by_hand`` it is a page from which a person downloads. ``size`` is in words.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Source:
     repository: str | None = None
     file: str | None = None
     url: str | None = None
+    by_hand: bool = False
 
     @property
     def page(self) -> str:

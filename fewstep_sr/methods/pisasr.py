@@ -111,6 +111,7 @@ PISASR = Method(
         licence="Apache-2.0, https://github.com/csslc/PiSA-SR",
         size="about 34 MB (computed from tensor shapes)",
         url="https://github.com/csslc/PiSA-SR",
+        by_hand=True,
     ),
     kind=FileKind("pisasr", "a PiSA-SR adapter", is_pisasr),
     contents="two sets of low-rank weights for the UNet, 'pix' and 'sem'",

@@ -8,8 +8,9 @@ from toys import gaussian, golden, picture, relative_error
 
 from fewstep_sr.diffusion import alpha_bar_at, predict_x0
 from fewstep_sr.image.color import fix_color
-from fewstep_sr.methods import hypir, pisasr
+from fewstep_sr.methods import PISASR, hypir, pisasr
 from pipelines import HYPIRPipeline, PiSASRPipeline
+from pipelines.find import find_weights
 
 TOLERANCE = 1e-4
 
@@ -99,3 +100,8 @@ def test_saved_and_loaded(case, kind, tmp_path):
     assert relative_error(again.one_step(arrays["latent"], embeds), expected) < 1e-5  # the sets may be added in another order
     with pytest.raises(ValueError, match="found an OSEDiff adapter; expected"):
         again.load_weights(toys.GOLDEN / "osediff_square.pkl")
+
+
+def test_what_only_a_person_can_download_is_not_fetched(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"PiSA-SR's adapter .* It is linked from https://github.com/csslc/PiSA-SR"):
+        find_weights(PISASR, None, None, download=True)
