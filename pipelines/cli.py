@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
-    command.add_argument("--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, a file, a whole checkpoint or a diffusers folder")
+    command.add_argument(
+        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, a file, a whole checkpoint or a diffusers folder"
+    )
     command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
     command.set_defaults(run=_convert)
 
@@ -118,7 +120,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
-    weights.add_argument("--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)")
+    weights.add_argument(
+        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
+    )
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
 

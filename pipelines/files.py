@@ -29,7 +29,9 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
     method = method_of(kind)
     if (vae is None) == is_light_decoder(kind):
         what, wanted = (f"{kind.phrase} alone", "its base's VAE") if vae is None else (kind.phrase, "AdcSR's or VOSR's decoder")
-        raise ValueError(f"--vae: found {what} in {path.name}, expected {wanted}: a VAE file, a whole checkpoint or a diffusers folder goes with them.")
+        raise ValueError(
+            f"--vae: found {what} in {path.name}, expected {wanted}: a VAE file, a whole checkpoint or a diffusers folder goes with them."
+        )
     if dape is not None and kind.id != TAGGER.id:
         raise ValueError(f"--dape: found {kind.phrase} in {path.name}, expected RAM's tagger, which DAPE is for.")
     if method is not None:
@@ -40,7 +42,7 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
         convert_light_decoder(path, kind, vae, output)
     else:
         known = ", ".join(other.kind.phrase for other in METHODS.values())
-        raise ValueError(f"{path.name}: found {kind.phrase}; expected {known}, {TAGGER.phrase} or a light decoder.")
+        raise ValueError(f"{path.name}: found {kind.found}; expected {known}, {TAGGER.phrase} or a light decoder.")
     return f"{path} ({kind.phrase}, {_size(path)}) -> {output} ({_size(output)})"
 
 
@@ -55,6 +57,8 @@ def describe_file(path: Path) -> str:
         lines += _tagger(path)
     elif is_light_decoder(kind):
         lines += _light_decoder(read_light_decoder(path, kind))
+    elif kind.lacking:
+        lines.append(f"  not run here: {kind.lacking}")
     lines += [f"  {key}: {value}" for key, value in sorted(metadata.items()) if key != "format" and len(value) <= 200]
     return "\n".join(lines)
 

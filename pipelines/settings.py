@@ -73,7 +73,13 @@ class Settings:
         if self.method.demo is None:
             demos = ", ".join(method.key for method in METHODS.values() if method.demo)
             raise ValueError(f"--demo: the miniature has no weights for {self.method.title}. Choose --method {demos}.")
-        refused = {"--base": self.base, "--weights": self.weights, "--decoder": self.decoder, "--prompt": self.prompt, "--tagger": self.options.get("tagger")}
+        refused = {
+            "--base": self.base,
+            "--weights": self.weights,
+            "--decoder": self.decoder,
+            "--prompt": self.prompt,
+            "--tagger": self.options.get("tagger"),
+        }
         if given := [option for option, value in refused.items() if value is not None]:
             raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
         if self.cfg != 1:

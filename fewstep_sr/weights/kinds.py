@@ -15,11 +15,20 @@ from .strict import printable
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of weight file. ``matches(state)`` recognises it by the keys, and is asked in the order of the list."""
+    """A kind of weight file. ``matches(state)`` recognises it by the keys, and is asked in the order of the list.
+
+    ``lacking`` is what running it would take, for methods that are known and not run here.
+    """
 
     id: str
     phrase: str
     matches: Callable[[Mapping], bool]
+    lacking: str = ""
+
+    @property
+    def found(self) -> str:
+        """The phrase for an error, with what is lacking."""
+        return f"{self.phrase}, which is not run here ({self.lacking})" if self.lacking else self.phrase
 
 
 def strip_wrappers(key: str) -> str:
@@ -103,7 +112,9 @@ LORA = FileKind("lora", "a LoRA", has_key(r"lora_unet_|lora_te|\.lora_(A|B|down|
 UNET = FileKind("unet", "a whole UNet", has_key(r"^(down_blocks\.0\.(attentions|resnets)\.|input_blocks\.0\.0\.)"))
 VAE = FileKind("vae", "a VAE", has_key(r"^(first_stage_model\.|encoder\.down\.0\.block\.|(decoder\.up|encoder\.down)_blocks\.0\.)"))
 LIGHT_VAE = FileKind("light-vae", "a VAE with a half-width decoder", _has_light_decoder)
-TAESD = FileKind("taesd", "TAESD, a tiny autoencoder for previews", has_key(r"^(taesd_(en|de)coder\.|(en|de)coder\.layers\.0\.weight|\d+\.conv\.0\.weight)"))
+TAESD = FileKind(
+    "taesd", "TAESD, a tiny autoencoder for previews", has_key(r"^(taesd_(en|de)coder\.|(en|de)coder\.layers\.0\.weight|\d+\.conv\.0\.weight)")
+)
 CHECKPOINT = FileKind("checkpoint", "a whole checkpoint", has_key(r"^model\.diffusion_model\.(input_blocks|output_blocks)\."))
 UNKNOWN = FileKind("unknown", "an unknown file", lambda state: True)
 

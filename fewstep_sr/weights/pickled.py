@@ -27,7 +27,9 @@ MAX_PICKLE = MAX_DIRECTORY = 16 << 20
 MAX_PASSED_OVER = 100
 """Kinds of Python objects in one file."""
 
-_OF_PYTORCH = re.compile(r"torch\.\w+|torch\.(_utils\._rebuild\w+|storage\.\w+|serialization\.\w+|nn\.parameter\.Parameter)|collections\.(OrderedDict|Counter)")
+_OF_PYTORCH = re.compile(
+    r"torch\.\w+|torch\.(_utils\._rebuild\w+|storage\.\w+|serialization\.\w+|nn\.parameter\.Parameter)|collections\.(OrderedDict|Counter)"
+)
 
 
 def read_pickled(path: Path, zipped: bool, pass_over: bool = False) -> tuple[dict, list[str]]:

@@ -64,7 +64,9 @@ def _file_of(path: Path) -> Path:
     places = [folder / name for folder in (path / "vae", path) for name in _FILES]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"{printable(str(path))}: found no {_FILES[0]} in this folder or in its vae folder. Give a diffusers folder or a file.")
+        raise FileNotFoundError(
+            f"{printable(str(path))}: found no {_FILES[0]} in this folder or in its vae folder. Give a diffusers folder or a file."
+        )
     return found
 
 
@@ -97,7 +99,9 @@ def coder_shapes(weights: Mapping[str, torch.Tensor], part: str, name: str) -> d
     levels, layers = 1 + max((int(i) for i, _ in numbers), default=-1), 1 + max((int(j) for _, j in numbers), default=-1)
     widths = [_width(weights, f"{blocks}.{i}.resnets.0.conv2.weight", name) for i in range(min(levels, 8))]
     if levels != 4 or not 1 <= layers <= 8:
-        raise ValueError(f"{name}: found {levels} levels in the VAE's {part}, expected Stable Diffusion's 4; the file is incomplete or of another model.")
+        raise ValueError(
+            f"{name}: found {levels} levels in the VAE's {part}, expected Stable Diffusion's 4; the file is incomplete or of another model."
+        )
     shapes = _Shapes()
     first, last, deepest = widths[0], widths[-1], widths[-1] if down else widths[0]
     shapes.convolution("conv_in", 3 if down else 4, first)

@@ -79,7 +79,9 @@ def test_published_widths_load_by_themselves(comfy, tmp_path, family):
         torch.save({"state_dict": {f"decoder.{key}": value for key, value in decoder.items()}, "epoch": 1}, tmp_path / "light.pth")
     else:
         torch.save({"config": {"block_out_channels": list(PUBLISHED)}, "model_state_dict": decoder}, tmp_path / "light.pth")
-    safetensors.torch.save_file({f"first_stage_model.{key}": value for key, value in random_weights(vae_shapes(), 0).items()}, tmp_path / "base.safetensors")
+    safetensors.torch.save_file(
+        {f"first_stage_model.{key}": value for key, value in random_weights(vae_shapes(), 0).items()}, tmp_path / "base.safetensors"
+    )
     folder_paths.add_model_folder_path("vae", str(tmp_path))
     convert(tmp_path / "light.pth", tmp_path / f"{family}.safetensors", vae=tmp_path / "base.safetensors")
     folder_paths.filename_list_cache.clear()

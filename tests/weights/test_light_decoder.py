@@ -110,9 +110,17 @@ def test_incomplete_bases_are_named(tmp_path):
             convert(GOLDEN / FILES["adcsr"], tmp_path / "out.safetensors", vae=path)
         assert not (tmp_path / "out.safetensors").exists()
 
-    fails({key: value for key, value in weights.items() if key != "quant_conv.bias"}, r"base.safetensors: quant_conv.bias has no tensor, expected \(8,\)")
-    fails(weights | {"post_quant_conv.weight": torch.zeros(16, 16, 1, 1)}, r"post_quant_conv.weight has shape \(16, 16, 1, 1\), expected \(4, 4, 1, 1\)")
-    fails({key: value for key, value in weights.items() if "up_blocks.3" not in key}, "found 3 levels in the VAE's decoder, expected Stable Diffusion's 4")
+    fails(
+        {key: value for key, value in weights.items() if key != "quant_conv.bias"},
+        r"base.safetensors: quant_conv.bias has no tensor, expected \(8,\)",
+    )
+    fails(
+        weights | {"post_quant_conv.weight": torch.zeros(16, 16, 1, 1)}, r"post_quant_conv.weight has shape \(16, 16, 1, 1\), expected \(4, 4, 1, 1\)"
+    )
+    fails(
+        {key: value for key, value in weights.items() if "up_blocks.3" not in key},
+        "found 3 levels in the VAE's decoder, expected Stable Diffusion's 4",
+    )
     fails({"a": torch.zeros(1)}, "found no VAE, expected Stable Diffusion's")
     fails(weights | {"encoder.extra.weight": torch.zeros(1)}, "encoder.extra.weight is no part of Stable Diffusion's VAE")
     with pytest.raises(FileNotFoundError, match=r"found no diffusion_pytorch_model\.safetensors in this folder"):
