@@ -2,7 +2,7 @@
 
     python tools/mutate.py fewstep_sr/diffusion.py --tests "tests/methods tests/pipelines/test_pipelines_golden.py"
 
-Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after torch is imported. What survives is printed with its line and change.
+Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after the libraries are imported. What survives is printed with its line and change.
 Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the reason,
 with " | " between them; they do not count.
 
@@ -12,7 +12,9 @@ compares or looks up, returned values, deleted statements, and default arguments
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
 import multiprocessing
 import os
 import random
@@ -26,11 +28,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401 (once, for all the processes that are forked off)
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tools" / "equivalent_mutants.txt"
-SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "docs", "node_modules"}
+SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", "node_modules"}
+
+WARM = ("torch", "einops", "numpy", "PIL.Image", "safetensors.torch")
+WARM_PIPELINES = ("accelerate", "peft", "transformers", "diffusers.models", "diffusers.training_utils")
+"""What tests import that takes long, once for all the processes that are forked off."""
 
 _BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.Pow: ast.Mult}
 _COMPARE = {
@@ -219,6 +224,9 @@ def main() -> int:
     if arguments.sample and arguments.sample < len(found):
         found = random.Random(arguments.seed).sample(found, arguments.sample)
     tests = arguments.tests.split()
+    for module in (*WARM, *(WARM_PIPELINES if any("pipelines" in file.parts for file in arguments.files) else ())):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / str(i) for i in range(arguments.jobs)]
         for folder in folders:

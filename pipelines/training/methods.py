@@ -3,9 +3,15 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import RAW, add_common, loop_options, report, training_pictures
+from .arguments import RAW, add_common, begin, report, training_pictures
 from .ranges import WEIGHT, real, whole
+
+if TYPE_CHECKING:
+    from .bases import Base
+    from .data import TrainingPictures
+    from .settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings
 
 _PACKAGE = __package__.rpartition(".")[0]
 _OSEDIFF = f"""\
@@ -115,105 +121,71 @@ def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
     command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
 
 
-def _base(arguments: argparse.Namespace, method: str):
+def _base(settings: "BaseSettings", method: str) -> "Base":
     from fewstep_sr.methods import METHODS
 
     from ..find import find_base
     from .bases import load_base
 
-    comfyui = Path(arguments.comfyui).expanduser() if arguments.comfyui else None
-    return load_base(find_base(METHODS[method], arguments.base, comfyui, arguments.download), arguments.download, comfyui)
+    name = find_base(METHODS[method], settings.base, settings.comfyui, settings.download)
+    return load_base(name, settings.download, settings.comfyui)
 
 
-def _pairs(arguments: argparse.Namespace):
+def _pairs(settings: "DataSettings") -> "TrainingPictures":
     from .degradation import Degradation
 
-    if arguments.patch % 64:
-        raise ValueError(f"--patch: found {arguments.patch}, expected a multiple of 64, the UNet's coarsest cell.")
-    return training_pictures(arguments, Degradation())
+    return training_pictures(settings, Degradation())
 
 
 def _osediff(arguments: argparse.Namespace) -> int:
+    from .settings import OSEDiffSettings
+
+    return _train_osediff(OSEDiffSettings.from_arguments(arguments))
+
+
+def _train_osediff(settings: "OSEDiffSettings") -> int:
     from fewstep_sr.methods.osediff import NEGATIVE_PROMPT
 
     from ..tagger import PromptTagger
     from .bases import Prompts
     from .loop import train
-    from .osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
+    from .osediff import ADAPTER_FILE, OSEDiffTask
     from .perceptual import load_lpips
 
-    loop, pictures = loop_options(arguments), _pairs(arguments)
-    base = _base(arguments, "osediff")
-    tagger = PromptTagger.from_files(arguments.tagger, arguments.dape) if arguments.tagger else None
-    negative = NEGATIVE_PROMPT if arguments.negative_prompt is None else arguments.negative_prompt
-    prompts = Prompts(base, arguments.prompt or "", negative, tagger, arguments.prompt_embeds)
-    options = OSEDiffOptions(
-        rank=arguments.rank,
-        mse=arguments.mse_weight,
-        lpips=arguments.lpips_weight,
-        vsd=arguments.vsd_weight,
-        regulariser=arguments.regulariser_weight,
-        regulariser_everywhere=arguments.regulariser_everywhere,
-        guidance=arguments.guidance,
-        latent=arguments.latent_weight,
-        latent_l1=arguments.latent_loss == "l1",
-        gradients=arguments.gradient_weight,
-        structure=arguments.structure_weight,
-        timestep=arguments.timestep,
-        vae_lr=arguments.vae_lr,
-    )
-    lpips = load_lpips() if arguments.lpips_weight else None
-    train(OSEDiffTask(base, prompts, options, lpips, arguments.gradient_checkpointing), pictures, loop)
-    report(loop, ADAPTER_FILE)
+    begin(settings.data)
+    pictures, base = _pairs(settings.data), _base(settings.base, "osediff")
+    tagger = PromptTagger.from_files(settings.tagger, settings.dape) if settings.tagger else None
+    negative = NEGATIVE_PROMPT if settings.negative_prompt is None else settings.negative_prompt
+    prompts = Prompts(base, settings.base.prompt or "", negative, tagger, settings.base.prompt_embeds)
+    lpips = load_lpips() if settings.options.lpips else None
+    train(OSEDiffTask(base, prompts, settings.options, lpips, settings.base.gradient_checkpointing), pictures, settings.data.loop)
+    report(settings.data.loop, ADAPTER_FILE)
     return 0
 
 
 def _invsr(arguments: argparse.Namespace) -> int:
+    from .settings import InvSRSettings
+
+    return _train_invsr(InvSRSettings.from_arguments(arguments))
+
+
+def _train_invsr(settings: "InvSRSettings") -> int:
     from fewstep_sr.methods import INVSR, load_weights
-    from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
     from .bases import Prompts
-    from .invsr import PREDICTOR_FILE, TIMESTEPS, InvSROptions, InvSRTask
+    from .invsr import PREDICTOR_FILE, InvSRTask
     from .loop import train
     from .perceptual import LatentLPIPS
 
-    if arguments.variance_alone and (arguments.weight_decay or not arguments.init or not arguments.variance_weight):
-        raise ValueError("--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay.")
-    if len(arguments.predictor_channels) != len(arguments.predictor_layers):
-        found = f"{len(arguments.predictor_channels)} and {len(arguments.predictor_layers)}"
-        raise ValueError(f"--predictor-channels, --predictor-layers: found {found} numbers, expected as many of one as of the other, one a level.")
-    loop, pictures = loop_options(arguments), _pairs(arguments)
-    base = _base(arguments, "invsr")
-    prompts = Prompts(base, INVSR.prompt if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
-    start = arguments.mode == "start"
-    options = InvSROptions(
-        start=start,
-        timesteps=tuple(arguments.timesteps or (TIMESTEPS if start else TIMESTEPS[1:])),
-        latent=arguments.latent_weight,
-        perceptual=arguments.perceptual_weight,
-        gaussian=arguments.gaussian_weight if arguments.gaussian_weight is not None else (0.0 if start else 0.1),
-        variance=arguments.variance_weight,
-        variance_alone=arguments.variance_alone,
-        structure=arguments.structure_weight,
-        adversarial=arguments.adversarial_weight,
-        adversarial_from=arguments.adversarial_from,
-        discriminator_channels=tuple(arguments.discriminator_channels),
-    )
-    weights = load_weights(INVSR, arguments.init) if arguments.init else None
-    config = (
-        weights.config
-        if weights
-        else NoisePredictorConfig(
-            block_out_channels=tuple(arguments.predictor_channels),
-            layers_per_block=tuple(arguments.predictor_layers),
-            time_channels=arguments.predictor_time[0],
-            temb_channels=arguments.predictor_time[1],
-        )
-    )
-    perceptual = LatentLPIPS.from_file(arguments.perceptual) if arguments.perceptual else None
-    task = InvSRTask(base, prompts, options, config, perceptual, arguments.gradient_checkpointing)
+    begin(settings.data)
+    pictures, base = _pairs(settings.data), _base(settings.base, "invsr")
+    prompts = Prompts(base, INVSR.prompt if settings.base.prompt is None else settings.base.prompt, file=settings.base.prompt_embeds)
+    weights = load_weights(INVSR, settings.init) if settings.init else None
+    perceptual = LatentLPIPS.from_file(settings.perceptual) if settings.perceptual else None
+    config = weights.config if weights else settings.predictor
+    task = InvSRTask(base, prompts, settings.options, config, perceptual, settings.base.gradient_checkpointing)
     if weights:
         task.predictor.load_state_dict(weights.state_dict)
-    train(task, pictures, loop)
-    report(loop, PREDICTOR_FILE)
+    train(task, pictures, settings.data.loop)
+    report(settings.data.loop, PREDICTOR_FILE)
     return 0

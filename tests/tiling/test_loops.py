@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from memory import Memory
 
 from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 from fewstep_sr.networks.posterior import Posterior
@@ -15,30 +16,6 @@ from fewstep_sr.tiling.predictor import MAX_WINDOWS, OVERLAP, WINDOW, NoiseCanva
 from fewstep_sr.tiling.tagging import tag_logits
 from fewstep_sr.tiling.tiles import Tile, TileLayout
 from fewstep_sr.tiling.unet import cut_items, list_items, predict_in_tiles
-
-
-class Memory(Runtime):
-    """A runtime with memory for ``fits`` items a call, which keeps what it is told."""
-
-    def __init__(self, fits: int = 1000):
-        self.fits, self.told, self.freed, self.calls, self.total = fits, [], 0, 0, None
-
-    def before_call(self):
-        self.calls += 1
-
-    def is_out_of_memory(self, error):
-        return isinstance(error, MemoryError)
-
-    def free_memory(self):
-        self.freed += 1
-
-    def progress(self, total):
-        self.total = total
-        return self.told.append
-
-    def use(self, n: int) -> None:
-        if n > self.fits:
-            raise MemoryError
 
 
 def test_groups():
