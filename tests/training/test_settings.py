@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("diffusers")
 
 from pipelines.training.methods import add_methods
-from pipelines.training.options import InvSROptions, LoopOptions, OSEDiffOptions
-from pipelines.training.settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings
+from pipelines.training.options import InvSROptions, LoopOptions, OSEDiffOptions, PiSASROptions
+from pipelines.training.settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings, PiSASRSettings
 
-KINDS = {"osediff": OSEDiffSettings, "invsr": InvSRSettings}
+KINDS = {"osediff": OSEDiffSettings, "invsr": InvSRSettings, "pisasr": PiSASRSettings}
 NEEDED = ["--data", "photos", "-o", "run", "--steps", "7"]
 
 parser = argparse.ArgumentParser()
@@ -55,7 +55,11 @@ OPTIONS = [
 @pytest.mark.parametrize(("method", "action"), OPTIONS)
 def test_every_option_arrives(method, action):
     option = action.option_strings[-1]
-    beside = ["--init", "a.pth", "--variance-weight", "1"] if option == "--variance-alone" else []
+    needed = {"--variance-alone": ["--init", "a.pth", "--variance-weight", "1"], "--weights": ["--stage", "semantic", "--weights", "a"]}
+    beside = needed.get(option, [])
+    if option == "--stage":
+        assert settings(method, *needed["--weights"]).options.stage == "semantic" != settings(method).options.stage
+        return
     assert settings(method, *beside, option, *other(action)) != settings(method, *beside)
 
 
