@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 
 from fewstep_sr.methods import METHODS, identify, load_weights, method_of
+from fewstep_sr.methods.omgsr import read_omgsr
+from fewstep_sr.methods.osediff import save_adapter
 from fewstep_sr.weights.kinds import TAGGER
 from fewstep_sr.weights.light_decoder import Decoder, convert_light_decoder, is_light_decoder, read_light_decoder
 from fewstep_sr.weights.read import read_weights
@@ -19,6 +21,8 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
         FileNotFoundError, ValueError: there is nothing to convert.
     """
     output = output or path.with_suffix(".safetensors")
+    if path.is_dir():
+        return _convert_folder(path, output, overwrite)
     if output.suffix != ".safetensors":
         raise ValueError(f"-o: found {output.name}, expected a name that ends in .safetensors.")
     if output.resolve() == path.resolve():
@@ -46,6 +50,14 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
     return f"{path} ({kind.phrase}, {_size(path)}) -> {output} ({_size(output)})"
 
 
+def _convert_folder(path: Path, output: Path, overwrite: bool) -> str:
+    """A folder is OMGSR-S's."""
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists. Give another name with -o, or --overwrite.")
+    save_adapter(read_omgsr(path), output)
+    return f"{path} (an OMGSR-S adapter) -> {output} ({_size(output)}), to be loaded as OSEDiff's"
+
+
 def describe_file(path: Path) -> str:
     """A few lines on a weight file: kind, rank, size, and what it fits."""
     state, metadata = read_weights(path, pass_over=True)
@@ -58,7 +70,7 @@ def describe_file(path: Path) -> str:
     elif is_light_decoder(kind):
         lines += _light_decoder(read_light_decoder(path, kind))
     elif kind.lacking:
-        lines.append(f"  not run here: {kind.lacking}")
+        lines.append(f"  note: {kind.lacking}")
     lines += [f"  {key}: {value}" for key, value in sorted(metadata.items()) if key != "format" and len(value) <= 200]
     return "\n".join(lines)
 

@@ -17,7 +17,7 @@ from .strict import printable
 class FileKind:
     """A kind of weight file. ``matches(state)`` recognises it by the keys, and is asked in the order of the list.
 
-    ``lacking`` is what running it would take, for methods that are known and not run here.
+    ``lacking`` is what running it would take, for files that are known and not read as they are.
     """
 
     id: str
@@ -28,7 +28,7 @@ class FileKind:
     @property
     def found(self) -> str:
         """The phrase for an error, with what is lacking."""
-        return f"{self.phrase}, which is not run here ({self.lacking})" if self.lacking else self.phrase
+        return f"{self.phrase} ({self.lacking})" if self.lacking else self.phrase
 
 
 def strip_wrappers(key: str) -> str:

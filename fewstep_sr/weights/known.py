@@ -1,4 +1,4 @@
-"""Files of methods that this project names but does not run: by what each is recognised, and what running it would take.
+"""Files of methods that this project names but does not read as they are: by what each is recognised, and what running it would take.
 
 The layouts are those that the authors' own code reads and writes.
 """
@@ -27,43 +27,42 @@ NOT_RUN = (
         "tadsr",
         "a TADSR adapter",
         lambda state: "state_dict_vae_time" in state,
-        "its VAE encoder takes the timestep, in layers that Stable Diffusion's has not, and its step is another; for non-commercial use",
+        "not run here: its VAE encoder takes the timestep, in layers that Stable Diffusion's has not, and its step is another; for non-commercial use",
     ),
     FileKind(
         "adcsr",
         "AdcSR's network",
         _has_keys(r"^body\.1\.(conv_in|down_blocks\.)", r"^body\.2\.(attentions|resnets)\."),
-        "it is a UNet of its own, of three quarters of the width, without text and timestep, from pixels to the features of AdcSR's decoder",
+        "not run here: it is a UNet of its own, of three quarters of the width, without text and timestep, from pixels to the features of AdcSR's decoder",
     ),
     FileKind(
         "omgsr",
-        "an OMGSR-S adapter, one of its two files",
+        "one of an OMGSR-S adapter's two files",
         _is_omgsr,
-        "the step is OSEDiff's at timestep 273, but the adapter comes as a folder of two PEFT files, for the UNet and for the VAE's encoder, and "
-        "without a licence",
+        "give convert the folder that holds both, and it makes one file of them that is read as OSEDiff's",
     ),
     FileKind(
         "tsdsr",
         "a TSD-SR adapter",
         _has_keys(r"^transformer\.(pos_embed\.proj|encoder\.conv_in)\.lora"),
-        "it is for Stable Diffusion 3, whose transformer and latents of 16 channels are none of the bases here",
+        "not run here: it is for Stable Diffusion 3, whose transformer and latents of 16 channels are none of the bases here",
     ),
     FileKind(
         "vosr",
         "VOSR's network",
         _has_keys(r"^blocks\.0\.cross_attn\.k_linear\.", r"^x_embedder\.proj\."),
-        "it is a diffusion transformer of its own, conditioned on features of DINOv2; its light decoder alone is read here",
+        "not run here: it is a diffusion transformer of its own, conditioned on features of DINOv2; its light decoder alone is read here",
     ),
     FileKind(
         "resshift",
         "a network of ResShift or SinSR, whose files are alike",
         _has_keys(r"^input_blocks\.\d+\.\d+\.blocks\.0\.attn\.relative_position_bias_table"),
-        "it is a Swin UNet of its own on a VQ autoencoder, with a schedule that shifts residuals; for non-commercial use",
+        "not run here: it is a Swin UNet of its own on a VQ autoencoder, with a schedule that shifts residuals; for non-commercial use",
     ),
     FileKind(
         "vq-autoencoder",
         "a VQ autoencoder, as ResShift and SinSR have",
         _has_keys(r"^quantize\.embedding\.weight$", r"^decoder\."),
-        "its latents are not Stable Diffusion's",
+        "not run here: its latents are not Stable Diffusion's",
     ),
 )
