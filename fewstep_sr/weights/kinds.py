@@ -89,7 +89,9 @@ def _is_vosr_decoder(state: Mapping) -> bool:
 def _has_light_decoder(state: Mapping) -> bool:
     """Whether a whole VAE's decoder begins narrower than its encoder ends."""
     narrow, wide = (state.get(key) for key in ("decoder.conv_in.weight", "encoder.conv_out.weight"))
-    return all(isinstance(t, torch.Tensor) and t.ndim == 4 for t in (narrow, wide)) and narrow.shape[0] < wide.shape[1]
+    if not isinstance(narrow, torch.Tensor) or not isinstance(wide, torch.Tensor) or {narrow.ndim, wide.ndim} != {4}:
+        return False
+    return narrow.shape[0] < wide.shape[1]
 
 
 def _is_merged_osediff(state: Mapping) -> bool:

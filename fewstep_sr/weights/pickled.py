@@ -11,7 +11,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -72,7 +72,7 @@ class _PassedOver:
         return OrderedDict()
 
 
-def _stand_ins(names: Collection[str]) -> list[type]:
+def _stand_ins(names: Collection[str]) -> list[Any]:
     """A class by each of the names, by which PyTorch's reader looks for what it may call."""
     if len(names) > MAX_PASSED_OVER:
         raise Refused(f"its pickle holds {len(names):,} kinds of Python objects, expected at most {MAX_PASSED_OVER:,}; the file is damaged.")

@@ -126,7 +126,7 @@ def test_published_settings():
     found |= {"lora_rank_unet_sem": options.rank_semantic, "adam_weight_decay": loop.weight_decay, "max_grad_norm": loop.max_grad_norm}
     assert found == published
     assert (options.stage, loop.optimizer, loop.betas, loop.warmup, loop.cosine, loop.ema) == ("pixel", "adamw", (0.9, 0.999), 0, False, 0.0)
-    assert distillation.CLASSIFIER_TIMESTEPS == (int(1000 * 0.02), int(1000 * 0.5))
+    assert (int(1000 * 0.02), int(1000 * 0.5)) == distillation.CLASSIFIER_TIMESTEPS
     assert NEGATIVE_PROMPT.startswith("painting, oil painting, illustration, drawing, art, sketch,") and settings.negative_prompt is None
 
 
