@@ -28,7 +28,8 @@ MAX_PASSED_OVER = 100
 """Kinds of Python objects in one file."""
 
 _OF_PYTORCH = re.compile(
-    r"torch\.\w+|torch\.(_utils\._rebuild\w+|storage\.\w+|serialization\.\w+|nn\.parameter\.Parameter)|collections\.(OrderedDict|Counter)"
+    r"torch\.\w+|torch\.(_utils\._rebuild\w+|storage\.\w+|serialization\.\w+|nn\.parameter\.Parameter)"
+    r"|collections\.(OrderedDict|Counter)|builtins\.(set|complex)"
 )
 
 
