@@ -143,7 +143,8 @@ def test_timesteps_in_order_and_in_range(timesteps, message):
 
 def test_summaries():
     low_rank = osediff.LowRank(torch.zeros(4, 1024), torch.zeros(320, 4))
-    adapter = osediff.OSEDiffAdapter({"x.attn2.to_k": low_rank}, {"encoder.conv_in": low_rank}, {})
+    adapter = osediff.OSEDiffAdapter({"x.attn2.to_k": low_rank}, {"encoder.conv_in": low_rank}, {"conv_in.bias": torch.zeros(320)})
+    assert OSEDIFF.summary(dataclasses.replace(adapter, unet_replaced={}))[1] == "  replaces: nothing"
     assert OSEDIFF.summary(adapter) == [
         "  rank: 4 on the UNet (1 layers), 4 on the VAE's encoder (1 layers); scale 2",
         "  replaces: the UNet's conv_in",
