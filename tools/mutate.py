@@ -18,6 +18,7 @@ import importlib
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -166,17 +167,18 @@ def equivalents() -> set[tuple[str, str, str]]:
     return {(row[0], row[1], row[2]) for row in rows}
 
 
-def start(mutant: Mutant, folder: Path, tests: list[str]) -> multiprocessing.Process:
-    """A process that runs the tests in ``folder`` with this mutant in place, and exits with 0 where they pass."""
+def start(mutant: Mutant, folder: Path, tests: list[str], limit: int) -> multiprocessing.Process:
+    """A process that runs the tests in ``folder`` with this mutant in place, and exits with 0 where they pass within ``limit`` seconds of the processor."""
     path = folder / mutant.file.relative_to(ROOT)
     path.write_text(mutant.source, encoding="utf-8")
-    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, tests))
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, tests, limit))
     process.start()
     return process
 
 
-def _run(folder: Path, tests: list[str]) -> None:
+def _run(folder: Path, tests: list[str], limit: int) -> None:
     os.setsid()  # its children go with it
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     os.chdir(folder)
     sys.path[:] = [str(folder) if entry in ("", str(ROOT), str(ROOT / "tools")) else entry for entry in sys.path]
     with open(os.devnull, "w") as silence:
@@ -186,15 +188,17 @@ def _run(folder: Path, tests: list[str]) -> None:
     os._exit(int(status))
 
 
-def survivors(found: list[Mutant], folders: list[Path], tests: list[str], timeout: float) -> list[bool]:
-    """For each mutant whether the tests pass with it. One at which they take longer than ``timeout`` seconds counts as noticed."""
+def survivors(found: list[Mutant], folders: list[Path], tests: list[str], limit: int) -> list[bool]:
+    """For each mutant whether the tests pass with it. One at which they take longer than ``limit`` seconds of the processor counts as noticed, and so does
+    one at which they wait ten times as long.
+    """
     alive = [False] * len(found)
     running: dict[Path, tuple[int, multiprocessing.Process, float]] = {}
     waiting, free = list(range(len(found)))[::-1], list(folders)
     while waiting or running:
         while waiting and free:
             index, folder = waiting.pop(), free.pop()
-            running[folder] = index, start(found[index], folder, tests), time.monotonic() + timeout
+            running[folder] = index, start(found[index], folder, tests, limit), time.monotonic() + 10 * limit
         time.sleep(0.02)
         for folder, (index, process, deadline) in list(running.items()):
             if process.is_alive() and time.monotonic() < deadline:
@@ -216,7 +220,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sample", type=int, help="so many mutants, drawn with --seed (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for the tests (default: %(default)g)")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds of the processor for the tests (default: %(default)s)")
     arguments = parser.parse_args()
     known = equivalents()
     found = [mutant for file in arguments.files for mutant in mutants(file.resolve())]
