@@ -240,7 +240,7 @@ def start(models, source, out) -> subprocess.Popen:
 
 
 def wait_for_two(out: Path, running: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(list(out.glob("*.png"))) < 2 and running():
         assert time.monotonic() < deadline
         time.sleep(0.01)
