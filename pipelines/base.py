@@ -18,6 +18,7 @@ from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
 
 from .checks import require_finite, require_stable_diffusion
+from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
 from .runtime import PipelineRuntime
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
@@ -29,7 +30,7 @@ _OWN_MODULE = re.compile(r"(?:fewstep_sr\.)?pipelines\.(\w+)")
 """A module of this package, by whichever name it was when a pipeline was saved."""
 
 
-class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
+class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     """Base of :class:`OSEDiffPipeline` and :class:`InvSRPipeline`.
 
     Between the stages pictures are (B, 3, H, W), RGB in [0, 1], and latents (B, 4, h, w), multiplied by the VAE's scaling factor,

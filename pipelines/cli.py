@@ -65,10 +65,16 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("convert", parents=[common], help="turn .pkl, .pth and .pt weights into safetensors", **_RAW)
     command.add_argument(
-        "input", type=Path, metavar="INPUT", help="OSEDiff's adapter (osediff.pkl), InvSR's noise predictor (.pth), or RAM's tagger (.pth)"
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="an adapter (osediff.pkl), InvSR's noise predictor (.pth), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
+    command.add_argument(
+        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, a file, a whole checkpoint or a diffusers folder"
+    )
     command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
     command.set_defaults(run=_convert)
 
@@ -114,6 +120,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument(
+        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
+    )
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
 
@@ -136,7 +145,7 @@ def _upscale(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    print(convert(arguments.input, arguments.output, arguments.overwrite, arguments.dape))
+    print(convert(arguments.input, arguments.output, arguments.overwrite, arguments.dape, arguments.vae))
     return 0
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
+from ..weights.known import NOT_RUN
 from ..weights.read import read_weights
 from ..weights.strict import printable
 from .hypir import HYPIR
@@ -19,7 +20,7 @@ METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR, 
 
 def identify(state: Mapping) -> FileKind:
     """What a weight file's dictionary is: a method's weights, or one of the kinds that people take for them."""
-    for kind in (*LOOKALIKES, *(method.kind for method in METHODS.values())):
+    for kind in (*LOOKALIKES, *NOT_RUN, *(method.kind for method in METHODS.values())):
         if kind.matches(state):
             return kind
     if (inner := unwrap(state)) is not None:
@@ -43,5 +44,5 @@ def load_weights(method: Method, path: str | Path) -> Any:
     kind, name = identify(state), printable(Path(path).name)
     if kind.id != method.kind.id:
         contents = f" ({method.contents})" if method.contents else ""
-        raise ValueError(f"{name}: found {kind.phrase}; expected {method.kind.phrase}{contents}. Choose another file: {method.source}")
+        raise ValueError(f"{name}: found {kind.found}; expected {method.kind.phrase}{contents}. Choose another file: {method.source}")
     return method.parse(without_wrappers(state, name), metadata, name)
