@@ -129,14 +129,16 @@ def stages(networks: Networks, pixels: int, tile: int | None) -> dict[str, Calla
     latents = torch.randn(1, 4, cells, cells, generator=generator)
     embeds = torch.randn(1, 77, networks.context_dim, generator=generator).to(device, dtype)
 
+    timestep = torch.full((1,), 999, device=device)
+
     def unet(tiles: torch.Tensor, _) -> torch.Tensor:
-        return networks.unet(tiles.to(device, dtype), 999, encoder_hidden_states=embeds.expand(len(tiles), -1, -1)).sample
+        return networks.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds.expand(len(tiles), -1, -1)).sample
 
     def start_state() -> torch.Tensor:
         ratio = networks.predictor_config.pixels_per_cell
         window = torch.nn.functional.interpolate(low_quality, size=(ratio * cells, ratio * cells), mode="nearest")
         call = lambda windows: networks.predictor(windows.to(device, dtype), 199)  # noqa: E731
-        return predict_noise_map(call, window, networks.predictor_config, lambda height, width: MAX_WINDOWS, runtime).mean
+        return predict_noise_map(call, window, networks.predictor_config, lambda height, width: MAX_WINDOWS, runtime, device).mean
 
     return {
         "encode": lambda: tiling.encode(networks.vae, image, device, runtime),
