@@ -16,6 +16,7 @@ from fewstep_sr.image.color import fix_color, is_gray, to_gray
 from fewstep_sr.image.sizes import VAE_MULTIPLE
 from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
+from fewstep_sr.tiling.unet import take
 
 from .checks import require_finite, require_stable_diffusion
 from .decoder import DecoderMixin
@@ -172,9 +173,10 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     def _unet(self, latents, timestep, prompt_embeds) -> torch.Tensor:
         device, dtype = self._execution_device, self.unet.dtype
         embeds = prompt_embeds.to(device, dtype).expand(len(latents), -1, -1)
+        timestep = torch.as_tensor(timestep, device=device)  # once: a number would be copied there at each call
 
         def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
-            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds[pictures]).sample
+            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=take(embeds, pictures)).sample
 
         return require_finite(self._tiling.predict(network, latents.to(device), self._runtime), "the UNet")
 
