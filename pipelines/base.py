@@ -93,6 +93,10 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         """The method's own options as arguments of a call."""
         return {}
 
+    def notes(self) -> tuple[str, ...]:
+        """What the last call found out about its image, for the command line to say."""
+        return ()
+
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Text embeddings (B, 77, width) of the base's own text encoder."""
         if self.text_encoder is None or self.tokenizer is None:

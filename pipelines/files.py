@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep_sr.methods import METHODS, identify, load_weights, method_of
+from fewstep_sr.methods import identify, load_weights, record_of, records
 from fewstep_sr.weights.kinds import TAGGER
 from fewstep_sr.weights.read import read_weights
 from fewstep_sr.weights.tagger import convert_tagger, load_tagger_weights
@@ -25,15 +25,15 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists. Give another name with -o, or --overwrite.")
     kind = identify(read_weights(path)[0])
-    method = method_of(kind)
+    record = record_of(kind)
     if dape is not None and kind.id != TAGGER.id:
         raise ValueError(f"--dape: found {kind.phrase} in {path.name}, expected RAM's tagger, which DAPE is for.")
-    if method is not None:
-        method.save(load_weights(method, path), output)
+    if record is not None:
+        record.save(load_weights(record, path), output)
     elif kind.id == TAGGER.id:
         convert_tagger(path, output, dape, overwrite=overwrite)
     else:
-        known = ", ".join(other.kind.phrase for other in METHODS.values())
+        known = ", ".join(other.kind.phrase for other in records())
         raise ValueError(f"{path.name}: found {kind.phrase}; expected {known} or {TAGGER.phrase}.")
     return f"{path} ({kind.phrase}, {_size(path)}) -> {output} ({_size(output)})"
 
@@ -43,8 +43,8 @@ def describe_file(path: Path) -> str:
     state, metadata = read_weights(path)
     kind = identify(state)
     lines = [f"{path}: {kind.phrase}", f"  size: {_size(path)}, {_tensors(state)}"]
-    if method := method_of(kind):
-        lines += [*method.summary(load_weights(method, path)), f"  licence as published: {method.weights.licence}"]
+    if record := record_of(kind):
+        lines += [*record.summary(load_weights(record, path)), f"  licence as published: {record.weights.licence}"]
     elif kind.id == TAGGER.id:
         lines += _tagger(path)
     lines += [f"  {key}: {value}" for key, value in sorted(metadata.items()) if key != "format" and len(value) <= 200]

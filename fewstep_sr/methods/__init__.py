@@ -9,7 +9,7 @@ from ..weights.read import read_weights
 from ..weights.strict import printable
 from .hypir import HYPIR
 from .invsr import INVSR
-from .method import Method
+from .method import Companion, Method
 from .osediff import OSEDIFF
 from .pisasr import PISASR
 
@@ -17,9 +17,14 @@ METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR, 
 """Every method by its key, the default first."""
 
 
+def records() -> tuple[Method | Companion, ...]:
+    """Of every kind of file that a method brings: the weights of each, and what they need beside them."""
+    return tuple(record for method in METHODS.values() for record in (method, *method.companions))
+
+
 def identify(state: Mapping) -> FileKind:
-    """What a weight file's dictionary is: a method's weights, or one of the kinds that people take for them."""
-    for kind in (*LOOKALIKES, *(method.kind for method in METHODS.values())):
+    """What a weight file's dictionary is: a file of a method, or one of the kinds that people take for them."""
+    for kind in (*LOOKALIKES, *(record.kind for record in records())):
         if kind.matches(state):
             return kind
     if (inner := unwrap(state)) is not None:
@@ -32,8 +37,13 @@ def method_of(kind: FileKind) -> Method | None:
     return next((method for method in METHODS.values() if method.kind.id == kind.id), None)
 
 
-def load_weights(method: Method, path: str | Path) -> Any:
-    """Read a method's weights: ``OSEDiffAdapter``, ``NoisePredictorWeights`` and so on.
+def record_of(kind: FileKind) -> Method | Companion | None:
+    """The record that a file of this kind belongs to."""
+    return next((record for record in records() if record.kind.id == kind.id), None)
+
+
+def load_weights(record: Method | Companion, path: str | Path) -> Any:
+    """Read a method's weights, or a file beside them: ``OSEDiffAdapter``, ``NoisePredictorWeights`` and so on.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -41,7 +51,7 @@ def load_weights(method: Method, path: str | Path) -> Any:
     """
     state, metadata = read_weights(path)
     kind, name = identify(state), printable(Path(path).name)
-    if kind.id != method.kind.id:
-        contents = f" ({method.contents})" if method.contents else ""
-        raise ValueError(f"{name}: found {kind.phrase}; expected {method.kind.phrase}{contents}. Choose another file: {method.source}")
-    return method.parse(without_wrappers(state, name), metadata, name)
+    if kind.id != record.kind.id:
+        contents = f" ({record.contents})" if record.contents else ""
+        raise ValueError(f"{name}: found {kind.phrase}; expected {record.kind.phrase}{contents}. Choose another file: {record.source}")
+    return record.parse(without_wrappers(state, name), metadata, name)
