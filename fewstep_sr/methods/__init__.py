@@ -12,8 +12,9 @@ from .invsr import INVSR
 from .method import Companion, Method
 from .osediff import OSEDIFF
 from .pisasr import PISASR
+from .s3diff import S3DIFF
 
-METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR, PISASR, HYPIR)}
+METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR, PISASR, HYPIR, S3DIFF)}
 """Every method by its key, the default first."""
 
 
