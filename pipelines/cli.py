@@ -65,7 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("convert", parents=[common], help="turn .pkl, .pth and .pt weights into safetensors", **_RAW)
     command.add_argument(
-        "input", type=Path, metavar="INPUT", help="OSEDiff's adapter (osediff.pkl), InvSR's noise predictor (.pth), or RAM's tagger (.pth)"
+        "input",
+        type=Path,
+        metavar="INPUT",
+        help="a method's weights (osediff.pkl, noise_predictor.pth, s3diff.pkl, de_net.pth and so on), or RAM's tagger (.pth)",
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")

@@ -20,7 +20,8 @@ METHODS: dict[str, Method] = {method.key: method for method in (OSEDIFF, INVSR, 
 
 def records() -> tuple[Method | Companion, ...]:
     """Of every kind of file that a method brings: the weights of each, and what they need beside them."""
-    return tuple(record for method in METHODS.values() for record in (method, *method.companions))
+    companions = tuple(companion for method in METHODS.values() for companion in method.companions)
+    return (*METHODS.values(), *companions)
 
 
 def identify(state: Mapping) -> FileKind:

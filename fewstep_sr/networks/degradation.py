@@ -80,14 +80,14 @@ class DegradationEstimator(nn.Module):
         """The mean over the image of network i's features, (B, channels): in strips of rows, which overlap so far that they change nothing."""
         height, width = image.shape[-2:]
         rows = max(2 * HALO, STRIP // (width * len(image)) // 2 * 2)
-        total = cells = 0
+        totals, cells = [], 0
         for top in range(0, height, rows):
             above = min(HALO, top)
             features = self.body[i](self.conv_first[i](image[..., top - above : top + rows + HALO, :]))
             own = features[..., above // 2 : (above + min(rows, height - top) + 1) // 2, :]
-            total = total + own.sum(dim=(-2, -1))
+            totals.append(own.sum(dim=(-2, -1)))
             cells += own.shape[-2] * own.shape[-1]
-        return total / cells
+        return torch.stack(totals).sum(dim=0) / cells
 
 
 class ResidualBlock(nn.Module):
