@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
+from ..weights.lora import Adapter
 from ..weights.read import read_weights
 from ..weights.strict import printable
 from .hypir import HYPIR
@@ -30,6 +31,22 @@ def identify(state: Mapping) -> FileKind:
 def method_of(kind: FileKind) -> Method | None:
     """The method whose weights a file of this kind holds."""
     return next((method for method in METHODS.values() if method.kind.id == kind.id), None)
+
+
+def load_adapter(path: str | Path) -> tuple[Method, Adapter]:
+    """Read the adapter of a method with a single step, whichever it is: the file's contents tell.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, refused or something else; the message says what it is.
+    """
+    state, metadata = read_weights(path)
+    kind, name = identify(state), printable(Path(path).name)
+    method = method_of(kind)
+    if method is None or method.one_step is None:
+        families = ", ".join(method.title for method in METHODS.values() if method.one_step)
+        raise ValueError(f"{name}: found {kind.phrase}; expected an adapter of one of these methods: {families}. Choose another file.")
+    return method, method.parse(without_wrappers(state, name), metadata, name)
 
 
 def load_weights(method: Method, path: str | Path) -> Any:
