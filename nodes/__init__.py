@@ -4,6 +4,8 @@ from .color import FewStepSRColorFix
 from .cutout import FewStepSRFillTransparent
 from .demo import FewStepSRDemoLoader
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
+from .load_adapter import FewStepSRAdapterLoader
+from .one_step import FewStepSROneStep
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
@@ -25,4 +27,6 @@ NODES = [
     FewStepSRColorFix,
     FewStepSRDemoLoader,
     FewStepSRFillTransparent,
+    FewStepSRAdapterLoader,
+    FewStepSROneStep,
 ]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
+from ..weights.lora import Adapter
 from ..weights.read import read_weights
 from ..weights.strict import printable
 from .hypir import HYPIR
@@ -42,6 +43,22 @@ def method_of(kind: FileKind) -> Method | None:
 def record_of(kind: FileKind) -> Method | Companion | None:
     """The record that a file of this kind belongs to."""
     return next((record for record in records() if record.kind.id == kind.id), None)
+
+
+def load_adapter(path: str | Path) -> tuple[Method, Adapter]:
+    """Read the adapter of a method with a single step, whichever it is: the file's contents tell.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, refused or something else; the message says what it is.
+    """
+    state, metadata = read_weights(path)
+    kind, name = identify(state), printable(Path(path).name)
+    method = method_of(kind)
+    if method is None or method.one_step is None:
+        families = ", ".join(method.title for method in METHODS.values() if method.one_step)
+        raise ValueError(f"{name}: found {kind.phrase}; expected an adapter of one of these methods: {families}. Choose another file.")
+    return method, method.parse(without_wrappers(state, name), metadata, name)
 
 
 def load_weights(record: Method | Companion, path: str | Path) -> Any:

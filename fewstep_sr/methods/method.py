@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..weights.kinds import FileKind
 from .schedule import Schedule
 
@@ -61,6 +63,28 @@ class Option:
     needed: bool = False
 
 
+def _one_call(**controls: Any) -> tuple[tuple[str, ...], ...]:
+    return (("",),)
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """How a method restores latents in a single step, for a host that puts the adapter on and calls the network itself.
+
+    Args:
+        timestep: index of the noise schedule at which the network is called, unless the adapter was trained at another.
+        equation: ``equation(z_lq, noise_preds, timestep, **controls)``: the restored latents (B, 4, h, w) from the low-quality ones, times the scaling
+            factor, and from what the network predicts at them in each of ``calls``.
+        calls: ``calls(**controls)``: for each call of the network the LoRA sets that act in it, by the names in ``Adapter.sets``.
+        controls: the options of the method's that both take.
+    """
+
+    timestep: int
+    equation: Callable[..., torch.Tensor]
+    calls: Callable[..., tuple[tuple[str, ...], ...]] = _one_call
+    controls: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Companion:
     """A file that a method needs beside its weights, with a record of the same kind.
@@ -111,6 +135,7 @@ class Method:
         pipeline: name of the class in ``pipelines/<key>.py``.
         color_fix, prompt, negative_prompt, cfg: as published, where nothing else is said; a colour fix of None and a cfg of 1 where the method has none.
         schedule: for samplers; None for methods whose step no sampler takes.
+        one_step: None for methods that are no adapter with a single step.
         options: of its own, beside those that all methods have.
         companions: files beside the weights.
         demo: None where the miniature has no weights for it.
@@ -133,6 +158,7 @@ class Method:
     negative_prompt: str = ""
     cfg: float = 1.0
     schedule: Schedule | None = None
+    one_step: OneStep | None = None
     options: tuple[Option, ...] = ()
     companions: tuple[Companion, ...] = ()
     demo: Demo | None = None

@@ -50,6 +50,11 @@ class Adapter:
     unet_replaced: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def sets(self) -> dict[str, dict[str, LowRank]]:
+        """The low-rank updates of the UNet that act together or apart, by a name of each set; most methods have one, without a name."""
+        return {"": self.unet}
+
+    @property
     def rank_unet(self) -> int:
         return next(iter(self.unet.values())).rank
 

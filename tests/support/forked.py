@@ -22,6 +22,9 @@ class Forked:
         os.dup2(output, 2)
         sys.stdout = sys.stderr = open(output, "w", buffering=1, encoding="utf-8")  # noqa: SIM115 (to the end)
         os.environ.update(environment)
+        if accelerate := sys.modules.get("accelerate.state"):  # which remembers a run of this process as the only one there is
+            accelerate.AcceleratorState._reset_state(reset_partial_state=True)
+            accelerate.GradientState._reset_state()
         status = 1
         try:
             status = work() or 0
