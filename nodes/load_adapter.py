@@ -8,7 +8,8 @@ from comfy_api.latest import io
 from ..fewstep_sr.methods import METHODS, load_adapter
 from .adapter import acting_adapters, adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
-from .page import fingerprint, find_listed, quoted, require_number, warn
+from .page import find_listed, fingerprint, quoted, require_number, warn
+from .per_image import carry_model, carry_vae
 from .sampling import USUAL
 
 FAMILIES = {method.weights.folder: method for method in METHODS.values() if method.one_step}
@@ -87,6 +88,8 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             warnings.append(f"strength_vae: found {strength_vae:g}, but {method.title}'s adapter leaves the VAE as it is. Set it back to 1.")
         warn(cls, warnings)
         logging.info("%s: %s\n%s\n  licence: %s", name, method.kind.phrase, "\n".join(method.summary(adapter)), method.weights.licence)
+        if adapter.per_image:
+            return io.NodeOutput(carry_model(model, method, adapter, strength_model), carry_vae(vae, method, adapter, strength_vae))
         return io.NodeOutput(adapt_model(model, method, adapter, strength_model), adapt_vae(vae, method, adapter, strength_vae))
 
 
@@ -98,7 +101,9 @@ def check_base(model, vae, strength_model: float, strength_vae: float, node: str
     for name, strength in strengths.items():
         require_number(strength, name, -10.0, 10.0)
     extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
-    warnings = [f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()]
+    warnings = [
+        f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()
+    ]
     for name, patcher in {"model": model, "vae": vae.patcher}.items():
         if acting := next((mark for mark, share in acting_adapters(patcher).items() if share), None):
             warnings.append(

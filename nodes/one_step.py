@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 
@@ -9,12 +10,17 @@ from ..fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS
 from ..fewstep_sr.methods import METHODS
 from .adapter import Mark, found_adapter, with_sets
 from .page import require_number, warn
+from .per_image import each_model
 from .sampling import USUAL, require_step, sample_step
 
 NODE = "Few-Step SR One Step"
 
 DEFAULTS = {
-    option.name: option.default for method in METHODS.values() if method.one_step for option in method.options if option.name in method.one_step.controls
+    option.name: option.default
+    for method in METHODS.values()
+    if method.one_step
+    for option in method.options
+    if option.name in method.one_step.controls
 }
 """Published values of all methods' controls."""
 
@@ -94,6 +100,11 @@ class FewStepSROneStep(io.ComfyNode):
                 "OSEDiff merged in, take 'OSEDiff One Step'.)"
             )
         cfg = cfg or mark.method.cfg
+        if negative is None and cfg == mark.method.cfg != 1:
+            raise ValueError(
+                f"negative: found none, expected {mark.method.title}'s negative prompt, since its published cfg is {cfg:g}. Wire the prompt of its "
+                "template, or set cfg to 1."
+            )
         conds = require_step(model, positive, latent, negative, cfg)
         require_number(pixel, "pixel", -10.0, 10.0)
         require_number(semantic, "semantic", -10.0, 10.0)
@@ -108,8 +119,20 @@ def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: 
     """The restored samples (B, 4, h, w) by the equation of the method that ``mark`` is of, not multiplied by the scaling factor.
 
     Where calls of the network differ in their LoRA sets they differ in its weights, which ComfyUI patches in place: all pictures go through one call
-    before the next begins, so that the weights are patched once for each, whatever the number of pictures and tiles.
+    before the next begins, so that the weights are patched once for each, whatever the number of pictures and tiles. So it is with adapters that are
+    another one for each picture.
     """
+    samples = latent["samples"]
+    restored = torch.zeros_like(samples, dtype=torch.float32, device=comfy.model_management.intermediate_device())
+    for own, images in each_model(model, len(samples)):
+        answer = _restore(own, mark, latent, conds, cfg, controls, images)
+        if images is None:
+            return answer
+        restored[list(images)] = answer[list(images)].to(restored)
+    return restored
+
+
+def _restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: dict, images: tuple[int, ...] | None) -> torch.Tensor:
     step = mark.method.one_step
     calls = step.calls(**controls)
     predicted: list[torch.Tensor] = []
@@ -123,7 +146,7 @@ def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: 
 
     for i, acting in enumerate(calls):
         last = i == len(calls) - 1
-        run = partial(sample_step, with_sets(model, acting), latent, conds, cfg, mark.timestep, NODE, part=(i, len(calls)))
+        run = partial(sample_step, with_sets(model, acting), latent, conds, cfg, mark.timestep, NODE, part=(i, len(calls)), images=images)
         restored = run(equation if last else keep)
     return restored
 

@@ -1,7 +1,7 @@
 """S3Diff (Zhang et al., arXiv 2024) on SD-Turbo: a LoRA whose weights follow how blurred and how noisy the image is, one step, guided."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from ..bases import TEXT_WIDTHS
-from ..diffusion import predict_x0
+from ..diffusion import alpha_bar_at, predict_x0
 from ..networks.degradation import DegradationConfig, EstimatorWeights, parse_estimator
 from ..weights.kinds import FileKind, has_key, without_wrappers
 from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
 from .invsr import INVSR
-from .method import Companion, Method, Option, Paper, Source
+from .method import Companion, Method, OneStep, Option, Paper, Source
 
 TIMESTEP = 999
 """Index of the noise schedule of the one step, counted from 0."""
@@ -90,6 +90,10 @@ def one_step(z_lq: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | to
     return predict_x0(z_lq, noise_pred, alpha_bar)
 
 
+def _equation(z_lq: torch.Tensor, noise_preds: Sequence[torch.Tensor], timestep: int) -> torch.Tensor:
+    return one_step(z_lq, noise_preds[0], alpha_bar_at(timestep, z_lq))
+
+
 @dataclass(frozen=True)
 class S3DiffAdapter(Adapter):
     """S3Diff's LoRA on the UNet and the VAE's encoder as it is before an image's modulation, and what modulates it: without it, it is of no use.
@@ -103,6 +107,13 @@ class S3DiffAdapter(Adapter):
     frequencies: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     modulation: Mapping[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     estimator: EstimatorWeights | None = None
+    per_image = True
+
+    def for_image(self, part: str, scores: torch.Tensor) -> Adapter:
+        """What one image's scores (2,) make of the part of the ``"unet"`` or the ``"vae"``, as an adapter like others."""
+        if part == "unet":
+            return Adapter(unet=self.modulated(part, scores), unet_replaced=self.unet_replaced)
+        return Adapter(unet={}, vae=self.modulated(part, scores))
 
     def modulated(self, part: str, scores: torch.Tensor) -> dict[str, LowRank]:
         """The low-rank updates of the ``"unet"`` or the ``"vae"`` for one image's scores (2,), blur and noise; this adapter stays as it is.
@@ -294,6 +305,7 @@ S3DIFF = Method(
     prompt="A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting.",
     negative_prompt="oil painting, cartoon, blur, dirty, messy, low quality, deformation, low resolution, oversmooth",
     cfg=1.07,
+    one_step=OneStep(TIMESTEP, _equation),
     options=(
         Option("estimator", "the file of the degradation estimator, de_net.pth", Path),
         Option("blur", "how blurred the images are, 0 to 1, instead of the estimate", _score),

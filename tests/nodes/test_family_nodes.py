@@ -3,7 +3,7 @@
 import pytest
 import torch
 import toys
-from toys import conditioning, gaussian, golden, picture, relative_error
+from toys import conditioning, golden, picture, relative_error
 
 TOLERANCE = 1e-4
 SCALE = 0.18215
