@@ -14,7 +14,11 @@ from .sampling import USUAL, require_step, sample_step
 NODE = "Few-Step SR One Step"
 
 DEFAULTS = {
-    option.name: option.default for method in METHODS.values() if method.one_step for option in method.options if option.name in method.one_step.controls
+    option.name: option.default
+    for method in METHODS.values()
+    if method.one_step
+    for option in method.options
+    if option.name in method.one_step.controls
 }
 """Published values of all methods' controls."""
 
