@@ -56,12 +56,15 @@ def _encode(vae, pictures: torch.Tensor, tile_size: int) -> torch.Tensor:
     return moments
 
 
-def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0) -> torch.Tensor:
-    """Pictures (B, 3, 8h, 8w) in [0, 1] of latents (B, 4, h, w), float32 on the CPU; ``tile_size`` as in :func:`encode_moments`."""
+def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0, clamp: bool = True) -> torch.Tensor:
+    """Pictures (B, 3, 8h, 8w) of latents (B, 4, h, w), float32 on the CPU; ``tile_size`` as in :func:`encode_moments`.
+
+    They are in [0, 1], and a little outside without ``clamp``.
+    """
     pictures = torch.zeros(len(latents), 3, *(side * PIXELS_PER_CELL for side in latents.shape[-2:]))
     _run(vae, vae.first_stage_model, "decode", lambda i: latents[i : i + 1], pictures, lambda x: x, tile_size)
     for picture in pictures:
-        picture.copy_(vae.process_output(picture))
+        picture.copy_(vae.process_output(picture) if clamp else picture / 2 + 0.5)
     return pictures
 
 

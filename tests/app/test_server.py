@@ -83,6 +83,7 @@ PHOTO_X4 = [
     "osediff_lora_controlnet",
     "gan_then_osediff",
     "fidelity_and_detail",
+    "hypir_x4",
 ]
 
 
@@ -109,6 +110,13 @@ def test_template_invsr_1_to_5_steps(server):
     """The server runs what five branches share once; every number of steps gives another picture."""
     pictures = check_saved(server, run(server, load("invsr_1_to_5_steps")))
     assert len(pictures) == len(set(pictures)) == 5
+
+
+@pytest.mark.parametrize(("name", "results"), [("pisasr_fidelity_and_detail", 3), ("all_methods_x4", 4)])
+def test_templates_that_compare(server, name, results):
+    """Every knob's and every method's picture is another."""
+    pictures = check_saved(server, run(server, load(name)))
+    assert len(pictures) == len(set(pictures)) == results
 
 
 def test_template_text_to_image(server):
@@ -163,7 +171,17 @@ def test_template_cutout(server):
 
 
 def test_every_template_is_run():
-    run_here = {*PHOTO_X4, "cutout_osediff_x4", "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2", "try_osediff", "try_invsr"}
+    compared = {"pisasr_fidelity_and_detail", "all_methods_x4"}
+    run_here = {
+        *PHOTO_X4,
+        *compared,
+        "cutout_osediff_x4",
+        "invsr_1_to_5_steps",
+        "text_to_image_invsr_x4",
+        "video_osediff_x2",
+        "try_osediff",
+        "try_invsr",
+    }
     assert run_here == {path.stem for path in WORKFLOWS}
 
 

@@ -1,9 +1,13 @@
 """PiSA-SR and HYPIR through the one loader and the one step node, against the outputs of the authors' own code, with the README's wrong turns."""
 
+from functools import cache
+
 import pytest
 import torch
 import toys
 from toys import conditioning, golden, picture, relative_error
+
+from fewstep_sr.image.color import fix_color
 
 TOLERANCE = 1e-4
 SCALE = 0.18215
@@ -28,8 +32,7 @@ def load(comfy):
 @pytest.fixture(scope="module")
 def loaded(load):
     """:func:`load` once for each case."""
-    kept = {}
-    return lambda case: kept.setdefault(case, None) or kept.update({case: load(case)}) or kept[case]
+    return cache(load)
 
 
 def step(comfy, model, latent: torch.Tensor, seed: int, **inputs) -> torch.Tensor:
@@ -93,7 +96,8 @@ def sampler(model, latent, seed):
 @pytest.mark.parametrize("case", ["hypir_square", "hypir_tall"])
 def test_hypir(comfy, loaded, case):
     settings, arrays = golden(case)
-    seed, (model, _) = settings["seed"], loaded(case)
+    seed, (model, vae) = settings["seed"], loaded(case)
+    enlarged = picture(seed, *settings["size"])
     watched, calls = counted(model)
     for model_t, coeff_t in settings["model_t_coeff_t"]:
         calls.clear()
@@ -101,6 +105,13 @@ def test_hypir(comfy, loaded, case):
         assert relative_error(x0, arrays[f"x0_{model_t}_{coeff_t}"]) < TOLERANCE
         [(timestep, noise_pred)] = calls
         assert timestep == model_t == 200 and relative_error(noise_pred, arrays["noise_pred"]) < TOLERANCE
+        clamped, image = (
+            comfy.run("FewStepSRVAEDecode", samples={"samples": x0 / SCALE}, vae=vae, clamp=clamp)[0].movedim(-1, 1) for clamp in (True, False)
+        )
+        assert relative_error(image * 2 - 1, arrays[f"image_{model_t}_{coeff_t}"]) < TOLERANCE
+        fixed, cut_first = (fix_color(content, enlarged.movedim(-1, 1), "wavelet") for content in (image, clamped))
+        assert relative_error(fixed, arrays[f"picture_{model_t}_{coeff_t}"]) < TOLERANCE
+        assert relative_error(cut_first, arrays[f"picture_{model_t}_{coeff_t}"]) > 1e-3
     assert relative_error(step(comfy, model, arrays["latent"], seed), arrays["x0_200_200"]) < TOLERANCE
 
 

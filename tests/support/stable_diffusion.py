@@ -95,18 +95,27 @@ def write_checkpoint(path: Path, size: str) -> None:
 def write_osediff(path: Path, size: str, rank: int = 4) -> None:
     """An adapter in the published layout for :func:`write_checkpoint`'s networks."""
     import comfy.diffusers_convert
-    import comfy.utils
 
-    config = UNETS[size] | {"transformer_depth_middle": 1}
-    unet = unet_shapes(size)
-    unet = {diffusers: unet[own] for diffusers, own in comfy.utils.unet_to_diffusers(config).items() if own in unet}
     own = vae_shapes()
     names = [k for k in _vae_encoder_names() if comfy.diffusers_convert.convert_vae_state_dict({k: torch.empty(0)}).popitem()[0] in own]
     vae = {}
     for name in names:
         shape = own[comfy.diffusers_convert.convert_vae_state_dict({name: torch.empty(0)}).popitem()[0]]
         vae[name] = shape[:2] if "attentions" in name else shape
-    torch.save(toys.osediff_checkpoint(0, rank, {"unet": unet, "vae": vae}, random_weights=random_weights), path)
+    torch.save(toys.osediff_checkpoint(0, rank, {"unet": diffusers_unet_shapes(size), "vae": vae}, random_weights=random_weights), path)
+
+
+def write_adapter(path: Path, family: str, size: str) -> None:
+    """PiSA-SR's or HYPIR's adapter in the published layout for :func:`write_checkpoint`'s UNet."""
+    settings = toys.golden(f"{family}_square")[0]
+    torch.save(toys.adapter_checkpoint(settings, {"unet": diffusers_unet_shapes(size)}, random_weights), path)
+
+
+def diffusers_unet_shapes(size: str) -> dict[str, tuple]:
+    import comfy.utils
+
+    config, unet = UNETS[size] | {"transformer_depth_middle": 1}, unet_shapes(size)
+    return {diffusers: unet[own] for diffusers, own in comfy.utils.unet_to_diffusers(config).items() if own in unet}
 
 
 def _vae_encoder_names() -> list[str]:

@@ -107,12 +107,12 @@ def osediff_checkpoint(seed: int, rank: int, shapes: dict = SHAPES, random_weigh
     }
 
 
-def adapter_checkpoint(settings: dict) -> dict:
-    """PiSA-SR's or HYPIR's adapter in the released layout, with the procedural weights of a golden case."""
+def adapter_checkpoint(settings: dict, shapes: dict = SHAPES, random_weights=None) -> dict:
+    """PiSA-SR's or HYPIR's adapter in the released layout, with the procedural weights of a golden case; ``random_weights`` as above."""
     prefix, seed = settings["adapter_weight_prefix"], settings["seed"]
     hypir = prefix.startswith("hypir")
     unet: dict[str, tuple] = {}
-    for key, shape in SHAPES["unet"].items():
+    for key, shape in shapes["unet"].items():
         layer = key.removesuffix(".weight")
         if "bias" in key or "norm" in key or not any(t in key for t in (*UNET_TARGETS, "conv_out")) or (hypir and layer == "conv_in"):
             continue
@@ -122,7 +122,7 @@ def adapter_checkpoint(settings: dict) -> dict:
             group = "encoder" if "down_blocks" in key or "conv_in" in key else "decoder" if "up_blocks" in key or "conv_out" in key else "others"
             for which in ("pix", "sem"):
                 unet |= _low_rank(layer, shape, settings[f"rank_{which}"], f"default_{group}_{which}")
-    state = weights(seed, prefix, unet)
+    state = random_weights(unet, seed) if random_weights else weights(seed, prefix, unet)
     if hypir:
         return state
     return {"lora_rank_unet_pix": settings["rank_pix"], "lora_rank_unet_sem": settings["rank_sem"], "state_dict_unet": state}
