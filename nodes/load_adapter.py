@@ -25,10 +25,12 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             category="FewStepSR",
             description="Puts an adapter on the UNet of its base, and on the VAE encoder where it has a part for that. The method is recognised by what is "
             f"in the file: {', '.join(method.title for method in FAMILIES.values())}. Wire both outputs; Few-Step SR One Step then takes the method's "
-            "step. HYPIR's weights are for non-commercial use only.",
-            search_aliases=["osediff", "pisa-sr", "hypir", "lora", "one-step diffusion", "super resolution", "upscale", "restore"],
+            "step; S3Diff Adapt comes between for S3Diff. HYPIR's weights are for non-commercial use only.",
+            search_aliases=["osediff", "pisa-sr", "hypir", "s3diff", "lora", "one-step diffusion", "super resolution", "upscale", "restore"],
             inputs=[
-                io.Model.Input("model", tooltip="The method's base from Load Checkpoint: SD 2.1-base (512 pixels, predicts noise)."),
+                io.Model.Input(
+                    "model", tooltip="The method's base from Load Checkpoint: SD 2.1-base (512 pixels, predicts noise), SD-Turbo for S3Diff."
+                ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Combo.Input(
                     "adapter_name",

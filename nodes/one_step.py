@@ -1,4 +1,4 @@
-"""One node for the single step of every method whose adapter the loader puts on: OSEDiff, PiSA-SR, HYPIR."""
+"""One node for the single step of every method whose adapter the loader puts on: OSEDiff, PiSA-SR, HYPIR, S3Diff."""
 
 from functools import partial
 
@@ -32,24 +32,40 @@ class FewStepSROneStep(io.ComfyNode):
             node_id="FewStepSROneStep",
             display_name=NODE,
             category="FewStepSR",
-            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: OSEDiff, PiSA-SR or "
-            "HYPIR. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
-            search_aliases=["osediff", "pisa-sr", "hypir", "one-step diffusion", "sampler", "restore", "super resolution", "fidelity", "detail"],
+            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: OSEDiff, PiSA-SR, "
+            "HYPIR or S3Diff. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
+            search_aliases=[
+                "osediff",
+                "pisa-sr",
+                "hypir",
+                "s3diff",
+                "one-step diffusion",
+                "sampler",
+                "restore",
+                "super resolution",
+                "fidelity",
+                "detail",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model from Load Few-Step SR Adapter; LoRAs and other patches may follow it."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The content as text, by the base's CLIP. OSEDiff: tags. PiSA-SR: empty, as published. HYPIR: a sentence, or empty.",
+                    tooltip="The content as text, by the base's CLIP. OSEDiff: tags. PiSA-SR: empty, as published. HYPIR: a sentence, or empty. "
+                    "S3Diff: the prompt of its template.",
                 ),
                 io.Latent.Input("latent", tooltip="The upscaled low-quality image, encoded with the VAE from Load Few-Step SR Adapter."),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used where cfg is not 1. OSEDiff, PiSA-SR and HYPIR have none."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Only used where cfg is not 1. S3Diff: the negative prompt of its template. OSEDiff, PiSA-SR and HYPIR have none.",
+                ),
                 io.Float.Input(
                     "cfg",
                     default=0.0,
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Classifier-free guidance. 0 takes the method's published value, which is 1 (none) for OSEDiff, PiSA-SR and HYPIR; other values "
+                    tooltip="Classifier-free guidance. 0 takes the method's published value, which is 1.07 for S3Diff and 1 (none) for the others; other values "
                     "than 1 need the negative input and run the model twice.",
                 ),
                 io.Float.Input(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -84,6 +85,7 @@ PHOTO_X4 = [
     "gan_then_osediff",
     "fidelity_and_detail",
     "hypir_x4",
+    "s3diff_x4",
 ]
 
 
@@ -93,6 +95,9 @@ def test_template(server, name):
     check_saved(server, outputs)
     if name == "osediff_x4_tagged":
         assert outputs["DAPETagger"] == [{"text": [", ".join(tagger_toys.NAMES[:8])]}]
+    if name == "s3diff_x4":
+        [estimated], [acting] = outputs["S3DiffDegradation"], outputs["S3DiffAdapt"]
+        assert estimated == acting and re.fullmatch(r"blur [01]\.\d{3}, noise [01]\.\d{3}", estimated["text"][0])
     if "InvSRStartState" in outputs:
         check_noise_map(server, outputs, (25 * 13, 19 * 13))
     for comparison in outputs["ImageCompare"]:
