@@ -108,7 +108,8 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
     method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
     method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
-    method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
+    guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
+    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
     method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
 
@@ -153,7 +154,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="INPUT",
-        help="an adapter (osediff.pkl), InvSR's noise predictor (.pth), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
+        help="a method's weights (osediff.pkl, noise_predictor.pth, s3diff.pkl, de_net.pth and so on), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")

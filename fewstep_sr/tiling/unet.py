@@ -11,9 +11,9 @@ Item = tuple[int, Tile]
 """An image of the batch and a tile of it."""
 
 
-def list_items(images: int, layout: TileLayout) -> list[Item]:
-    """Every tile of every image, in the order in which they are predicted."""
-    return [(image, tile) for image in range(images) for tile in layout.tiles]
+def list_items(images: Sequence[int], layout: TileLayout) -> list[Item]:
+    """Every tile of these images, in the order in which they are predicted."""
+    return [(image, tile) for image in images for tile in layout.tiles]
 
 
 def cut_items(latents: torch.Tensor, items: Sequence[Item]) -> torch.Tensor:
@@ -32,6 +32,7 @@ def predict_in_tiles(
     layout: TileLayout,
     group: int,
     runtime: Runtime,
+    images: Sequence[int] | None = None,
 ) -> None:
     """Predict every tile and add it to the results, weighted by its window.
 
@@ -39,8 +40,9 @@ def predict_in_tiles(
         predict: gives for a group of n items one tensor (n, C, h, w) for each of ``blended``.
         blended: zeros (B, C, H, W) to add to, one for each of the predictions that ``predict`` gives (one for each conditioning, say).
         group: how many items go into one call, fewer where memory runs out.
+        images: those of the batch that are predicted, None for all; the others stay zeros.
     """
-    items = list_items(len(blended[0]), layout)
+    items = list_items(range(len(blended[0])) if images is None else images, layout)
 
     def add(part: Sequence[Item]) -> None:
         for canvas, predictions in zip(blended, predict(part), strict=True):
