@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from fewstep_sr.methods import METHODS, identify, load_weights, method_of
+from fewstep_sr.methods import identify, load_weights, record_of, records
 from fewstep_sr.methods.omgsr import read_omgsr
 from fewstep_sr.methods.osediff import save_adapter
 from fewstep_sr.weights.kinds import TAGGER
@@ -30,7 +30,7 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists. Give another name with -o, or --overwrite.")
     kind = identify(read_weights(path, pass_over=True)[0])
-    method = method_of(kind)
+    record = record_of(kind)
     if (vae is None) == is_light_decoder(kind):
         what, wanted = (f"{kind.phrase} alone", "its base's VAE") if vae is None else (kind.phrase, "AdcSR's or VOSR's decoder")
         raise ValueError(
@@ -38,14 +38,14 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
         )
     if dape is not None and kind.id != TAGGER.id:
         raise ValueError(f"--dape: found {kind.phrase} in {path.name}, expected RAM's tagger, which DAPE is for.")
-    if method is not None:
-        method.save(load_weights(method, path), output)
+    if record is not None:
+        record.save(load_weights(record, path), output)
     elif kind.id == TAGGER.id:
         convert_tagger(path, output, dape, overwrite=overwrite)
     elif vae is not None:
         convert_light_decoder(path, kind, vae, output)
     else:
-        known = ", ".join(other.kind.phrase for other in METHODS.values())
+        known = ", ".join(other.kind.phrase for other in records())
         raise ValueError(f"{path.name}: found {kind.found}; expected {known}, {TAGGER.phrase} or a light decoder.")
     return f"{path} ({kind.phrase}, {_size(path)}) -> {output} ({_size(output)})"
 
@@ -63,8 +63,8 @@ def describe_file(path: Path) -> str:
     state, metadata = read_weights(path, pass_over=True)
     kind = identify(state)
     lines = [f"{path}: {kind.phrase}", f"  size: {_size(path)}, {_tensors(state)}"]
-    if method := method_of(kind):
-        lines += [*method.summary(load_weights(method, path)), f"  licence as published: {method.weights.licence}"]
+    if record := record_of(kind):
+        lines += [*record.summary(load_weights(record, path)), f"  licence as published: {record.weights.licence}"]
     elif kind.id == TAGGER.id:
         lines += _tagger(path)
     elif is_light_decoder(kind):

@@ -102,7 +102,7 @@ class Settings:
             scale=arguments.scale,
             prompt=arguments.prompt,
             negative_prompt=arguments.negative_prompt,
-            cfg=arguments.cfg,
+            cfg=method.cfg if arguments.cfg is None else arguments.cfg,
             seed=arguments.seed,
             color_fix=None if color_fix == "none" else color_fix,
             demo=arguments.demo,

@@ -1,18 +1,18 @@
 """OSEDiff (Wu et al., NeurIPS 2024): the low-quality latent is the start of a single diffusion step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..bases import TEXT_WIDTHS
-from ..diffusion import NUM_TRAIN_TIMESTEPS, predict_x0
+from ..diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at, predict_x0
 from ..weights.kinds import FileKind, is_pisasr, strip_wrappers, without_wrappers
 from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
-from .method import Demo, Method, Option, Paper, Source
+from .method import Demo, Method, OneStep, Option, Paper, Source
 from .schedule import Schedule
 
 TIMESTEP = 999
@@ -42,6 +42,10 @@ def one_step(z_lq: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | to
         alpha_bar: of the noise schedule at T.
     """
     return predict_x0(z_lq, noise_pred, alpha_bar)
+
+
+def _equation(z_lq: torch.Tensor, noise_preds: Sequence[torch.Tensor], timestep: int) -> torch.Tensor:
+    return one_step(z_lq, noise_preds[0], alpha_bar_at(timestep, z_lq))
 
 
 def prompt_of(tags: Iterable[str], text: str = "") -> str:
@@ -186,6 +190,7 @@ OSEDIFF = Method(
         reason="OSEDiff's timesteps are indices of Stable Diffusion's noise table",
         fixed_start="OSEDiff's start state is exact only at the end of the noise table. For another single timestep use the 'OSEDiff One Step' node.",
     ),
+    one_step=OneStep(TIMESTEP, _equation),
     options=(
         Option("tagger", "a tagger that reads each picture's prompt off it; --prompt is added at its end", Path, needed=True),
         Option("dape", "DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)", Path),

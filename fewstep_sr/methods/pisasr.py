@@ -1,6 +1,6 @@
 """PiSA-SR (Sun et al., CVPR 2025): two LoRA sets on one UNet, one for the pixels' fidelity and one for semantic detail, each with a knob."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ..files import written_whole
 from ..weights.kinds import FileKind, is_pisasr
 from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
-from .method import Method, Option, Paper, Source
+from .method import Method, OneStep, Option, Paper, Source
 from .osediff import OSEDIFF, unet_group
 
 TIMESTEP = 1
@@ -34,6 +34,20 @@ def residual_step(z_lq: torch.Tensor, eps_pix: torch.Tensor, eps_full: torch.Ten
     return z_lq - (pixel * eps_pix + semantic * (eps_full - eps_pix))
 
 
+def calls(pixel: float, semantic: float) -> tuple[tuple[str, ...], ...]:
+    """The LoRA sets that act in each call of the network that :func:`residual_step` needs at these knobs.
+
+    One prediction is left where the weight of the other, ``pixel - semantic`` of ``eps_pix`` or ``semantic`` of ``eps_full``, is 0.
+    """
+    if pixel == semantic:
+        return (SETS,)
+    return (SETS[:1],) if semantic == 0 else (SETS[:1], SETS)
+
+
+def _equation(z_lq: torch.Tensor, noise_preds: Sequence[torch.Tensor], timestep: int, pixel: float, semantic: float) -> torch.Tensor:
+    return residual_step(z_lq, noise_preds[0], noise_preds[-1], pixel, semantic)
+
+
 @dataclass(frozen=True)
 class PiSASRAdapter(Adapter):
     """Both sets: ``unet`` is the pixel set, ``semantic`` the semantic one on top of it. The VAE is the base's."""
@@ -43,6 +57,10 @@ class PiSASRAdapter(Adapter):
     def __post_init__(self):
         if not self.semantic:
             raise ValueError("semantic: found no second LoRA set, expected PiSA-SR's two.")
+
+    @property
+    def sets(self) -> dict[str, dict[str, LowRank]]:
+        return dict(zip(SETS, (self.unet, self.semantic or {}), strict=True))
 
 
 def peft_name(layer: str, which: str) -> str:
@@ -141,6 +159,7 @@ PISASR = Method(
     summary=_summary,
     pipeline="PiSASRPipeline",
     color_fix="adain",
+    one_step=OneStep(TIMESTEP, _equation, calls, ("pixel", "semantic")),
     options=(
         Option("pixel", "weight of the pixel-level prediction: more takes more degradation off", _knob, default=1.0),
         Option("semantic", "weight of the semantic-level prediction: less keeps more of the image, more makes more detail", _knob, default=1.0),
