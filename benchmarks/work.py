@@ -92,7 +92,7 @@ def row(pixels: int) -> dict[str, float | int | str]:
 CALLS = {
     "OSEDiff": {"unet": 1},
     "PiSA-SR": {"unet": 1},
-    "PiSA-SR, knobs other than 1": {"unet": 2},
+    "PiSA-SR, other knobs": {"unet": 2},
     "HYPIR": {"unet": 1},
     "S3Diff": {"unet": 2},
     "InvSR, 1 step": {"unet": 1, "predictor": 1},
