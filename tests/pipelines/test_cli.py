@@ -185,6 +185,7 @@ def test_refused_before_any_work(models, tmp_path, monkeypatch, capsys, words, m
     assert names(tmp_path) == ["in/photo_00.png", "in/photo_01.png", "photo_00.png"]
 
 
+@pytest.mark.slow
 def test_tiles(models, tmp_path):
     photo(90, 40).save(tmp_path / "wide.png")
     results = []
@@ -321,6 +322,7 @@ def test_convert_and_info(models, tmp_path, capsys, name):
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_converted_weights_give_the_same(models, tmp_path):
     photo().save(tmp_path / "in.png")
     for method, name in (("osediff", "osediff.pkl"), ("invsr", "predictor.pth")):
@@ -348,6 +350,7 @@ def test_converted_weights_give_the_same(models, tmp_path):
         assert np.array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_converted_weights_in_the_nodes(comfy, models):
     for folder, name in (("osediff", "osediff.pkl"), ("invsr", "predictor.pth")):
         assert main(["convert", str(models / name), "-o", str(comfy.folder(folder) / "converted.safetensors"), "--overwrite"]) == 0
