@@ -1,4 +1,4 @@
-"""``train osediff`` and ``train invsr`` of the command line."""
+"""``train osediff``, ``train pisasr`` and ``train invsr`` of the command line."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from .ranges import WEIGHT, real, whole
 if TYPE_CHECKING:
     from .bases import Base
     from .data import TrainingPictures
-    from .settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings
+    from .settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings, PiSASRSettings
 
 _PACKAGE = __package__.rpartition(".")[0]
 _OSEDIFF = f"""\
@@ -20,6 +20,13 @@ examples:
   accelerate launch --multi_gpu --num_processes 4 -m {_PACKAGE} train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
 
 The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'OSEDiff Loader' read.
+"""
+_PISASR = """\
+examples:
+  %(prog)s --base sd-2-1-base --data photos -o pixel --steps 4000 --mixed-precision bf16 --gradient-checkpointing
+  %(prog)s --base sd-2-1-base --data photos -o semantic --stage semantic --weights pixel --steps 8000 --mixed-precision bf16
+
+The result, in the output folder, is pisa_sr.safetensors, which upscale --weights reads, and pisa_sr.pkl, which the authors' own program reads.
 """
 _INVSR = """\
 examples:
@@ -52,9 +59,30 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--gradient-weight", type=WEIGHT, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
     _add_structure(command)
     command.add_argument("--vae-lr", type=real(0, 10), help="learning rate of the encoder's updates (default: --lr)")
-    command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
-    command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
+    _add_tagger(command)
     command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
+
+    command = trainings.add_parser(
+        "pisasr", parents=[common], help="PiSA-SR: two sets of weights for Stable Diffusion 2.1-base", epilog=_PISASR, **RAW
+    )
+    add_common(command, lr=5e-5, patch_multiple=1)
+    _add_base(command, prompt="none")
+    command.add_argument(
+        "--stage", choices=["pixel", "semantic"], default="pixel", help="which set learns; the semantic one on top of the pixel one (default: pixel)"
+    )
+    command.add_argument("--weights", type=Path, metavar="RUN", help="for the semantic stage: the pixel stage's output folder, or its file")
+    command.add_argument("--negative-prompt", help="of the distillation (default: the published one)")
+    command.add_argument("--rank-pixel", type=whole(1, 4096), default=4, help="of the pixel set, in its own stage (default: %(default)s)")
+    command.add_argument("--rank-semantic", type=whole(1, 4096), default=4, help="of the semantic set (default: %(default)s)")
+    command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
+    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="semantic: of LPIPS, where its weights are at hand (default: %(default)g)")
+    command.add_argument("--csd-weight", type=WEIGHT, default=1.0, help="semantic: of score distillation; 0 also saves a UNet (default: %(default)g)")
+    command.add_argument("--guidance", type=real(0), default=7.5, help="of the distillation (default: %(default)g)")
+    command.add_argument(
+        "--null-prompt", type=real(0, 1), default=0.5, help="share of batches that are restored with the empty prompt (default: %(default)g)"
+    )
+    _add_tagger(command)
+    command.set_defaults(run=_pisasr, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
@@ -101,6 +129,11 @@ def _add_structure(command: argparse.ArgumentParser) -> None:
         default=0.0,
         help="not in the paper: of 1 - the pictures' gradient magnitude similarity (default: %(default)g)",
     )
+
+
+def _add_tagger(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
+    command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
 
 
 def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
@@ -159,6 +192,33 @@ def _train_osediff(settings: "OSEDiffSettings") -> int:
     prompts = Prompts(base, settings.base.prompt or "", negative, tagger, settings.base.prompt_embeds)
     lpips = load_lpips() if settings.options.lpips else None
     train(OSEDiffTask(base, prompts, settings.options, lpips, settings.base.gradient_checkpointing), pictures, settings.data.loop)
+    report(settings.data.loop, ADAPTER_FILE)
+    return 0
+
+
+def _pisasr(arguments: argparse.Namespace) -> int:
+    from .settings import PiSASRSettings
+
+    return _train_pisasr(PiSASRSettings.from_arguments(arguments))
+
+
+def _train_pisasr(settings: "PiSASRSettings") -> int:
+    from fewstep_sr.methods.osediff import NEGATIVE_PROMPT
+
+    from ..tagger import PromptTagger
+    from .bases import Prompts
+    from .loop import train
+    from .perceptual import load_lpips
+    from .pisasr import ADAPTER_FILE, PiSASRTask, read_pixel_set
+
+    begin(settings.data)
+    pixel = read_pixel_set(settings.weights) if settings.weights else None
+    pictures, base = _pairs(settings.data), _base(settings.base, "pisasr")
+    tagger = PromptTagger.from_files(settings.tagger, settings.dape) if settings.tagger else None
+    negative = NEGATIVE_PROMPT if settings.negative_prompt is None else settings.negative_prompt
+    prompts = Prompts(base, settings.base.prompt or "", negative, tagger, settings.base.prompt_embeds)
+    lpips = load_lpips() if settings.options.lpips and pixel else None
+    train(PiSASRTask(base, prompts, settings.options, pixel, lpips, settings.base.gradient_checkpointing), pictures, settings.data.loop)
     report(settings.data.loop, ADAPTER_FILE)
     return 0
 

@@ -67,6 +67,28 @@ class OSEDiffOptions:
     vae_lr: float | None = None
 
 
+STAGES = ("pixel", "semantic")
+"""Of PiSA-SR's training, in their order."""
+
+
+@dataclass(frozen=True)
+class PiSASROptions:
+    """Stage, ranks and weights of the losses, those of the published training where nothing is said (scripts/train/train_pisasr.sh of its authors).
+
+    The pixel stage has the squared distance of the pictures alone; the semantic one has it, too, with LPIPS and classifier score distillation.
+    ``null_prompt`` is the share of batches that the generator sees with the empty prompt; the distillation never does.
+    """
+
+    stage: str = STAGES[0]
+    rank_pixel: int = 4
+    rank_semantic: int = 4
+    mse: float = 1.0
+    lpips: float = 2.0
+    csd: float = 1.0
+    guidance: float = GUIDANCE
+    null_prompt: float = 0.5
+
+
 @dataclass(frozen=True)
 class InvSROptions:
     """Mode and weights of the losses, those of the published training where nothing is said.

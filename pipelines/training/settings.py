@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
-from .options import TIMESTEPS, InvSROptions, LoopOptions, OSEDiffOptions
+from .options import TIMESTEPS, InvSROptions, LoopOptions, OSEDiffOptions, PiSASROptions
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,43 @@ class OSEDiffSettings:
         )
         data, base = DataSettings.from_arguments(arguments), BaseSettings.from_arguments(arguments)
         return cls(data, base, options, arguments.negative_prompt, arguments.tagger, arguments.dape)
+
+
+@dataclass(frozen=True)
+class PiSASRSettings:
+    """Settings of ``train pisasr``: ``weights`` is the first stage's result, a file or the run's folder. The rest as :class:`OSEDiffSettings`."""
+
+    data: DataSettings
+    base: BaseSettings
+    options: PiSASROptions
+    weights: Path | None = None
+    negative_prompt: str | None = None
+    tagger: Path | None = None
+    dape: Path | None = None
+
+    def __post_init__(self):
+        semantic = self.options.stage == "semantic"
+        if semantic and self.weights is None:
+            raise ValueError("--weights: found none, expected the pixel stage's run or its file: --stage semantic learns on top of it.")
+        if not semantic and self.weights is not None:
+            raise ValueError(f"--weights: found {self.weights}, but --stage pixel begins anew. Leave it out, or give --stage semantic.")
+        _require_whole_cells(self.data.patch)
+
+    @classmethod
+    def from_arguments(cls, arguments: argparse.Namespace) -> "PiSASRSettings":
+        """Raises ValueError where an option is wrong, or does not go with another."""
+        options = PiSASROptions(
+            stage=arguments.stage,
+            rank_pixel=arguments.rank_pixel,
+            rank_semantic=arguments.rank_semantic,
+            mse=arguments.mse_weight,
+            lpips=arguments.lpips_weight,
+            csd=arguments.csd_weight,
+            guidance=arguments.guidance,
+            null_prompt=arguments.null_prompt,
+        )
+        data, base = DataSettings.from_arguments(arguments), BaseSettings.from_arguments(arguments)
+        return cls(data, base, options, arguments.weights, arguments.negative_prompt, arguments.tagger, arguments.dape)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
         for name, spec in [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]:
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                inputs[name] = next(values)
+                inputs[name] = next(values, options.get("default"))  # a widget that came after the workflow was saved
                 if options.get("control_after_generate") or options.get("image_upload") or options.get("video_upload"):
                     next(values)
             if kind == "COMFY_DYNAMICCOMBO_V3":  # a choice, then the widgets that it brings, named "choice.widget"

@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("diffusers")
 
 from pipelines.training.methods import add_methods
-from pipelines.training.options import InvSROptions, LoopOptions, OSEDiffOptions
-from pipelines.training.settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings
+from pipelines.training.options import InvSROptions, LoopOptions, OSEDiffOptions, PiSASROptions
+from pipelines.training.settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings, PiSASRSettings
 
-KINDS = {"osediff": OSEDiffSettings, "invsr": InvSRSettings}
+KINDS = {"osediff": OSEDiffSettings, "invsr": InvSRSettings, "pisasr": PiSASRSettings}
 NEEDED = ["--data", "photos", "-o", "run", "--steps", "7"]
 
 parser = argparse.ArgumentParser()
@@ -40,7 +40,7 @@ def other(action: argparse.Action) -> list[str]:
         return [next(choice for choice in action.choices if choice != action.default)]
     values = {"--data": ["other"], "--steps": ["9"], "--output": ["elsewhere"], "--patch": ["128"], "--timesteps": ["250", "10"]}
     values |= {"--predictor-channels": ["64", "128"], "--predictor-layers": ["1", "2"], "--predictor-time": ["64", "128"]}
-    values |= {"--discriminator-channels": ["32", "64"], "--ema": ["0.25"]}
+    values |= {"--discriminator-channels": ["32", "64"], "--ema": ["0.25"], "--null-prompt": ["0.25"]}
     return values.get(action.option_strings[-1], ["3"])
 
 
@@ -55,7 +55,11 @@ OPTIONS = [
 @pytest.mark.parametrize(("method", "action"), OPTIONS)
 def test_every_option_arrives(method, action):
     option = action.option_strings[-1]
-    beside = ["--init", "a.pth", "--variance-weight", "1"] if option == "--variance-alone" else []
+    needed = {"--variance-alone": ["--init", "a.pth", "--variance-weight", "1"], "--weights": ["--stage", "semantic", "--weights", "a"]}
+    beside = needed.get(option, [])
+    if option == "--stage":
+        assert settings(method, *needed["--weights"]).options.stage == "semantic" != settings(method).options.stage
+        return
     assert settings(method, *beside, option, *other(action)) != settings(method, *beside)
 
 
@@ -63,6 +67,12 @@ def test_osediff_without_options_is_the_published_training():
     found = settings("osediff")
     assert found.options == OSEDiffOptions() and found.base == BaseSettings()
     assert (found.negative_prompt, found.tagger, found.dape) == (None, None, None)
+    assert found.data == DataSettings(("photos",), 512, LoopOptions(Path("run"), 7, lr=5e-5, weight_decay=1e-2, max_grad_norm=1.0))
+
+
+def test_pisasr_without_options_is_the_published_first_stage():
+    found = settings("pisasr")
+    assert found.options == PiSASROptions() and found.base == BaseSettings() and found.weights is None
     assert found.data == DataSettings(("photos",), 512, LoopOptions(Path("run"), 7, lr=5e-5, weight_decay=1e-2, max_grad_norm=1.0))
 
 
@@ -94,6 +104,9 @@ def test_a_loops_every_option_but_two_is_on_the_command_line():
 @pytest.mark.parametrize(("method", "words", "message"), [
     ("osediff", ["--patch", "96"], "--patch: found 96, expected a multiple of 64, the UNet's coarsest cell."),
     ("invsr", ["--patch", "96"], "--patch: found 96, expected a multiple of 64"),
+    ("pisasr", ["--patch", "96"], "--patch: found 96, expected a multiple of 64"),
+    ("pisasr", ["--stage", "semantic"], "--weights: found none, expected the pixel stage's run"),
+    ("pisasr", ["--weights", "run"], "--weights: found run, but --stage pixel begins anew."),
     ("invsr", ["--variance-alone"], "--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay."),
     ("invsr", ["--variance-alone", "--init", "a.pth"], "--variance-alone: expected"),
     ("invsr", ["--variance-alone", "--variance-weight", "1"], "--variance-alone: expected"),
