@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import toys
-from forked import Forked
+from forked import Forked, free_port
 from PIL import Image, ImageCms, ImageOps
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
@@ -230,13 +230,13 @@ def command(models, source, out) -> list[str]:
 
 
 # accelerate calls several processes of one machine multi_gpu; where there is no GPU they are CPU processes.
-TWO = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m"]
+TWO = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 def start(models, source, out) -> subprocess.Popen:
     """Two processes, as accelerate starts them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", *TWO, "pipelines", *command(models, source, out)]
+    words = [sys.executable, "-m", *TWO, f"--main_process_port={free_port()}", "-m", "pipelines", *command(models, source, out)]
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 

@@ -16,6 +16,7 @@ pytest.importorskip("diffusers")
 
 from accelerate.state import AcceleratorState
 from conftest import ROOT
+from forked import free_port
 from mean_task import Mean
 
 from pipelines.training import loop
@@ -203,6 +204,7 @@ def test_processes_find_a_bad_loss_together(tmp_path):
         "except RuntimeError as error: (folder / f'error{int(bad)}').write_text(str(error))\n"
     )
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launch += [f"--main_process_port={free_port()}"]  # not the usual one, which another process's tests may have
     arguments = [str(script), str(ROOT), f"{ROOT}/tests/support", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}/tests"}
     result = subprocess.run([sys.executable, "-m", *launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
