@@ -51,13 +51,14 @@ _COMPARE = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of a file: ``source`` is the whole file with it."""
+    """One change of a file: ``source`` is the whole file with it, ``original`` without."""
 
     file: Path
     line: int
     text: str
     change: str
     source: str
+    original: str
 
 
 def mutants(file: Path) -> Iterator[Mutant]:
@@ -76,7 +77,7 @@ def mutants(file: Path) -> Iterator[Mutant]:
             mutated = ast.unparse(ast.fix_missing_locations(changed))
             if mutated not in seen and mutated != ast.unparse(tree):
                 seen.add(mutated)
-                yield Mutant(file, node.lineno, lines[node.lineno - 1].strip(), change, mutated)
+                yield Mutant(file, node.lineno, lines[node.lineno - 1].strip(), change, mutated, source)
 
 
 def _nodes(tree: ast.AST) -> list[ast.AST]:
@@ -217,7 +218,7 @@ def survivors(found: list[Mutant], folders: list[Path], tests: list[str], limit:
             alive[index] = process.exitcode == 0
             if alive[index] and found[index].change:
                 print(f"  survived {_where(found[index])}", flush=True)
-            shutil.copy(found[index].file, folder / found[index].file.relative_to(ROOT))
+            (folder / found[index].file.relative_to(ROOT)).write_text(found[index].original, encoding="utf-8")
             free.append(folder)
             del running[folder]
     return alive
@@ -254,7 +255,8 @@ def main() -> int:
         for folder in folders:
             shutil.copytree(ROOT, folder, ignore=lambda _, names: SKIPPED & set(names))
         first = arguments.files[0].resolve()
-        if not survivors([Mutant(first, 0, "", "", first.read_text(encoding="utf-8"))], folders, tests, 10 * arguments.timeout)[0]:
+        whole = first.read_text(encoding="utf-8")
+        if not survivors([Mutant(first, 0, "", "", whole, whole)], folders, tests, 10 * arguments.timeout)[0]:
             raise SystemExit(f"The tests fail without any change: pytest {arguments.tests}")
         alive = survivors(found, folders, tests, arguments.timeout)
     for file in sorted({mutant.file for mutant in found}):

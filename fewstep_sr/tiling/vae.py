@@ -55,21 +55,18 @@ class TiledCoder:
             result: zeros (B, C, h, w), to which the answers are added.
             tile: side of the tiles in cells, or less where as many smaller ones cover the picture.
         """
-        cells = tuple(side // self.scale_out for side in result.shape[-2:])
+        height, width = (side // self.scale_out for side in result.shape[-2:])
         most = None
         while True:
-            out_of_memory = False
             try:
-                return self._run(source, result, TileLayout(cells[0], cells[1], max(even_tile(side, tile) for side in cells), OVERLAP), most)
+                return self._run(source, result, TileLayout(height, width, max(even_tile(height, tile), even_tile(width, tile)), OVERLAP), most)
             except Exception as error:
                 if tile <= MIN_TILE or not self.runtime.is_out_of_memory(error):
                     raise
-                out_of_memory = True
-            if out_of_memory:  # outside the except block, which keeps the tensors alive
-                self.runtime.free_memory()
-                tile, most = max(MIN_TILE, min(tile, max(cells)) // 2), 1
-                logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * max(self.scale_in, self.scale_out))
-                result.zero_()
+            self.runtime.free_memory()  # outside the except block, which keeps the tensors alive
+            tile, most = max(MIN_TILE, min(tile, max(height, width)) // 2), 1
+            logging.warning("VAE: out of memory, going on with tiles of %d pixels", tile * max(self.scale_in, self.scale_out))
+            result.zero_()
 
     def _run(self, source, result: torch.Tensor, layout: TileLayout, most: int | None) -> None:
         first = layout.tiles[0]

@@ -22,6 +22,7 @@ from fewstep_sr.networks.posterior import Posterior, draw_noise
 INVSR = ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_steps5", "invsr_cfg"]
 
 
+@pytest.mark.slow
 def test_imports_nothing_but_torch():
     root = Path(__file__).resolve().parents[2]
     modules = [".".join(path.relative_to(root).with_suffix("").parts) for path in (root / "fewstep_sr").rglob("*.py") if path.stem != "__init__"]

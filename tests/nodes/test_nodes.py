@@ -563,6 +563,7 @@ def test_contract_is_complete(comfy):
     assert ours == set(CONTRACT)
 
 
+@pytest.mark.slow
 def test_blocked_packages(comfyui_path):
     """The pack loads and all its nodes run, and give the authors' numbers, where diffusers and peft cannot be imported."""
     code = f"""

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 import toys
-from forked import Forked
+from forked import Forked, free_port
 from PIL import Image, ImageCms, ImageOps
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
@@ -185,6 +185,7 @@ def test_refused_before_any_work(models, tmp_path, monkeypatch, capsys, words, m
     assert names(tmp_path) == ["in/photo_00.png", "in/photo_01.png", "photo_00.png"]
 
 
+@pytest.mark.slow
 def test_tiles(models, tmp_path):
     photo(90, 40).save(tmp_path / "wide.png")
     results = []
@@ -229,13 +230,13 @@ def command(models, source, out) -> list[str]:
 
 
 # accelerate calls several processes of one machine multi_gpu; where there is no GPU they are CPU processes.
-TWO = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "-m"]
+TWO = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
 
 
 def start(models, source, out) -> subprocess.Popen:
     """Two processes, as accelerate starts them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", *TWO, "pipelines", *command(models, source, out)]
+    words = [sys.executable, "-m", *TWO, f"--main_process_port={free_port()}", "-m", "pipelines", *command(models, source, out)]
     return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
@@ -321,6 +322,7 @@ def test_convert_and_info(models, tmp_path, capsys, name):
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_converted_weights_give_the_same(models, tmp_path):
     photo().save(tmp_path / "in.png")
     for method, name in (("osediff", "osediff.pkl"), ("invsr", "predictor.pth")):
@@ -348,6 +350,7 @@ def test_converted_weights_give_the_same(models, tmp_path):
         assert np.array_equal(*pictures)
 
 
+@pytest.mark.slow
 def test_converted_weights_in_the_nodes(comfy, models):
     for folder, name in (("osediff", "osediff.pkl"), ("invsr", "predictor.pth")):
         assert main(["convert", str(models / name), "-o", str(comfy.folder(folder) / "converted.safetensors"), "--overwrite"]) == 0

@@ -128,6 +128,7 @@ def test_invsr_without_predictor(tmp_path):
         restore(pipeline)
 
 
+@pytest.mark.slow
 @PIPELINES
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_base_in_one_file(comfy, make, suffix, tmp_path):

@@ -4,20 +4,19 @@ import copy
 import io
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pipeline_toys
 import pytest
 import torch
 import toys
 from diffusers import DiffusionPipeline
+from forked import Forked
 from PIL import Image
 from toys import gaussian, picture, relative_error
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
+from pipelines.cli import main
 from pipelines.tiling import GROUP_CELLS
 
 SEED, TILE = 5, 256
@@ -186,11 +185,7 @@ def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog, error):
     assert "tiles of 152 pixels" in caplog.text
 
 
-def heed_interrupts():
-    """What a shell starts in the background ignores SIGINT, and so would what the tests start."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_stopped_between_tiles(tmp_path, stop):
     """The command line leaves finished results alone in the folder."""
@@ -201,18 +196,18 @@ def test_stopped_between_tiles(tmp_path, stop):
     OSEDiffPipeline(**pipeline_toys.components(SEED, tmp_path / "clip")).save_pretrained(tmp_path / "base")
     torch.save(toys.osediff_checkpoint(SEED, 4), tmp_path / "osediff.pkl")
     words = ["upscale", source, "-o", out, "--base", tmp_path / "base", "--weights", tmp_path / "osediff.pkl", "--device", "cpu", "--tile", TILE]
-    command = [sys.executable, "-m", "pipelines", *map(str, words)]
-    root = Path(__file__).resolve().parents[2]
-    run = subprocess.Popen(
-        command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    )
+
+    def upscale() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts in the background ignores it, and so would its children
+        return main([*map(str, words)])
+
+    run = Forked(upscale, tmp_path / "log")
     deadline = time.monotonic() + 600
-    while not (out / "a_small.png").exists() and run.poll() is None:
+    while not (out / "a_small.png").exists() and run.process.is_alive():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
-    run.send_signal(stop)
-    _, report = run.communicate(timeout=300)
-    assert run.returncode != 0, report
+    os.kill(run.process.pid, stop)
+    assert run.wait() == (-signal.SIGKILL if stop is signal.SIGKILL else 130), run.text
     assert [path.name for path in out.rglob("*")] == ["a_small.png"]
     Image.open(out / "a_small.png").load()

@@ -1,5 +1,6 @@
 """The small real networks as diffusers and transformers build them, in pipelines and in folders."""
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -11,12 +12,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def unet(seed: int) -> UNet2DConditionModel:
+    return copy.deepcopy(_unet(seed))  # which takes a tenth of building one
+
+
+def vae(seed: int) -> AutoencoderKL:
+    return copy.deepcopy(_vae(seed))
+
+
+@cache
+def _unet(seed: int) -> UNet2DConditionModel:
     network = UNet2DConditionModel(**toys.golden("osediff_square")[0]["unet"])
     network.load_state_dict(toys.unet_state_dict(seed))
     return network.eval()
 
 
-def vae(seed: int) -> AutoencoderKL:
+@cache
+def _vae(seed: int) -> AutoencoderKL:
     network = AutoencoderKL(**toys.golden("osediff_square")[0]["vae"])
     network.load_state_dict(toys.vae_state_dict(seed))
     return network.eval()

@@ -36,7 +36,12 @@ def picture(seed: int, height: int, width: int, batch: int = 1) -> torch.Tensor:
 
 
 def weights(seed: int, prefix: str, shapes: dict) -> dict[str, torch.Tensor]:
-    return {k: torch.from_numpy(procedural.weight(seed, f"{prefix}.{k}", tuple(s))) for k, s in shapes.items()}
+    return {k: _weight(seed, f"{prefix}.{k}", tuple(s)).clone() for k, s in shapes.items()}
+
+
+@cache
+def _weight(seed: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.from_numpy(procedural.weight(seed, name, shape))
 
 
 def unet_state_dict(seed: int, context: int = 64) -> dict[str, torch.Tensor]:

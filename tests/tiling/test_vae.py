@@ -1,5 +1,6 @@
 """The loop over a VAE's pictures and tiles with small networks of its shape: what is called with what, and what comes of it."""
 
+import dataclasses
 import logging
 import math
 
@@ -149,3 +150,33 @@ def test_smaller_tiles_where_memory_runs_out(caplog):
     with pytest.raises(MemoryError):  # no lack of memory to this runtime
         coder.run(picture, 64)
     assert len(coder.calls) == 1
+
+
+def test_what_was_done_before_memory_ran_out_is_done_again(monkeypatch):
+    """The third of four tiles does not fit, although the second did; nothing of the first two is left in the result."""
+    picture, call = torch.randn(1, 1, 60, 50), Coder.call
+
+    def third(self, network, part):
+        if len(self.calls) == 3:  # the reduced pass, two tiles
+            self.calls.append((False, tuple(part.shape)))
+            raise MemoryError
+        return call(self, network, part)
+
+    monkeypatch.setattr(Coder, "call", third)
+    coder = Coder()
+    assert torch.allclose(coder.run(picture, 34), picture, atol=1e-6)
+    assert coder.calls[1:4] == [(False, (1, 1, 34, 34))] * 3 and coder.runtime.freed == 1
+
+
+def test_every_tile_has_its_answer(monkeypatch):
+    call = Coder.call
+    monkeypatch.setattr(Coder, "call", lambda self, network, part: call(self, network, part)[: len(part) - (len(self.calls) > 1)])
+    with pytest.raises(ValueError, match="zip"):
+        Coder(fits=2).run(torch.randn(1, 1, 60, 50), 34)
+
+
+@pytest.mark.parametrize("record", [Coder().coder, TileLayout(8, 8, 8, 0), TileLayout(8, 8, 8, 0).tiles[0]], ids=lambda record: type(record).__name__)
+def test_records_do_not_change(record):
+    for field in dataclasses.fields(record):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, field.name, None)

@@ -81,6 +81,7 @@ def test_runs_as_a_module():
     assert result.returncode == 0 and "synthesize" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["pipelines", "fewstep_sr", "nodes"])
 def test_the_product_imports_nothing_of_the_tools(folder):
     files = sorted((ROOT / folder).rglob("*.py"))

@@ -3,8 +3,6 @@
 import os
 import pickle
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("diffusers")
 
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from forked import Forked
 from mean_task import Mean
 
 from pipelines.training import loop
@@ -193,20 +191,18 @@ def test_resume_brings_back_the_random_states(tmp_path, pictures, cut, monkeypat
 def test_processes_find_a_bad_loss_together(tmp_path):
     """Only the second process's loss is bad: both end, with its step and value."""
     Image.new("RGB", (16, 16), "gray").save(tmp_path / "photo.png")
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, pathlib; sys.path[:0] = [sys.argv[1], sys.argv[2]]\n"
-        "import os; from mean_task import Mean; from pipelines.training.loop import LoopOptions, TrainingPictures, train\n"
-        "folder = pathlib.Path(sys.argv[3]); bad = os.environ['RANK'] == '1'\n"
-        "task = Mean(losses=[1.0, float('inf') if bad else 1.0, 1.0, 1.0, 1.0])\n"
-        "try: train(task, TrainingPictures([folder / 'photo.png'], 16, 0), LoopOptions(folder / 'run', 5, batch=1, lr=0.0, save_every=3))\n"
-        "except RuntimeError as error: (folder / f'error{int(bad)}').write_text(str(error))\n"
-    )
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-    arguments = [str(script), str(ROOT), f"{ROOT}/tests/support", str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}/tests"}
-    result = subprocess.run([sys.executable, "-m", *launch, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+
+    def work() -> None:
+        rank = os.environ["RANK"]
+        task = Mean(losses=[1.0, float("inf") if rank == "1" else 1.0, 1.0, 1.0, 1.0])
+        try:
+            train(task, TrainingPictures([tmp_path / "photo.png"], 16, 0), options(tmp_path, 5, lr=0.0, save_every=3))
+        except RuntimeError as error:
+            (tmp_path / f"error{rank}").write_text(str(error))
+
+    processes = Forked.together(work, 2, tmp_path)
+    assert [process.wait() for process in processes] == [0, 0], processes[0].text
     for rank in (0, 1):
-        assert (tmp_path / f"error{rank}").is_file(), result.stderr
+        assert (tmp_path / f"error{rank}").is_file()
         assert "the loss is inf at step 1" in (tmp_path / f"error{rank}").read_text()
     assert not (tmp_path / "run" / "checkpoint").exists()

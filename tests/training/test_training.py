@@ -182,6 +182,7 @@ def test_invsr_losses_follow_the_formulas(base, batch):
     assert figures.keys() == {"latent"}
 
 
+@pytest.mark.slow
 def test_losses_beyond_the_papers(folder, base, batch):
     """Each comes on top of the others, and falls where it is learned with."""
     for task, extra in (
@@ -201,6 +202,7 @@ def test_losses_beyond_the_papers(folder, base, batch):
         assert figures[-1] < 0.9 * figures[0]
 
 
+@pytest.mark.slow
 def test_variance_alone(folder, base, batch, capfd):
     """The mean stays to the last bit, the variance goes where it is asked to."""
     task = invsr(base, perceptual=0.0, variance=10.0, variance_alone=True)
@@ -300,6 +302,7 @@ def test_invsr_file_gives_the_same_latents(base, batch, tmp_path):
     assert (latents - expected).norm() / expected.norm() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, options, steps, share",
     [
@@ -339,6 +342,7 @@ def test_regulariser_learns_the_generators_latents(base, batch):
     assert task.loss("regulariser", batch, torch.Generator().manual_seed(-1))[0].item() < 0.9 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [osediff, invsr])
 def test_resumed_run_is_the_uncut_one(folder, tmp_path, make):
     """Six steps, and four steps with two more after a restart: the same losses to the last bit, and the same file."""
@@ -374,6 +378,7 @@ def test_figures_for_tensorboard(folder, tmp_path):
 SMALL = ["--predictor-channels", "64", "64", "--predictor-layers", "1", "1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     [

@@ -103,6 +103,7 @@ def test_dape_is_added_once(ram, tmp_path):
         add_dape(merged, DAPE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
 def test_unused_parts_are_not_read(tmp_path):
     """The published file is mostly weights for captions and an optimizer's state."""
