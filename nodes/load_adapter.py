@@ -8,7 +8,7 @@ from comfy_api.latest import io
 from ..fewstep_sr.methods import METHODS, load_adapter
 from .adapter import acting_adapters, adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
-from .page import fingerprint, find_listed, quoted, require_number, warn
+from .page import find_listed, fingerprint, quoted, require_number, warn
 from .sampling import USUAL
 
 FAMILIES = {method.weights.folder: method for method in METHODS.values() if method.one_step}

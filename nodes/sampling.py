@@ -85,7 +85,7 @@ class EquationGuider(comfy.samplers.CFGGuider):
         super().__init__(model)
         self._equation = equation
 
-    def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 (core's signature)
+    def predict_noise(self, x, timestep, model_options={}, seed=None):
         denoised = super().predict_noise(x, timestep, model_options, seed)
         sigma = timestep.view(-1, 1, 1, 1)
         return self._equation(from_sigma_space(x, alpha_bar_of(sigma)), (x - denoised) / sigma)

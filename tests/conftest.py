@@ -71,7 +71,6 @@ def comfy(comfyui_path, tmp_path_factory):
     import folder_paths
 
     import nodes
-
     from fewstep_sr.methods import METHODS
 
     for kind in (*(method.weights.folder for method in METHODS.values()), "dape"):
