@@ -6,8 +6,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..fewstep_sr.methods import METHODS, load_adapter
-from .adapter import acting_adapters, adapt_model, adapt_vae
+from .adapter import adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
+from .marks import acting_adapters
 from .page import find_listed, fingerprint, quoted, require_number, warn
 from .sampling import USUAL
 

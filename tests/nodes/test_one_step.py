@@ -202,7 +202,7 @@ def test_compiled_model(comfy, full):
 
 
 def test_weights_are_patched_anew_only_where_they_change(comfy, full):
-    with_sets = comfy.module(".nodes.adapter").with_sets
+    with_sets = comfy.module(".nodes.marks").with_sets
     assert with_sets(full, pisasr.SETS) is full
     pix, again = with_sets(full, ("pix",)), with_sets(full, ("pix",))
     assert pix.clone_has_same_weights(again) and not pix.clone_has_same_weights(full)
