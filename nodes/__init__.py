@@ -7,6 +7,7 @@ from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .load_adapter import FewStepSRAdapterLoader
 from .one_step import FewStepSROneStep
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
+from .s3diff import S3DiffAdapt, S3DiffDegradation, S3DiffEstimatorLoader
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
 from .tiled_model import FewStepSRTiledModel
@@ -29,4 +30,7 @@ NODES = [
     FewStepSRFillTransparent,
     FewStepSRAdapterLoader,
     FewStepSROneStep,
+    S3DiffEstimatorLoader,
+    S3DiffDegradation,
+    S3DiffAdapt,
 ]

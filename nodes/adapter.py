@@ -24,7 +24,7 @@ def adapt_model(model, method: Method, adapter: Adapter, strength: float):
         )
     names = {k: f"diffusion_model.{v}" for k, v in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()}
     patched = model.clone()
-    marks = {lora_set: _mark(method, adapter, lora_set) for lora_set in adapter.sets}
+    marks = {lora_set: mark_of(method, adapter, lora_set) for lora_set in adapter.sets}
     patched.set_attachments(ATTACHMENT, next(iter(marks.values())))
     # (1 - strength) * weight + strength * replacement: at full strength the replacement alone.
     replaced = {names[k]: (v,) for k, v in adapter.unet_replaced.items()}
@@ -34,7 +34,8 @@ def adapt_model(model, method: Method, adapter: Adapter, strength: float):
     return patched
 
 
-def _mark(method: Method, adapter: Adapter, lora_set: str = "") -> Mark:
+def mark_of(method: Method, adapter: Adapter, lora_set: str = "") -> Mark:
+    """The mark that an adapter's patches get."""
     assert method.one_step
     return Mark(method, getattr(adapter, "timestep", method.one_step.timestep), lora_set)
 
@@ -48,7 +49,7 @@ def adapt_vae(vae, method: Method, adapter: Adapter, strength: float):
     patched = copy.copy(vae)
     patched.__class__ = _saving_patched(type(vae))
     patched.patcher = vae.patcher.clone()
-    _patch_low_rank(patched.patcher, adapter.vae, names, "vae", strength, _mark(method, adapter))
+    _patch_low_rank(patched.patcher, adapter.vae, names, "vae", strength, mark_of(method, adapter))
     return patched
 
 

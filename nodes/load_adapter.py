@@ -10,6 +10,7 @@ from .adapter import adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
 from .marks import acting_adapters
 from .page import find_listed, fingerprint, quoted, require_number, warn
+from .per_image import carry_model, carry_vae
 from .sampling import USUAL
 
 FAMILIES = {method.weights.folder: method for method in METHODS.values() if method.one_step}
@@ -28,10 +29,12 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             category="FewStepSR",
             description="Puts an adapter on the UNet of its base, and on the VAE encoder where it has a part for that. The method is recognised by what is "
             f"in the file: {', '.join(method.title for method in FAMILIES.values())}. Wire both outputs; Few-Step SR One Step then takes the method's "
-            "step. HYPIR's weights are for non-commercial use only.",
-            search_aliases=["osediff", "pisa-sr", "hypir", "lora", "one-step diffusion", "super resolution", "upscale", "restore"],
+            "step; S3Diff Adapt comes between for S3Diff. HYPIR's weights are for non-commercial use only.",
+            search_aliases=["osediff", "pisa-sr", "hypir", "s3diff", "lora", "one-step diffusion", "super resolution", "upscale", "restore"],
             inputs=[
-                io.Model.Input("model", tooltip="The method's base from Load Checkpoint: SD 2.1-base (512 pixels, predicts noise)."),
+                io.Model.Input(
+                    "model", tooltip="The method's base from Load Checkpoint: SD 2.1-base (512 pixels, predicts noise), SD-Turbo for S3Diff."
+                ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Combo.Input(
                     "adapter_name",
@@ -91,6 +94,8 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             warnings.append(f"strength_vae: found {strength_vae:g}, but {method.title}'s adapter leaves the VAE as it is. Set it back to 1.")
         warn(cls, warnings)
         logging.info("%s: %s\n%s\n  licence: %s", name, method.kind.phrase, "\n".join(method.summary(adapter)), method.weights.licence)
+        if adapter.per_image:
+            return io.NodeOutput(carry_model(model, method, adapter, strength_model), carry_vae(vae, method, adapter, strength_vae))
         return io.NodeOutput(adapt_model(model, method, adapter, strength_model), adapt_vae(vae, method, adapter, strength_vae))
 
 

@@ -1,7 +1,8 @@
-"""One node for the single step of every method whose adapter the loader puts on: OSEDiff, PiSA-SR, HYPIR."""
+"""One node for the single step of every method whose adapter the loader puts on: OSEDiff, PiSA-SR, HYPIR, S3Diff."""
 
 from functools import partial
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 
@@ -9,6 +10,7 @@ from ..fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS
 from ..fewstep_sr.methods import METHODS
 from .marks import Mark, found_adapter, with_sets
 from .page import require_number, warn
+from .per_image import each_model
 from .sampling import USUAL, require_step, sample_step
 
 NODE = "Few-Step SR One Step"
@@ -30,24 +32,40 @@ class FewStepSROneStep(io.ComfyNode):
             node_id="FewStepSROneStep",
             display_name=NODE,
             category="FewStepSR",
-            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: OSEDiff, PiSA-SR or "
-            "HYPIR. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
-            search_aliases=["osediff", "pisa-sr", "hypir", "one-step diffusion", "sampler", "restore", "super resolution", "fidelity", "detail"],
+            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: OSEDiff, PiSA-SR, "
+            "HYPIR or S3Diff. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
+            search_aliases=[
+                "osediff",
+                "pisa-sr",
+                "hypir",
+                "s3diff",
+                "one-step diffusion",
+                "sampler",
+                "restore",
+                "super resolution",
+                "fidelity",
+                "detail",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model from Load Few-Step SR Adapter; LoRAs and other patches may follow it."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The content as text, by the base's CLIP. OSEDiff: tags. PiSA-SR: empty, as published. HYPIR: a sentence, or empty.",
+                    tooltip="The content as text, by the base's CLIP. OSEDiff: tags. PiSA-SR: empty, as published. HYPIR: a sentence, or empty. "
+                    "S3Diff: the prompt of its template.",
                 ),
                 io.Latent.Input("latent", tooltip="The upscaled low-quality image, encoded with the VAE from Load Few-Step SR Adapter."),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used where cfg is not 1. OSEDiff, PiSA-SR and HYPIR have none."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Only used where cfg is not 1. S3Diff: the negative prompt of its template. OSEDiff, PiSA-SR and HYPIR have none.",
+                ),
                 io.Float.Input(
                     "cfg",
                     default=0.0,
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Classifier-free guidance. 0 takes the method's published value, which is 1 (none) for OSEDiff, PiSA-SR and HYPIR; other values "
+                    tooltip="Classifier-free guidance. 0 takes the method's published value, which is 1.07 for S3Diff and 1 (none) for the others; other values "
                     "than 1 need the negative input and run the model twice.",
                 ),
                 io.Float.Input(
@@ -98,6 +116,11 @@ class FewStepSROneStep(io.ComfyNode):
                 "OSEDiff merged in, take 'OSEDiff One Step'.)"
             )
         cfg = cfg or mark.method.cfg
+        if negative is None and cfg == mark.method.cfg != 1:
+            raise ValueError(
+                f"negative: found none, expected {mark.method.title}'s negative prompt, since its published cfg is {cfg:g}. Wire the prompt of its "
+                "template, or set cfg to 1."
+            )
         conds = require_step(model, positive, latent, negative, cfg)
         require_number(pixel, "pixel", -10.0, 10.0)
         require_number(semantic, "semantic", -10.0, 10.0)
@@ -112,8 +135,20 @@ def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: 
     """The restored samples (B, 4, h, w) by the equation of the method that ``mark`` is of, not multiplied by the scaling factor.
 
     Where calls of the network differ in their LoRA sets they differ in its weights, which ComfyUI patches in place: all pictures go through one call
-    before the next begins, so that the weights are patched once for each, whatever the number of pictures and tiles.
+    before the next begins, so that the weights are patched once for each, whatever the number of pictures and tiles. So it is with adapters that are
+    another one for each picture.
     """
+    samples = latent["samples"]
+    restored = torch.zeros_like(samples, dtype=torch.float32, device=comfy.model_management.intermediate_device())
+    for own, images in each_model(model, len(samples)):
+        answer = _restore(own, mark, latent, conds, cfg, controls, images)
+        if images is None:
+            return answer
+        restored[list(images)] = answer[list(images)].to(restored)
+    return restored
+
+
+def _restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: dict, images: tuple[int, ...] | None) -> torch.Tensor:
     step = mark.method.one_step
     calls = step.calls(**controls)
     predicted: list[torch.Tensor] = []
@@ -127,7 +162,7 @@ def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: 
 
     for i, acting in enumerate(calls):
         last = i == len(calls) - 1
-        run = partial(sample_step, with_sets(model, acting), latent, conds, cfg, mark.timestep, NODE, part=(i, len(calls)))
+        run = partial(sample_step, with_sets(model, acting), latent, conds, cfg, mark.timestep, NODE, part=(i, len(calls)), images=images)
         restored = run(equation if last else keep)
     return restored
 

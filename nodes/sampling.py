@@ -11,7 +11,7 @@ import torch
 from ..fewstep_sr.diffusion import alpha_bar_of, from_sigma_space, to_sigma_space
 from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion
 from .page import require_number
-from .tiled_model import is_tiled, stream_pictures
+from .tiled_model import is_tiled, predict_only, stream_pictures
 
 USUAL = 2.0
 """Strengths and guidance above this are let through with a warning: the published value is 1, or a little more."""
@@ -38,7 +38,15 @@ def require_step(model, positive, latent: dict, negative, cfg: float) -> dict:
 
 
 def sample_step(
-    model, latent: dict, conds: dict, cfg: float, timestep: int, node: str, equation: Equation | None = None, part: tuple[int, int] = (0, 1)
+    model,
+    latent: dict,
+    conds: dict,
+    cfg: float,
+    timestep: int,
+    node: str,
+    equation: Equation | None = None,
+    part: tuple[int, int] = (0, 1),
+    images: tuple[int, ...] | None = None,
 ) -> torch.Tensor:
     """The restored samples (B, 4, h, w), not multiplied by the scaling factor: one call of the network at ``timestep`` for each conditioning.
 
@@ -47,11 +55,12 @@ def sample_step(
         node: display name, for messages.
         equation: in place of the clean latents that the predicted noise implies at ``timestep``.
         part: which of how many calls of this function that the node makes, for the progress bar.
+        images: those of the batch that are restored, None for all; what comes of the others means nothing.
     """
     samples = latent["samples"]
     sampling = model.get_model_object("model_sampling")
     sigmas = torch.cat([sampling.sigma(torch.tensor([timestep])), torch.zeros(1)])
-    streamed = stream_pictures(model)
+    streamed = stream_pictures(model) if images is None else predict_only(stream_pictures(model), images)
     guider = comfy.samplers.CFGGuider(streamed) if equation is None else EquationGuider(streamed, equation)
     guider.inner_set_conds(conds)
     guider.set_cfg(cfg)

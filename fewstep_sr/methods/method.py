@@ -86,6 +86,31 @@ class OneStep:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A file that a method needs beside its weights, with a record of the same kind.
+
+    Args:
+        option: name of the method's option that gives its path.
+        weights, kind, contents, source, parse, save, summary: as in :class:`Method`.
+        replaced_by: options that, all given, make the file unnecessary.
+    """
+
+    option: str
+    weights: Source
+    kind: FileKind
+    contents: str
+    source: str
+    parse: Callable[[Mapping[str, Any], Mapping[str, str], str], Any]
+    save: Callable[[Any, str | Path], None]
+    summary: Callable[[Any], list[str]]
+    replaced_by: tuple[str, ...] = ()
+
+    def is_needed(self, options: Mapping[str, Any]) -> bool:
+        """Whether options leave something for the file to say."""
+        return not self.replaced_by or any(options.get(name) is None for name in self.replaced_by)
+
+
+@dataclass(frozen=True)
 class Demo:
     """How a method runs on the miniature: its file there, and what differs from the published settings."""
 
@@ -112,6 +137,7 @@ class Method:
         schedule: for samplers; None for methods whose step no sampler takes.
         one_step: None for methods that are no adapter with a single step.
         options: of its own, beside those that all methods have.
+        companions: files beside the weights.
         demo: None where the miniature has no weights for it.
     """
 
@@ -134,6 +160,7 @@ class Method:
     schedule: Schedule | None = None
     one_step: OneStep | None = None
     options: tuple[Option, ...] = ()
+    companions: tuple[Companion, ...] = ()
     demo: Demo | None = None
 
     @property
