@@ -9,7 +9,7 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..fewstep_sr.tiling.tiles import TileLayout
-from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles
+from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles, take
 from .runtime import ComfyUI
 from .tiled_conds import PlacedCond
 from .tiled_controls import PlacedControls
@@ -136,7 +136,7 @@ class TiledPrediction:
                     model,
                     [None if cond is None else [c.cut(group) for c in cond if c.acts_on(group)] for cond in conds],
                     cut_items(x, group),
-                    timestep[[picture for picture, _ in group]],
+                    take(timestep, [picture for picture, _ in group]),
                     model_options,
                 )
 

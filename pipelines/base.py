@@ -16,8 +16,10 @@ from fewstep_sr.image.color import fix_color, is_gray, to_gray
 from fewstep_sr.image.sizes import VAE_MULTIPLE
 from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
+from fewstep_sr.tiling.unet import take
 
 from .checks import require_finite, require_stable_diffusion
+from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
 from .runtime import PipelineRuntime
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
@@ -29,7 +31,7 @@ _OWN_MODULE = re.compile(r"(?:fewstep_sr\.)?pipelines\.(\w+)")
 """A module of this package, by whichever name it was when a pipeline was saved."""
 
 
-class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
+class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     """Base of :class:`OSEDiffPipeline` and :class:`InvSRPipeline`.
 
     Between the stages pictures are (B, 3, H, W), RGB in [0, 1], and latents (B, 4, h, w), multiplied by the VAE's scaling factor,
@@ -178,9 +180,10 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     def _unet(self, latents, timestep, prompt_embeds) -> torch.Tensor:
         device, dtype = self._execution_device, self.unet.dtype
         embeds = prompt_embeds.to(device, dtype).expand(len(latents), -1, -1)
+        timestep = torch.as_tensor(timestep, device=device)  # once: a number would be copied there at each call
 
         def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
-            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds[pictures]).sample
+            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=take(embeds, pictures)).sample
 
         return require_finite(self._tiling.predict(network, latents.to(device), self._runtime), "the UNet")
 

@@ -96,6 +96,8 @@ class Upscaler:
         else:
             self.pipeline = load_base(pipeline_class(settings.method), base, dtype, settings)
             self.pipeline.load_weights(weights)
+            if settings.decoder:
+                self.pipeline.load_decoder(settings.decoder)
         self.pipeline.prepare({**settings.options, **companions})
         self.pipeline.set_progress_bar_config(leave=False, dynamic_ncols=True, disable=state.num_processes > 1 or None)  # None: in a terminal alone
         if settings.tile:

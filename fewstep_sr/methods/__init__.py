@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
+from ..weights.known import NOT_RUN
 from ..weights.lora import Adapter
 from ..weights.read import read_weights
 from ..weights.strict import printable
@@ -27,7 +28,7 @@ def records() -> tuple[Method | Companion, ...]:
 
 def identify(state: Mapping) -> FileKind:
     """What a weight file's dictionary is: a file of a method, or one of the kinds that people take for them."""
-    for kind in (*LOOKALIKES, *(record.kind for record in records())):
+    for kind in (*LOOKALIKES, *NOT_RUN, *(record.kind for record in records())):
         if kind.matches(state):
             return kind
     if (inner := unwrap(state)) is not None:
@@ -57,7 +58,7 @@ def load_adapter(path: str | Path) -> tuple[Method, Adapter]:
     method = method_of(kind)
     if method is None or method.one_step is None:
         families = ", ".join(method.title for method in METHODS.values() if method.one_step)
-        raise ValueError(f"{name}: found {kind.phrase}; expected an adapter of one of these methods: {families}. Choose another file.")
+        raise ValueError(f"{name}: found {kind.found}; expected an adapter of one of these methods: {families}. Choose another file.")
     return method, method.parse(without_wrappers(state, name), metadata, name)
 
 
@@ -72,5 +73,5 @@ def load_weights(record: Method | Companion, path: str | Path) -> Any:
     kind, name = identify(state), printable(Path(path).name)
     if kind.id != record.kind.id:
         contents = f" ({record.contents})" if record.contents else ""
-        raise ValueError(f"{name}: found {kind.phrase}; expected {record.kind.phrase}{contents}. Choose another file: {record.source}")
+        raise ValueError(f"{name}: found {kind.found}; expected {record.kind.phrase}{contents}. Choose another file: {record.source}")
     return record.parse(without_wrappers(state, name), metadata, name)

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from ..bases import TEXT_WIDTHS
+from ..files import written_whole
 from ..weights.kinds import FileKind, is_pisasr
-from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
+from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from .method import Method, OneStep, Option, Paper, Source
 from .osediff import OSEDIFF, unet_group
@@ -90,6 +91,25 @@ def save_adapter(adapter: PiSASRAdapter, path: str | Path) -> None:
     first = next(iter(adapter.unet.values()))
     ranks = {"lora_rank_unet_pix": str(adapter.rank_unet), "lora_rank_unet_sem": str(_rank_sem(adapter))}
     save_safetensors(tensors, path, {"family": "PiSA-SR adapter", **ranks, "lora_alpha": f"{first.alpha:g}"})
+
+
+def save_published(adapter: PiSASRAdapter, path: str | Path) -> None:
+    """Write both sets as the authors' training does, which their own program reads: one dictionary with the layers' names, ranks and tensors.
+
+    Raises:
+        ValueError: alpha is not PEFT's default, for which this layout has no place.
+    """
+    state: dict = {"lora_rank_unet_pix": adapter.rank_unet, "lora_rank_unet_sem": _rank_sem(adapter), "state_dict_unet": {}}
+    for which, layers in zip(SETS, (adapter.unet, adapter.semantic or {}), strict=True):
+        for group in ("encoder", "decoder", "others"):
+            state[f"unet_lora_{group}_modules_{which}"] = [layer for layer in layers if unet_group(layer) == f"default_{group}"]
+        for layer, low_rank in layers.items():
+            if low_rank.alpha != PEFT_ALPHA:
+                raise ValueError(f"lora_alpha: found {low_rank.alpha:g}, expected {PEFT_ALPHA:g} in the published layout. Save safetensors.")
+            for half, tensor in (("A", low_rank.down), ("B", low_rank.up)):
+                state["state_dict_unet"][f"{layer}.lora_{half}.{peft_name(layer, which)}.weight"] = tensor.contiguous()
+    with written_whole(path) as partial:
+        torch.save(state, partial)
 
 
 def _rank_sem(adapter: PiSASRAdapter) -> int:

@@ -21,6 +21,11 @@ def cut_items(latents: torch.Tensor, items: Sequence[Item]) -> torch.Tensor:
     return torch.cat([tile.cut(latents[image : image + 1]) for image, tile in items])
 
 
+def take(rows: torch.Tensor, images: Sequence[int]) -> torch.Tensor:
+    """``rows[images]`` along the batch axis, without an index that is copied to the device at each call."""
+    return torch.cat([rows[image : image + 1] for image in images])
+
+
 def predict_in_tiles(
     predict: Callable[[Sequence[Item]], Sequence[torch.Tensor]],
     blended: Sequence[torch.Tensor],
@@ -42,6 +47,6 @@ def predict_in_tiles(
     def add(part: Sequence[Item]) -> None:
         for canvas, predictions in zip(blended, predict(part), strict=True):
             for (image, tile), prediction in zip(part, predictions.to(canvas.dtype), strict=True):
-                tile.cut(canvas[image]).add_(prediction * layout.window(tile).to(prediction))
+                tile.cut(canvas[image]).add_(prediction * layout.window(tile, device=prediction.device).to(prediction.dtype))
 
     run_in_groups(items, group, add, runtime, runtime.progress(len(items)))

@@ -41,7 +41,7 @@ def server(comfy, tmp_path_factory):
 
 def run(server: Server, workflow: dict) -> dict[str, list[dict]]:
     """Run a workflow as the page saved it. Returns what its nodes showed or saved, by node class and in the nodes' order."""
-    prompt = to_prompt(workflow, server.get("/object_info"))
+    prompt = to_prompt(workflow, server.schemas)
     outputs = server.run(prompt)["outputs"]
     by_class = defaultdict(list)
     for node in sorted(outputs, key=int):
@@ -198,7 +198,7 @@ def test_released_workflow(server, path):
 
 def test_a_wrong_file_is_named_to_the_user(server):
     (server.base / "models" / "osediff" / "page.pkl").write_text("<!DOCTYPE html><html>sign in</html>")
-    prompt = to_prompt(load("osediff_x4"), server.get("/object_info"))
+    prompt = to_prompt(load("osediff_x4"), server.schemas)
     [loader] = [n for n in prompt.values() if n["class_type"] == "OSEDiffLoader"]
     loader["inputs"]["osediff_name"] = "page.pkl"
     with pytest.raises(AssertionError, match=r"page\.pkl: this is a web page saved under a weight file's name"):

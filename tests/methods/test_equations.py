@@ -144,7 +144,7 @@ def test_timesteps_in_order_and_in_range(timesteps, message):
 
 def test_summaries():
     low_rank = osediff.LowRank(torch.zeros(4, 1024), torch.zeros(320, 4))
-    adapter = osediff.OSEDiffAdapter({"x.attn2.to_k": low_rank}, {"encoder.conv_in": low_rank}, {})
+    adapter = osediff.OSEDiffAdapter({"x.attn2.to_k": low_rank}, {"encoder.conv_in": low_rank}, {"conv_in.weight": torch.zeros(320, 4, 3, 3)})
     assert OSEDIFF.summary(adapter) == [
         "  rank: 4 on the UNet (1 layers), 4 on the VAE's encoder (1 layers); scale 2",
         "  replaces: the UNet's conv_in",
