@@ -302,6 +302,10 @@ def test_other_files_are_named(comfy, base):
             "found an InvSR noise predictor; expected an adapter of one of these methods: OSEDiff, PiSA-SR",
         ),
         "adcsr.pkl": ({"unet": {"conv_in.weight": torch.zeros(1)}, "vae": {}}, "AdcSR's merged OSEDiff"),
+        "tadsr.pkl": (
+            {"state_dict_vae_time": {}, "state_dict_unet": {}, "state_dict_vae": {}},
+            "found a TADSR adapter.*not run here: its VAE encoder takes the timestep.*; expected an adapter",
+        ),
         "lora.pth": ({"lora_unet_x.lora_down.weight": torch.zeros(2, 2)}, "found a LoRA"),
     }
     for name, (content, message) in files.items():
