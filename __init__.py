@@ -1,4 +1,4 @@
-"""ComfyUI-FewStepSR: few-step diffusion super-resolution (OSEDiff, InvSR) as native ComfyUI nodes."""
+"""ComfyUI-FewStepSR: few-step diffusion super-resolution (OSEDiff, InvSR, PiSA-SR, HYPIR) as native ComfyUI nodes."""
 
 import os
 

@@ -6,8 +6,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..fewstep_sr.methods import METHODS, load_adapter
-from .adapter import acting_adapters, adapt_model, adapt_vae
+from .adapter import adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
+from .marks import acting_adapters
 from .page import find_listed, fingerprint, quoted, require_number, warn
 from .per_image import carry_model, carry_vae
 from .sampling import USUAL
@@ -16,12 +17,15 @@ FAMILIES = {method.weights.folder: method for method in METHODS.values() if meth
 """Methods whose adapters are loaded here, by their model folders."""
 
 
+NODE = "Load Few-Step SR Adapter"
+
+
 class FewStepSRAdapterLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
             node_id="FewStepSRAdapterLoader",
-            display_name="Load Few-Step SR Adapter",
+            display_name=NODE,
             category="FewStepSR",
             description="Puts an adapter on the UNet of its base, and on the VAE encoder where it has a part for that. The method is recognised by what is "
             f"in the file: {', '.join(method.title for method in FAMILIES.values())}. Wire both outputs; Few-Step SR One Step then takes the method's "
@@ -81,7 +85,7 @@ class FewStepSRAdapterLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, adapter_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
-        warnings = check_base(model, vae, strength_model, strength_vae, cls.define_schema().display_name)
+        warnings = check_base(model, vae, strength_model, strength_vae, NODE)
         folder, name = _split(adapter_name)
         if folder not in FAMILIES:
             raise ValueError(f"adapter_name: {cls.validate_inputs(adapter_name)}")

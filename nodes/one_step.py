@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS
 from ..fewstep_sr.methods import METHODS
-from .adapter import Mark, found_adapter, with_sets
+from .marks import Mark, found_adapter, with_sets
 from .page import require_number, warn
 from .per_image import each_model
 from .sampling import USUAL, require_step, sample_step

@@ -8,9 +8,10 @@ from comfy_api.latest import io
 
 from ..fewstep_sr.methods import OSEDIFF, load_weights
 from ..fewstep_sr.methods.osediff import TIMESTEP
-from .adapter import adapt_model, adapt_vae, require_family
+from .adapter import adapt_model, adapt_vae
 from .checks import require_picture, require_stable_diffusion
 from .load_adapter import check_base
+from .marks import require_family
 from .noise import PredictedNoise, number_pictures
 from .page import find_listed, fingerprint, list_files, warn
 from .sampling import USUAL, require_step, sample_step

@@ -15,7 +15,8 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..fewstep_sr.methods.method import Method
-from .adapter import ATTACHMENT, adapt_model, adapt_vae, mark_of
+from .adapter import adapt_model, adapt_vae, mark_of
+from .marks import ATTACHMENT
 
 KEY = "fewstep_sr_per_image"
 """A MODEL's and a VAE's patcher's attachment: a :class:`PerImage`."""

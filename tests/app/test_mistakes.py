@@ -104,7 +104,40 @@ MISTAKES = {
         "osediff.pkl: found an OSEDiff adapter; expected an InvSR noise predictor. Choose another file",
         GET_PREDICTOR,
     ),
+    "predictor as an adapter of any method": Mistake(
+        "hypir_x4",
+        "FewStepSRAdapterLoader",
+        {"adapter_name": "osediff/noise_predictor_sd_turbo_v5.pth"},
+        "FewStepSRAdapterLoader",
+        ("found an InvSR noise predictor; expected an adapter of one of these methods: OSEDiff, PiSA-SR, HYPIR",),
+    ),
+    "no adapter under the step": Mistake(
+        "hypir_x4",
+        "FewStepSROneStep",
+        {"model": ("CheckpointLoaderSimple", 0)},
+        "FewStepSROneStep",
+        ("model: found no adapter of a few-step method on it", "Put 'Load Few-Step SR Adapter' before"),
+    ),
+    "PiSA-SR under OSEDiff's step": osediff(
+        "OSEDiffOneStep",
+        {"model": ("FewStepSRAdapterLoader", 0)},
+        "model: found PiSA-SR's adapter on it, expected OSEDiff's. Wire it into 'Few-Step SR One Step'",
+        FewStepSRAdapterLoader={
+            "model": ("CheckpointLoaderSimple", 0),
+            "vae": ("CheckpointLoaderSimple", 2),
+            "adapter_name": "pisasr/pisa_sr.pkl",
+            "strength_model": 1.0,
+            "strength_vae": 1.0,
+        },
+    ),
     # 3. A file that is not where the list is read from.
+    "any method's file not downloaded": Mistake(
+        "pisasr_fidelity_and_detail",
+        "FewStepSRAdapterLoader",
+        {"adapter_name": "pisasr/other.pkl"},
+        "FewStepSRAdapterLoader",
+        ("expected other.pkl", "pisa_sr.pkl is linked from github.com/csslc/PiSA-SR", "press R"),
+    ),
     "file in another folder": adapter("my_lora.safetensors", "models/osediff, expected my_lora", "models/loras/my_lora.safetensors: move it there"),
     "file not downloaded": adapter("osediff_face.pkl", "models/osediff, expected osediff_face.pkl", GET_ADAPTER, "Put it there, and press R"),
     # 4. Steps and timesteps.

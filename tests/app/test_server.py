@@ -117,7 +117,7 @@ def test_template_invsr_1_to_5_steps(server):
     assert len(pictures) == len(set(pictures)) == 5
 
 
-@pytest.mark.parametrize(("name", "results"), [("pisasr_fidelity_and_detail", 3), ("all_methods_x4", 4)])
+@pytest.mark.parametrize(("name", "results"), [("pisasr_fidelity_and_detail", 3), ("all_methods_x4", 5)])
 def test_templates_that_compare(server, name, results):
     """Every knob's and every method's picture is another."""
     pictures = check_saved(server, run(server, load(name)))

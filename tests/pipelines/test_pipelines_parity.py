@@ -6,7 +6,7 @@ import torch
 import toys
 from toys import conditioning, gaussian, picture, relative_error
 
-from pipelines import InvSRPipeline, OSEDiffPipeline
+from pipelines import HYPIRPipeline, InvSRPipeline, OSEDiffPipeline, PiSASRPipeline
 
 TOLERANCE = 1e-4
 
@@ -109,6 +109,39 @@ def test_invsr(comfy, tmp_path, seed, size, scale, steps, timesteps, cfg, poster
         output_type="pt",
     ).images
     assert relative_error(found, chw(expected)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "size", "knobs", "color"),
+    [
+        (PiSASRPipeline, {"seed": 16, "rank_pix": 5, "rank_sem": 2}, (27, 41), {"pixel": 0.8, "semantic": 1.3}, "adain"),
+        (PiSASRPipeline, {"seed": 17, "rank_pix": 2, "rank_sem": 7}, (20, 13), {"pixel": 0.7, "semantic": 0.7}, None),
+        (HYPIRPipeline, {"seed": 18, "rank": 9}, (33, 18), {"coeff_t": 333}, None),
+    ],
+)
+def test_families(comfy, kind, settings, size, knobs, color):
+    seed, key = settings["seed"], kind.method.key
+    name = f"parity_{seed}.pkl"
+    torch.save(toys.adapter_checkpoint(settings | {"adapter_weight_prefix": f"{key}.unet"}), comfy.folder(key) / name)
+    image = picture(seed, *size, batch=2)
+
+    base = {"model": toys.comfy_model(seed), "vae": toys.comfy_vae(seed)}
+    model, vae = comfy.run("FewStepSRAdapterLoader", **base, adapter_name=f"{key}/{name}").args
+    (enlarged,) = comfy.run("ImageScaleBy", image=image, upscale_method="bicubic", scale_by=2.0)
+    (latent,) = comfy.run("FewStepSRVAEEncode", pixels=enlarged, vae=vae, posterior="sample", seed=77).args
+    (restored,) = comfy.run("FewStepSROneStep", model=model, positive=conditioning(seed), latent=latent, **knobs).args
+    (decoded,) = comfy.run("FewStepSRVAEDecode", samples=restored, vae=vae).args
+
+    pipeline = kind(**pipeline_toys.components(seed))
+    pipeline.load_weights(comfy.folder(key) / name)
+    embeds = gaussian(seed, "prompt_embeds", (1, 77, 64))
+    found = pipeline.one_step(latent["samples"] * 0.18215, embeds.expand(2, -1, -1), **knobs) / 0.18215
+    assert relative_error(found, restored["samples"]) < TOLERANCE
+    if color:
+        (decoded,) = comfy.run("FewStepSRColorFix", image=decoded, reference=enlarged, method=color).args
+    settings = {"scale": 2.0, "posterior": "sample", "generator": torch.Generator().manual_seed(77), "output_type": "pt"}
+    images = pipeline(chw(image), prompt_embeds=embeds, color_fix=color, **settings, **knobs).images
+    assert relative_error(images, chw(decoded)) < TOLERANCE
 
 
 def test_tiled_unet(comfy):
