@@ -74,6 +74,19 @@ class TileLayout:
         columns = _windows(tuple(self.lefts), tile.width, scale)[self.lefts.index(tile.left)]
         return rows[:, None] * columns
 
+    def share(self, tile: Tile) -> Tile:
+        """The part of the canvas that is nearer to this tile's middle than to any neighbour's. The shares of all tiles cover the canvas once."""
+        top, bottom = _share(self.tops, tile.top, tile.height)
+        left, right = _share(self.lefts, tile.left, tile.width)
+        return Tile(top, left, bottom - top, right - left)
+
+
+def _share(starts: list[int], start: int, side: int) -> tuple[int, int]:
+    number = starts.index(start)
+    first = start if number == 0 else (starts[number - 1] + side + start) // 2
+    last = start + side if number == len(starts) - 1 else (start + side + starts[number + 1]) // 2
+    return first, last
+
 
 def _windows(starts: tuple[int, ...], side: int, scale: int) -> torch.Tensor:
     """Windows along one axis, (tiles, side * scale): products of these blend a grid, because its weights' sum is a product, too."""
