@@ -35,16 +35,20 @@ class TileLayout:
         height, width: the canvas, in cells.
         tile: side of a tile, in cells.
         overlap: cells that neighbours share at least, fewer than ``tile``.
+        margin: cells along a border with a neighbour that do not count in the blend, fewer than half the overlap.
     """
 
     height: int
     width: int
     tile: int
     overlap: int
+    margin: int = 0
 
     def __post_init__(self):
         if not 0 <= self.overlap < self.tile:
             raise ValueError(f"overlap: found {self.overlap} with tiles of {self.tile}, expected from 0 to {self.tile - 1}.")
+        if self.margin and not 0 < 2 * self.margin < self.overlap:
+            raise ValueError(f"margin: found {self.margin} with an overlap of {self.overlap}, expected less than half of it.")
 
     @cached_property
     def tops(self) -> list[int]:
@@ -68,10 +72,10 @@ class TileLayout:
     def window(self, tile: Tile, scale: int = 1) -> torch.Tensor:
         """Weights (h, w) of a tile, float32, with ``scale`` elements for each cell along a side. The windows of all tiles add up to one.
 
-        They fall to the borders that have a neighbour, as a squared sine over the overlap, and stay flat at the canvas's own borders.
+        They fall to the borders that have a neighbour, as a squared sine over the overlap without its margins, and stay flat at the canvas's own borders.
         """
-        rows = _windows(tuple(self.tops), tile.height, scale)[self.tops.index(tile.top)]
-        columns = _windows(tuple(self.lefts), tile.width, scale)[self.lefts.index(tile.left)]
+        rows = _windows(tuple(self.tops), tile.height, scale, self.margin)[self.tops.index(tile.top)]
+        columns = _windows(tuple(self.lefts), tile.width, scale, self.margin)[self.lefts.index(tile.left)]
         return rows[:, None] * columns
 
     def share(self, tile: Tile) -> Tile:
@@ -88,22 +92,22 @@ def _share(starts: list[int], start: int, side: int) -> tuple[int, int]:
     return first, last
 
 
-def _windows(starts: tuple[int, ...], side: int, scale: int) -> torch.Tensor:
+def _windows(starts: tuple[int, ...], side: int, scale: int, margin: int) -> torch.Tensor:
     """Windows along one axis, (tiles, side * scale): products of these blend a grid, because its weights' sum is a product, too."""
-    starts, side = tuple(start * scale for start in starts), side * scale
+    starts, side, margin = tuple(start * scale for start in starts), side * scale, margin * scale
     position = torch.arange(side, dtype=torch.float64) + 0.5
     windows = torch.ones(len(starts), side, dtype=torch.float64)
     for i, start in enumerate(starts):
         if i > 0:
-            windows[i] *= _ramp(position / (starts[i - 1] + side - start))
+            windows[i] *= _ramp(position, starts[i - 1] + side - start, margin)
         if i < len(starts) - 1:
-            windows[i] *= _ramp((side - position) / (start + side - starts[i + 1]))
+            windows[i] *= _ramp(side - position, start + side - starts[i + 1], margin)
     total = torch.zeros(starts[-1] + side, dtype=torch.float64)
     for start, window in zip(starts, windows, strict=True):
         total[start : start + side] += window
     return torch.stack([window / total[start : start + side] for start, window in zip(starts, windows, strict=True)]).float()
 
 
-def _ramp(distance: torch.Tensor) -> torch.Tensor:
-    """From 0 at a border to 1 at the overlap's end."""
-    return (distance.clamp(0, 1) * torch.pi / 2).sin() ** 2
+def _ramp(distance: torch.Tensor, overlap: int, margin: int) -> torch.Tensor:
+    """From 0 as far as ``margin`` from a border to 1 as far from the overlap's end."""
+    return (((distance - margin) / (overlap - 2 * margin)).clamp(0, 1) * torch.pi / 2).sin() ** 2

@@ -15,6 +15,9 @@ from .whole_picture import Part, WholePicture, mosaic, share_whole_picture
 OVERLAP = 8
 """Cells that tiles share at least."""
 
+MARGIN = 2
+"""Cells along a tile's border with a neighbour that are left to the neighbour: padding there, where the picture goes on, spoils them most."""
+
 MIN_TILE = 16
 """Side of the smallest tiles, in cells."""
 
@@ -58,7 +61,7 @@ class TiledCoder:
         while True:
             out_of_memory = False
             try:
-                return self._run(source, result, TileLayout(cells[0], cells[1], max(even_tile(side, tile) for side in cells), OVERLAP), most)
+                return self._run(source, result, TileLayout(cells[0], cells[1], max(even_tile(side, tile) for side in cells), OVERLAP, MARGIN), most)
             except Exception as error:
                 if tile <= MIN_TILE or not self.runtime.is_out_of_memory(error):
                     raise

@@ -29,10 +29,13 @@ BORDER = 2
 """Cells along a mosaic's borders that stand for as many along the picture's, where activations are large: a mosaic has a larger share of border."""
 
 MAX_KEYS = 4096
-"""Cells of the mosaic to which a tile attends."""
+"""Cells outside a tile to which it attends, about."""
 
 Moments = tuple[int, torch.Tensor, torch.Tensor]
 """Cells of the picture, and the mean and variance of each group over them, float32, (groups,)."""
+
+Keys = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values (1, n, C)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ class WholePicture:
         self._size = (1, 1)
         self._statistics: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         self._measured: dict[nn.Module, Moments] = {}
-        self._keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._keys: dict[nn.Module, Keys] = {}
+        self._sampled: dict[nn.Module, Keys] = {}
+        self._measured_keys: dict[nn.Module, list[Keys]] = {}
         self._cells = 0
 
     def collect(self, network: Callable[[torch.Tensor], torch.Tensor], reduced: torch.Tensor, size: tuple[int, int], scale: int = 1) -> None:
@@ -65,19 +70,25 @@ class WholePicture:
             reduced: (1, C, h, w), with ``scale`` elements for each cell along a side.
             size: height and width of the picture that it stands for, in cells.
         """
-        self._statistics, self._measured, self._keys, self._cells = {}, {}, {}, math.prod(size)
+        self._statistics, self._keys, self._measured, self._measured_keys, self._cells = {}, {}, {}, {}, math.prod(size)
         self._run_reduced(network, reduced, size, scale, self._take)
 
     def measure(self, network: Callable[[torch.Tensor], object], tiles: torch.Tensor, parts: Sequence[Part], scale: int = 1) -> None:
         """Run tiles (n, C, h, w) for the statistics of their ``parts`` alone; those of all tiles cover the picture once. Nothing changes where it fails."""
         found: dict[nn.Module, Moments] = {}
+        self._sampled = {}
         self._run(network, tiles, parts, scale, found.__setitem__)
         for norm, moments in found.items():
             self._measured[norm] = _pooled([self._measured[norm], moments]) if norm in self._measured else moments
+        for block, sampled in self._sampled.items():
+            self._measured_keys.setdefault(block, []).append(sampled)
 
     def correct(self, network: Callable[[torch.Tensor], torch.Tensor], reduced: torch.Tensor, size: tuple[int, int], scale: int = 1) -> None:
         """Run the reduced pass again, as in :meth:`collect`, with each layer's statistics corrected by what was measured."""
         self._run_reduced(network, reduced, size, scale, self._take_corrected)
+        self._keys = {
+            block: (torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1)) for block, found in self._measured_keys.items()
+        }
 
     def _run_reduced(self, network, reduced: torch.Tensor, size: tuple[int, int], scale: int, learn) -> None:
         self.collecting = True
@@ -110,7 +121,7 @@ class WholePicture:
         return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
 
     def attend(self, block: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of tiles (B, n, C) over themselves and the whole picture, of which the mosaic's cells are a sample.
+        """Attention of tiles (B, n, C) over themselves and the whole picture, of which the mosaic's cells, or the measured tiles', are a sample.
 
         Each of the sample's cells stands for many outside the tile: its logit grows by the logarithm of their number.
         """
@@ -118,11 +129,18 @@ class WholePicture:
             stride = math.ceil(k.shape[1] / MAX_KEYS)
             self._keys[block] = k[:, ::stride].contiguous(), v[:, ::stride].contiguous()
             return F.scaled_dot_product_attention(q, k, v)
+        if self._learn:
+            self._sampled[block] = self._sample(k), self._sample(v)
         tokens = q.shape[1]
         sample_k, sample_v = (t.expand(len(q), -1, -1) for t in self._keys[block])
         weight = math.log(max(self._cells - tokens, 1) / sample_k.shape[1])
         bias = F.pad(q.new_full((sample_k.shape[1],), weight), (tokens, 0)).expand(len(q), tokens, -1)
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
+
+    def _sample(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(1, n, C) of the measured parts of (B, cells, C), as many as are the parts' share of MAX_KEYS."""
+        cells, stride = tokens.unflatten(1, self._size), math.ceil(self._cells / MAX_KEYS)
+        return torch.cat([cells[part.item, part.rows, part.columns].flatten(0, 1)[::stride] for part in self._parts])[None]
 
 
 def _moments(x: torch.Tensor, groups: int, parts: Sequence[Part], size: tuple[int, int]) -> Moments:
