@@ -8,6 +8,7 @@
 - exact, in step: all tiles at once, waiting for each other at every normalisation, so that all their activations are kept.
 - bicubic: a reduced picture's. matched: one that has the picture's mean and deviation in every channel again.
 - mosaic: blocks from all over the picture at full resolution, matched, too; of 4 cells, and of 2 and 8.
+- measured: the mosaic of 4, corrected by what the tiles themselves tell in a pass of their own.
 
 Error is relative to the untiled result's deviation; tone is what is left of it in squares of 4 cells.
 """
@@ -28,7 +29,7 @@ from run import forget_peak, machine, resident
 
 from fewstep_sr.tiling import whole_picture as tiled_vae
 from fewstep_sr.tiling.tiles import Tile, TileLayout
-from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, OVERLAP
+from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, OVERLAP, share_of
 from fewstep_sr.tiling.whole_picture import WholePicture, mosaic, share_whole_picture
 from pipelines.tiling import _share_attention
 
@@ -94,6 +95,7 @@ REDUCED = {
     "mosaic of 2": partial(blocks, 2),
     "mosaic of 4": partial(blocks, 4),
     "mosaic of 8": partial(blocks, 8),
+    "measured": mosaic,
 }
 
 
@@ -102,7 +104,12 @@ def tiles(way: str, vae, call, source: torch.Tensor, result: torch.Tensor, layou
     whole = InStep(layout) if way == "exact, in step" else WholePicture()
     network = vae if way == "own" else share_whole_picture(vae, whole, _share_attention)
     if way in REDUCED:
-        whole.collect(lambda part: call(network, part), REDUCED[way](source, cells, into), layout.height * layout.width)
+        size, reduced, run_network = (layout.height, layout.width), REDUCED[way](source, cells, into), partial(call, network)
+        whole.collect(run_network, reduced, size, into)
+        if way == "measured":
+            for tile in layout.tiles:
+                whole.measure(run_network, tile.cut(source, into), [share_of(layout, tile, 0)], into)
+            whole.correct(run_network, reduced, size, into)
 
     def run(tile: Tile) -> torch.Tensor:
         with torch.no_grad():

@@ -80,7 +80,8 @@ def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], resul
     def fitting(height: int, width: int) -> int:
         return min(MAX_GROUP, int(vae.patcher.get_free_memory(vae.device) // memory_used(height, width)))
 
-    TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device).run(source, result, tile)
+    coder = TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device, measured=method == "encode")
+    coder.run(source, result, tile)
 
 
 def _share_attention(copied, block, whole: WholePicture) -> None:

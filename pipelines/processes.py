@@ -125,7 +125,10 @@ class Peers:
         assert self._store is not None
         pause = min(5.0, patience() / 10)
         for number in range(sys.maxsize):
+            begin = time.monotonic()
             ready, _, _ = select.select([self._wake], [], [], pause)
+            held_up = max(0.0, time.monotonic() - begin - pause)  # stopped, or asleep with the machine, as the others may have been
+            self._seen = {other: (sign, since + held_up) for other, (sign, since) in self._seen.items()}
             if self._stop.is_set():
                 return
             if ready and signal.SIGTERM in self._wake.recv(64):

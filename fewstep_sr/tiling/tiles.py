@@ -35,16 +35,20 @@ class TileLayout:
         height, width: the canvas, in cells.
         tile: side of a tile, in cells.
         overlap: cells that neighbours share at least, fewer than ``tile``.
+        margin: cells along a border with a neighbour that do not count in the blend, fewer than half the overlap.
     """
 
     height: int
     width: int
     tile: int
     overlap: int
+    margin: int = 0
 
     def __post_init__(self):
         if not 0 <= self.overlap < self.tile:
             raise ValueError(f"overlap: found {self.overlap} with tiles of {self.tile}, expected from 0 to {self.tile - 1}.")
+        if self.margin and not 0 < 2 * self.margin < self.overlap:
+            raise ValueError(f"margin: found {self.margin} with an overlap of {self.overlap}, expected less than half of it.")
 
     @cached_property
     def tops(self) -> list[int]:
@@ -68,11 +72,11 @@ class TileLayout:
     def window(self, tile: Tile, scale: int = 1, device: torch.device | None = None) -> torch.Tensor:
         """Weights (h, w) of a tile, float32, with ``scale`` elements for each cell along a side. The windows of all tiles add up to one.
 
-        They fall to the borders that have a neighbour, as a squared sine over the overlap, and stay flat at the canvas's own borders.
+        They fall to the borders that have a neighbour, as a squared sine over the overlap without its margins, and stay flat at the canvas's own borders.
         Those of all tiles go to ``device`` together, at the first call.
         """
         if (scale, device) not in self._axes:
-            axes = (_windows(tuple(starts), side, scale) for starts, side in ((self.tops, tile.height), (self.lefts, tile.width)))
+            axes = (_windows(tuple(starts), side, scale, self.margin) for starts, side in ((self.tops, tile.height), (self.lefts, tile.width)))
             self._axes[scale, device] = tuple(axis.to(device) for axis in axes)
         rows, columns = self._axes[scale, device]
         return rows[self.tops.index(tile.top)][:, None] * columns[self.lefts.index(tile.left)]
@@ -82,23 +86,36 @@ class TileLayout:
         """Windows along both axes, by scale and device."""
         return {}
 
+    def share(self, tile: Tile) -> Tile:
+        """The part of the canvas that is nearer to this tile's middle than to any neighbour's. The shares of all tiles cover the canvas once."""
+        top, bottom = _share(self.tops, tile.top, tile.height)
+        left, right = _share(self.lefts, tile.left, tile.width)
+        return Tile(top, left, bottom - top, right - left)
 
-def _windows(starts: tuple[int, ...], side: int, scale: int) -> torch.Tensor:
+
+def _share(starts: list[int], start: int, side: int) -> tuple[int, int]:
+    number = starts.index(start)
+    first = start if number == 0 else (starts[number - 1] + side + start) // 2
+    last = start + side if number == len(starts) - 1 else (start + side + starts[number + 1]) // 2
+    return first, last
+
+
+def _windows(starts: tuple[int, ...], side: int, scale: int, margin: int) -> torch.Tensor:
     """Windows along one axis, (tiles, side * scale): products of these blend a grid, because its weights' sum is a product, too."""
-    starts, side = tuple(start * scale for start in starts), side * scale
+    starts, side, margin = tuple(start * scale for start in starts), side * scale, margin * scale
     position = torch.arange(side, dtype=torch.float64) + 0.5
     windows = torch.ones(len(starts), side, dtype=torch.float64)
     for i, start in enumerate(starts):
         if i > 0:
-            windows[i] *= _ramp(position / (starts[i - 1] + side - start))
+            windows[i] *= _ramp(position, starts[i - 1] + side - start, margin)
         if i < len(starts) - 1:
-            windows[i] *= _ramp((side - position) / (start + side - starts[i + 1]))
+            windows[i] *= _ramp(side - position, start + side - starts[i + 1], margin)
     total = torch.zeros(starts[-1] + side, dtype=torch.float64)
     for start, window in zip(starts, windows, strict=True):
         total[start : start + side] += window
     return torch.stack([window / total[start : start + side] for start, window in zip(starts, windows, strict=True)]).float()
 
 
-def _ramp(distance: torch.Tensor) -> torch.Tensor:
-    """From 0 at a border to 1 at the overlap's end."""
-    return (distance.clamp(0, 1) * torch.pi / 2).sin() ** 2
+def _ramp(distance: torch.Tensor, overlap: int, margin: int) -> torch.Tensor:
+    """From 0 as far as ``margin`` from a border to 1 as far from the overlap's end."""
+    return (((distance - margin) / (overlap - 2 * margin)).clamp(0, 1) * torch.pi / 2).sin() ** 2

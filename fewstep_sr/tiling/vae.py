@@ -10,12 +10,15 @@ from torch import nn
 
 from .batching import Runtime, run_in_groups
 from .tiles import Tile, TileLayout
-from .whole_picture import WholePicture, mosaic, share_whole_picture
+from .whole_picture import Part, WholePicture, mosaic, share_whole_picture
 
 CPU = torch.device("cpu")
 
 OVERLAP = 8
 """Cells that tiles share at least."""
+
+MARGIN = 2
+"""Cells along a tile's border with a neighbour that are left to the neighbour: padding there, where the picture goes on, spoils them most."""
 
 MIN_TILE = 16
 """Side of the smallest tiles, in cells."""
@@ -36,6 +39,7 @@ class TiledCoder:
         fitting: how many tiles of (height, width) cells go through it in one call.
         device: where ``call`` takes its parts to. A picture in tiles goes there and comes back as a whole where the runtime says that it fits.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
+        measured: whether the tiles run once before, to correct the reduced pass's statistics, which takes the time again. An encoder wants it.
     """
 
     network: nn.Module
@@ -46,6 +50,7 @@ class TiledCoder:
     fitting: Callable[[int, int], int]
     runtime: Runtime
     device: torch.device = CPU
+    measured: bool = False
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -59,7 +64,9 @@ class TiledCoder:
         most = None
         while True:
             try:
-                return self._run(source, result, TileLayout(height, width, max(even_tile(height, tile), even_tile(width, tile)), OVERLAP), most)
+                return self._run(
+                    source, result, TileLayout(height, width, max(even_tile(height, tile), even_tile(width, tile)), OVERLAP, MARGIN), most
+                )
             except Exception as error:
                 if tile <= MIN_TILE or not self.runtime.is_out_of_memory(error):
                     raise
@@ -71,31 +78,46 @@ class TiledCoder:
     def _run(self, source, result: torch.Tensor, layout: TileLayout, most: int | None) -> None:
         first = layout.tiles[0]
         group = most or max(1, self.fitting(first.height, first.width))
-        update = self.runtime.progress(len(result) * len(layout.tiles))
         if len(layout.tiles) == 1:  # pictures go together
 
             def code_whole(pictures: range) -> None:
                 answers = self.call(self.network, torch.cat([source(i) for i in pictures]))
                 result[pictures.start : pictures.stop] = answers.to(result)
 
-            run_in_groups(range(len(result)), group, code_whole, self.runtime, update)
+            run_in_groups(range(len(result)), group, code_whole, self.runtime, self.runtime.progress(len(result)))
             return
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
-        area = first.height * first.width
-        quarter = min(max(MIN_MOSAIC, layout.height * layout.width // 4), MAX_MOSAIC)
+        area, size = first.height * first.width, (layout.height, layout.width)
+        quarter = min(max(MIN_MOSAIC, math.prod(size) // 4), MAX_MOSAIC)
         reduced_cells = max(area, min(quarter, group * area))
+        measured = self.measured and reduced_cells < math.prod(size)
+        update = self.runtime.progress(len(result) * len(layout.tiles) * (2 if measured else 1))
+
+        def call(part: torch.Tensor) -> torch.Tensor:
+            return self.call(network, part)
+
         for i, whole_result in enumerate(result):
             canvas = self._place(source(i))
             blended = self._place(whole_result)
 
+            def measure_tiles(tiles: list[Tile], canvas=canvas) -> None:
+                parts = [share_of(layout, tile, number) for number, tile in enumerate(tiles)]
+                whole.measure(call, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles]), parts, self.scale_in)
+
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
-                answers = self.call(network, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(blended)
+                answers = call(torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(blended)
                 for tile, answer in zip(tiles, answers, strict=True):
                     tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
 
+            reduced = mosaic(canvas, reduced_cells, self.scale_in)
             self.runtime.before_call()
-            whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.scale_in), layout.height * layout.width)
+            whole.collect(call, reduced, size, self.scale_in)
+            if measured:
+                group = run_in_groups(layout.tiles, group, measure_tiles, self.runtime, update)
+                self.runtime.before_call()
+                whole.correct(call, reduced, size, self.scale_in)
+            del reduced
             group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
             if blended is not whole_result:
                 whole_result.copy_(blended)
@@ -103,6 +125,13 @@ class TiledCoder:
     def _place(self, canvas: torch.Tensor) -> torch.Tensor:
         """``canvas`` on the network's device, or itself where it does not fit there."""
         return canvas.to(self.device) if self.runtime.fits(canvas.nbytes, self.device) else canvas
+
+
+def share_of(layout: TileLayout, tile: Tile, number: int) -> Part:
+    """A tile's share of the picture, as a part of the tile, which is ``number`` in its batch."""
+    share = layout.share(tile)
+    top, left = share.top - tile.top, share.left - tile.left
+    return Part(number, slice(top, top + share.height), slice(left, left + share.width), share.height * share.width)
 
 
 def even_tile(length: int, tile: int) -> int:

@@ -59,6 +59,17 @@ def test_pointwise_networks_do_not_notice_tiles():
     assert toys.relative_error(blend(TileLayout(70, 133, 32, 8), canvas, torch.sin), torch.sin(canvas)) < 1e-6
 
 
+@pytest.mark.parametrize(("height", "width", "side", "overlap"), LAYOUTS)
+def test_shares_cover_the_canvas_once(height, width, side, overlap):
+    layout, covered = TileLayout(height, width, side, overlap), torch.zeros(height, width)
+    for tile in layout.tiles:
+        share = layout.share(tile)
+        assert tile.top <= share.top and share.top + share.height <= tile.top + tile.height and share.height > 0
+        assert tile.left <= share.left and share.left + share.width <= tile.left + tile.width and share.width > 0
+        share.cut(covered).add_(1)
+    assert covered.eq(1).all()
+
+
 def test_overlap_must_be_smaller_than_the_tile():
     with pytest.raises(ValueError, match="overlap: found 16 with tiles of 16, expected from 0 to 15"):
         TileLayout(64, 64, 16, 16)
@@ -100,7 +111,7 @@ def test_statistics_of_the_whole_picture():
         norm.weight.copy_(torch.randn_like(norm.weight)), norm.bias.copy_(torch.randn_like(norm.bias))
     picture, whole = torch.randn(1, 4, 40, 56) * torch.linspace(0.1, 3, 56), WholePicture()
     tiles = shared(network, whole)
-    whole.collect(tiles, picture, 40 * 56)
+    whole.collect(tiles, picture, (40, 56))
     layout = TileLayout(40, 56, 16, 4)
     assert toys.relative_error(blend(layout, picture, tiles), network(picture)) < 1e-5
     assert toys.relative_error(blend(layout, picture, network), network(picture)) > 0.02  # a tile's own statistics
@@ -112,7 +123,7 @@ def test_attention_over_a_sample_stands_for_the_whole_picture():
     q, k, v = torch.randn(3, 1, 1200, 32)
     v = v + k.sin()
     expected = nn.functional.scaled_dot_product_attention(q, k, v)
-    whole.collect(lambda x: whole.attend(block, q[:, ::2], k[:, ::2], v[:, ::2]), q, cells=1200)
+    whole.collect(lambda x: whole.attend(block, q[:, ::2], k[:, ::2], v[:, ::2]), q, size=(30, 40))
     tile = slice(200, 400)
     found = whole.attend(block, q[:, tile], k[:, tile], v[:, tile])
     alone = nn.functional.scaled_dot_product_attention(q[:, tile], k[:, tile], v[:, tile])

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "weights")]
 
 SECONDS = 5  # of the processor, so that a busy machine makes no findings
-WAIT = 60  # of the clock, for what waits without working
+WAIT = 60  # asleep on end, for what waits without working; and of the processor for the making of a file
+POLL = 0.5
 MEMORY = 256 << 20  # beyond the file's size
 ADDRESSES = 8 << 30  # so that a runaway ends by itself
 
@@ -168,19 +169,20 @@ def _fork(work) -> tuple[int, int]:
 
 def _watch(worker: int, pipe: int) -> Iterator[dict]:
     """The worker's results; a last one is made up where it hangs or dies. Only the reading of a file is timed, not its making."""
-    waiting, reading, number, since, worked = b"", False, None, time.monotonic(), 0.0
+    waiting, reading, number, asleep, worked = b"", False, None, 0.0, 0.0
     with os.fdopen(pipe, "rb", buffering=0) as stream:
         while True:
-            ready, _, _ = select.select([stream], [], [], 0.5)
+            ready, _, _ = select.select([stream], [], [], POLL)
             if not ready:
-                if time.monotonic() - since > WAIT or (reading and _processor(worker) - worked > SECONDS):
+                asleep = asleep + POLL if _state(worker)[0] != "R" else 0.0  # what a busy machine leaves waiting for its turn is R
+                if asleep > WAIT or _processor(worker) - worked > (SECONDS if reading else WAIT):
                     break
                 continue
             read = stream.read(1 << 16)
             if not read:
                 break
             *lines, waiting = (waiting + read).split(b"\n")
-            since, worked = time.monotonic(), _processor(worker)
+            asleep, worked = 0.0, _processor(worker)
             for message in map(json.loads, lines):
                 reading, number = "result" not in message, message["number"]
                 if not reading:
@@ -195,9 +197,14 @@ def _watch(worker: int, pipe: int) -> Iterator[dict]:
         raise RuntimeError(f"making the file after number {number} took too long.")
 
 
+def _state(pid: int) -> list[str]:
+    """The fields of proc's stat, from the state's letter on."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
 def _processor(pid: int) -> float:
     """Seconds that a process has worked."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = _state(pid)
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
