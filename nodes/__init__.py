@@ -5,6 +5,7 @@ from .cutout import FewStepSRFillTransparent
 from .demo import FewStepSRDemoLoader
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
+from .quality import FewStepSRQuality
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
 from .tiled_model import FewStepSRTiledModel
@@ -25,4 +26,5 @@ NODES = [
     FewStepSRColorFix,
     FewStepSRDemoLoader,
     FewStepSRFillTransparent,
+    FewStepSRQuality,
 ]
