@@ -1,19 +1,21 @@
-"""The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale, convert, info, train."""
+"""The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale,
+evaluate, compare, verify, convert, info, train.
+"""
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-from fewstep_sr.image.color import COLOR_FIXES
 from fewstep_sr.image.formats import FORMATS
 from fewstep_sr.methods import METHODS
 
+from .evaluation.cli import add_commands as add_evaluation
 from .files import convert, describe_file
-from .settings import DEFAULT, DEMO_DEFAULT, Settings, every_option
+from .options import add_machine, add_method, add_weights
+from .settings import Settings
 from .training.cli import add_commands as add_training
 from .training.cli import where_it_went
 
@@ -75,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", parents=[common], help="say what a weight file is, its rank, its size, and what it fits", **_RAW)
     command.add_argument("file", type=Path, nargs="+", metavar="FILE")
     command.set_defaults(run=_info)
+    add_evaluation(commands, common)
     add_training(commands, common)
     return parser
 
@@ -89,39 +92,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture (default: beside it, cat_x4.png)"
     )
 
-    method = command.add_argument_group("method")
-    method.add_argument("--method", choices=list(METHODS), help=f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
-    method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
-    method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
-    method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
-    method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
-    method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
-
-    for name, owners in every_option().items():
-        option = owners[0][1]
-        titles = " and ".join(owner.title for owner, _ in owners)
-        default = "" if option.default in (None, ()) else f" (default: {option.default})"
-        method.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=option.parse,
-            nargs="+" if option.many else None,
-            metavar=option.metavar,
-            help=f"{titles}: {option.help}{default}",
-        )
-
-    weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
-    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
-    weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
-    weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
-    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
-    weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
-
-    machine = command.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
-    machine.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on a GPU, float32 on a CPU")
-    machine.add_argument("--tile", type=int, default=1024, help="larger results are made in tiles of so many pixels; 0: whole (default: %(default)s)")
-    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the network that is at work")
+    add_method(command, METHODS)
+    add_weights(command)
+    add_machine(command)
 
     files = command.add_argument_group("files")
     files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="of the results (default: each picture's own)")

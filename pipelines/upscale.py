@@ -46,7 +46,7 @@ def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers
         return 0
     # Also where this process has nothing to do: one that fetches must fetch for those that wait.
     with peers.waiting(lambda: "Nothing was begun."):
-        base, weights = _find(settings, state)
+        base, weights = find_files(settings, state)
     outcome = run(mine, Upscaler(settings, base, weights, state, results.record).work if mine else None, state, peers)
     if state.is_main_process:
         _report(outcome, len(jobs), output, time.monotonic() - began)
@@ -69,7 +69,7 @@ def _report(outcome: Outcome, jobs: int, output: Path, seconds: float) -> None:
         print(f"{outcome.not_begun} were not begun: the last error would have met each. The same command goes on.", file=sys.stderr)
 
 
-def _find(settings: Settings, state: PartialState) -> tuple[str, str]:
+def find_files(settings: Settings, state: PartialState) -> tuple[str, str]:
     if settings.demo:
         return "", ""
     with state.local_main_process_first():  # the others of this machine find in the cache what it fetched
