@@ -107,9 +107,16 @@ class Upscaler:
         width, height = (round(side * settings.scale) for side in picture.pixels.size)
         require_writable(picture, (width, height), job.target)
         require_place(job.target, (width, height))
+        restored = self.restore(picture.pixels.tensor())
+        notes = write_picture(restored, picture, job.target, settings.quality, self.record(job))
+        return Written(job.target, (width, height), job.target.stat().st_size, (*picture.metadata.notes, *notes))
+
+    def restore(self, image: torch.Tensor) -> torch.Tensor:
+        """An image (1, 3, h, w) in [0, 1] as (1, 3, H, W)."""
+        settings = self.settings
         optional = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt, "prompt_embeds": self.prompt_embeds}
-        restored = self.pipeline(
-            picture.pixels.tensor(),
+        return self.pipeline(
+            image,
             scale=settings.scale,
             guidance_scale=settings.cfg,
             generator=torch.Generator().manual_seed(settings.seed),
@@ -118,8 +125,6 @@ class Upscaler:
             **{name: value for name, value in optional.items() if value is not None},
             **self.pipeline.call_options(settings.options),
         ).images
-        notes = write_picture(restored, picture, job.target, settings.quality, self.record(job))
-        return Written(job.target, (width, height), job.target.stat().st_size, (*picture.metadata.notes, *notes))
 
 
 def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, settings: Settings) -> FewStepSRPipeline:

@@ -75,8 +75,8 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A report that ``evaluate`` has written.
+def read_report(path: Path, name: str = NAME) -> dict[str, Any]:
+    """A report that ``evaluate``, or the command of another ``name``, has written.
 
     Raises:
         FileExistsError: the file is something else.
@@ -85,8 +85,8 @@ def read_report(path: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         report = None
-    if not isinstance(report, dict) or report.get("report") != NAME:
-        raise FileExistsError(f"{path}: it exists and is no report of evaluate. Give another name, or move it away.")
+    if not isinstance(report, dict) or report.get("report") != name:
+        raise FileExistsError(f"{path}: it exists and is no report of {name.split()[-1] if name != NAME else 'evaluate'}. Give another name, or move it away.")
     return report
 
 
