@@ -4,6 +4,7 @@ pyiqa is optional. Its licence is PolyForm Noncommercial 1.0.0, and it fetches a
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -110,7 +111,10 @@ class Meter:
             own = name in OWN and self.by[name].startswith("fewstep_sr")
             pictures = [image, original] if METRICS[name].needs_original else [image]
             try:
-                figures[name] = float(self._calls[name](*(p if own or p is None else p.to(self.device) for p in pictures)).item())
+                value = float(self._calls[name](*(p if own or p is None else p.to(self.device) for p in pictures)).item())
+                if not math.isfinite(value):
+                    raise ValueError(f"found {value} for an image")
+                figures[name] = value
             except Exception as error:
                 if own:
                     raise
