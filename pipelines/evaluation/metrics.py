@@ -77,7 +77,7 @@ class Meter:
 
     def _add(self, name: str) -> None:
         try:
-            import pyiqa  # type: ignore[import-not-found,unused-ignore]  # an optional dependency
+            import pyiqa  # optional
 
             self._calls[name] = pyiqa.create_metric(name, device=self.device, **METRICS[name].options)
             self.by[name] = f"pyiqa {version('pyiqa')}"
