@@ -26,9 +26,13 @@ class FewStepSRQuality(io.ComfyNode):
                 io.Image.Input("reference", tooltip="The original, of the same size: one image, or one for each image of the batch."),
             ],
             outputs=[
-                io.Float.Output(display_name="psnr", tooltip="Peak signal-to-noise ratio in dB, mean of the batch. Higher is nearer; equal images have 80."),
+                io.Float.Output(
+                    display_name="psnr", tooltip="Peak signal-to-noise ratio in dB, mean of the batch. Higher is nearer; equal images have 80."
+                ),
                 io.Float.Output(display_name="ssim", tooltip="Structural similarity, mean of the batch. Higher is nearer; equal images have 1."),
-                io.Float.Output(display_name="gmsd", tooltip="Gradient magnitude similarity deviation, mean of the batch. Lower is nearer; equal images have 0."),
+                io.Float.Output(
+                    display_name="gmsd", tooltip="Gradient magnitude similarity deviation, mean of the batch. Lower is nearer; equal images have 0."
+                ),
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,

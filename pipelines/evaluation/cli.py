@@ -32,7 +32,9 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     command.set_defaults(run=_evaluate)
     data = command.add_argument_group("data")
-    data.add_argument("--data", type=Path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it; or low-quality images without originals")
+    data.add_argument(
+        "--data", type=Path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it; or low-quality images without originals"
+    )
     data.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images")
     data.add_argument("--hq", type=Path, metavar="FOLDER", help="originals; names are paired: x.png with x.png, x_LR4.png with x_HR.png")
     data.add_argument("--results", type=Path, metavar="DIR", help="measure these results instead of restoring")
@@ -47,10 +49,16 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
         "pyiqa is optional (pip install pyiqa), for non-commercial use, and fetches a metric's weights at its first use",
     )
     figures.add_argument("--pyiqa", action="store_true", help="psnr, ssim and gmsd through pyiqa, too (the same values)")
-    figures.add_argument("--expect", choices=sorted({published.method for published in PUBLISHED}), help="show this method's published figures beside ours")
+    figures.add_argument(
+        "--expect", choices=sorted({published.method for published in PUBLISHED}), help="show this method's published figures beside ours"
+    )
     files = command.add_argument_group("files")
     files.add_argument(
-        "-o", "--output", type=Path, metavar="OUT", help="folder for the restored images and their report (default: results_METHOD in the current folder)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help="folder for the restored images and their report (default: results_METHOD in the current folder)",
     )
     files.add_argument("--json", type=Path, metavar="FILE", help="everything: mean, pictures, settings, versions, file hashes, seconds, memory")
     files.add_argument("--csv", type=Path, metavar="FILE", help="the table")
@@ -109,12 +117,16 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
     )
     command.set_defaults(run=_compare)
     command.add_argument("folder", nargs="+", metavar="[LABEL=]FOLDER", help="results, with the name that they shall have on the sheet")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="SHEET", help="a name that ends in .html (one file, with a zoom) or .png")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="SHEET", help="a name that ends in .html (one file, with a zoom) or .png"
+    )
     command.add_argument("--data", type=Path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it")
     command.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images: a column of them, enlarged")
     command.add_argument("--hq", type=Path, metavar="FOLDER", help="originals: a column of them, and figures against them")
     command.add_argument("--pictures", nargs="+", default=[], metavar="NAME", help="which ones (default: six, evenly spread)")
-    command.add_argument("--at", type=int, nargs=2, metavar=("X", "Y"), help="left and top of the crop (default: where the original has the most detail)")
+    command.add_argument(
+        "--at", type=int, nargs=2, metavar=("X", "Y"), help="left and top of the crop (default: where the original has the most detail)"
+    )
     command.add_argument("--size", type=int, default=256, help="sides of the crop in pixels; 0: whole images (default: %(default)s)")
 
 
@@ -145,13 +157,17 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     )
     command.set_defaults(run=_verify)
     command.add_argument("--json", type=Path, metavar="FILE", help="the whole report, to attach to an issue")
-    command.add_argument("--picture", type=Path, metavar="FILE", help="what goes through the stages (default: the miniature's photo of 112 x 75 pixels)")
+    command.add_argument(
+        "--picture", type=Path, metavar="FILE", help="what goes through the stages (default: the miniature's photo of 112 x 75 pixels)"
+    )
     command.add_argument("--reference", type=Path, metavar="FILE", help="another machine's report, to compare the stages with")
     command.add_argument("--data", type=Path, metavar="FOLDER", help="a benchmark to evaluate the methods on as well, into results_METHOD")
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="the base as one file, for the nodes, where --base is a folder")
     command.add_argument("--half", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
     command.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
-    command.add_argument("--no-golden", action="store_true", help="leave out the comparison with the outputs of the authors' code, which takes a minute")
+    command.add_argument(
+        "--no-golden", action="store_true", help="leave out the comparison with the outputs of the authors' code, which takes a minute"
+    )
     add_method(command, METHODS, "this method alone (default: OSEDiff and InvSR)")
     add_weights(command)
 
@@ -217,5 +233,7 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 def _settings(arguments: argparse.Namespace, device, **changes: Any) -> Settings:
     """A method's settings; what the command line says of other methods' options does not concern it."""
     arguments = copy.copy(arguments)
-    vars(arguments).update(input=[], output=None, format="png", quality=95, overwrite=False, dtype=None, tile=0, offload=False, device=str(device), **changes)
+    vars(arguments).update(
+        input=[], output=None, format="png", quality=95, overwrite=False, dtype=None, tile=0, offload=False, device=str(device), **changes
+    )
     return Settings.from_arguments(arguments)

@@ -154,7 +154,9 @@ def _names(wanted: Comparison, columns: Sequence[Column], originals: dict[str, P
     sides = [column.images for column in columns] + ([originals] if originals else [])
     common = [name for name in sides[0] if all(name in side for side in sides)]
     if not common:
-        raise ValueError(f"no picture is in every folder: found {', '.join(listed(side.values(), 2) for side in sides)}. Give results of the same pictures.")
+        raise ValueError(
+            f"no picture is in every folder: found {', '.join(listed(side.values(), 2) for side in sides)}. Give results of the same pictures."
+        )
     if wanted.pictures:
         names = [base_name(Path(name).stem) if Path(name).suffix else base_name(name) for name in wanted.pictures]
         if missing := [name for name in names if name not in common]:
@@ -175,7 +177,9 @@ def _line(name: str, columns: Sequence[Column], originals: dict[str, Path], want
             pixels[column.label] = image
         elif pixels[column.label].shape[-2:] != (height, width):
             found = pixels[column.label].shape
-            raise ValueError(f"{column.images[name]}: found {found[-1]} x {found[-2]} pixels, expected {width} x {height}, as the others of this picture have.")
+            raise ValueError(
+                f"{column.images[name]}: found {found[-1]} x {found[-2]} pixels, expected {width} x {height}, as the others of this picture have."
+            )
     box = _box(original if original is not None else pixels[results[0].label], wanted)
     tiles = [_tile(column, name, pixels[column.label], original, box) for column in columns]
     if original is not None:
@@ -194,7 +198,9 @@ def _tile(column: Column, name: str, image: torch.Tensor, original: torch.Tensor
     path = column.images[name]
     row = column.measured.get(path.stem)
     if row and not column.enlarged and row.get("files", {}).get("image") == sha256(path):
-        return Tile(column.label, _crop(image, box), {name: row[name] for name in METRICS if name in row["metrics"] and name in row}, row.get("seconds"))
+        return Tile(
+            column.label, _crop(image, box), {name: row[name] for name in METRICS if name in row["metrics"] and name in row}, row.get("seconds")
+        )
     figures = {} if original is None else {name: value.item() for name, value in quality.compare(image, original).items()}
     return Tile(column.label, _crop(image, box), figures)
 
@@ -206,7 +212,9 @@ def _box(image: torch.Tensor, wanted: Comparison) -> tuple[int, int, int, int]:
     if wanted.at is not None:
         left, top = wanted.at
         if not (0 <= left <= width - across and 0 <= top <= height - down):
-            raise ValueError(f"--at: found {left} {top}, expected 0 to {width - across} and 0 to {height - down} for {across} x {down} of {width} x {height}.")
+            raise ValueError(
+                f"--at: found {left} {top}, expected 0 to {width - across} and 0 to {height - down} for {across} x {down} of {width} x {height}."
+            )
     else:
         left, top = _most_detailed(image, across, down)
     return left, top, left + across, top + down

@@ -67,7 +67,9 @@ def evaluate(wanted: Evaluation) -> int:
     lq, hq = find_folders(wanted.data, wanted.lq, wanted.hq)
     first = wanted.results or lq
     if first is None:
-        raise ValueError(f"--lq: found no folder of low-quality images in {wanted.data or hq}, expected one to restore. Name it with --lq, or give --results.")
+        raise ValueError(
+            f"--lq: found no folder of low-quality images in {wanted.data or hq}, expected one to restore. Name it with --lq, or give --results."
+        )
     if not first.is_dir():
         raise FileNotFoundError(f"--results: there is no folder {first}. Give the folder that the results are in.")
     images = images_in(first, "--results" if wanted.results else "--lq")
@@ -105,10 +107,7 @@ def _restore(wanted: Evaluation, pairs: list[Pair], journal: Journal) -> tuple[R
     if wanted.output is None:
         return None, pairs
     jobs = jobs_of([one.image for one in pairs], wanted.output)
-    if wanted.restoration:
-        restored = restore(wanted.restoration, jobs, journal)
-    else:
-        restored = enlarge(wanted.scale, jobs, journal, wanted.overwrite)
+    restored = restore(wanted.restoration, jobs, journal) if wanted.restoration else enlarge(wanted.scale, jobs, journal, wanted.overwrite)
     made = [Pair(one.name, job.target, one.original) for one, job in zip(pairs, jobs, strict=True) if str(job.source) not in restored.failures]
     return restored, made
 
@@ -141,7 +140,10 @@ def _published(wanted: Evaluation, names: Sequence[str]) -> Published | None:
     if benchmark is None:
         raise ValueError(f"--benchmark: these images' names do not tell which it is, expected one of {', '.join(BENCHMARKS)}. Name it.")
     if len(names) != benchmark.images:
-        print(f"--expect: {benchmark.title} has {benchmark.images} images, and these are {len(names)}: the published means are of others.", file=sys.stderr)
+        print(
+            f"--expect: {benchmark.title} has {benchmark.images} images, and these are {len(names)}: the published means are of others.",
+            file=sys.stderr,
+        )
     return expected(wanted.expect, benchmark.key)
 
 

@@ -88,7 +88,9 @@ def main(request: dict) -> None:
         began = time.perf_counter()
         result = decoded
         if request["color_fix"]:
-            (result,) = run("FewStepSRColorFix", image=decoded, reference=enlarged if request["method"] == "osediff" else image, method=request["color_fix"])
+            (result,) = run(
+                "FewStepSRColorFix", image=decoded, reference=enlarged if request["method"] == "osediff" else image, method=request["color_fix"]
+            )
         keep("image", result.movedim(-1, 1), began)
     version = importlib.import_module("comfyui_version").__version__
     save_file(stages, request["output"], {"seconds": json.dumps(seconds), "comfyui": version})

@@ -86,7 +86,9 @@ def read_report(path: Path, name: str = NAME) -> dict[str, Any]:
     except (ValueError, OSError):
         report = None
     if not isinstance(report, dict) or report.get("report") != name:
-        raise FileExistsError(f"{path}: it exists and is no report of {name.split()[-1] if name != NAME else 'evaluate'}. Give another name, or move it away.")
+        raise FileExistsError(
+            f"{path}: it exists and is no report of {name.split()[-1] if name != NAME else 'evaluate'}. Give another name, or move it away."
+        )
     return report
 
 

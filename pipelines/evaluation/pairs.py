@@ -38,7 +38,9 @@ def find_folders(data: Path | None, lq: Path | None, hq: Path | None) -> tuple[P
     """
     for name, folder in (("--data", data), ("--lq", lq), ("--hq", hq)):
         if folder is not None and not folder.is_dir():
-            raise FileNotFoundError(f"{name}: there is no folder {folder}. Give one of images, or a benchmark's with {LOW_QUALITY[0]} and {ORIGINALS[0]}.")
+            raise FileNotFoundError(
+                f"{name}: there is no folder {folder}. Give one of images, or a benchmark's with {LOW_QUALITY[0]} and {ORIGINALS[0]}."
+            )
     if data is None:
         if lq is None and hq is None:
             raise ValueError(f"--data: found none, expected a folder with {LOW_QUALITY[0]} and {ORIGINALS[0]}, or --lq and --hq.")

@@ -42,9 +42,16 @@ BENCHMARKS = {
             "128 to 512 pixels, cropped by StableSR from DIV2K's validation set and degraded by Real-ESRGAN's pipeline",
             "https://huggingface.co/datasets/Iceclear/StableSR-TestSets",
         ),
-        Benchmark("realset80", "RealSet80", 80, "real photos without originals", "https://github.com/zsyOAOA/InvSR, in testdata/RealSet80", originals=False),
         Benchmark(
-            "reallq250", "RealLQ250", 250, "real photos of 256 pixels without originals", "https://github.com/shallowdream204/DreamClear", originals=False
+            "realset80", "RealSet80", 80, "real photos without originals", "https://github.com/zsyOAOA/InvSR, in testdata/RealSet80", originals=False
+        ),
+        Benchmark(
+            "reallq250",
+            "RealLQ250",
+            250,
+            "real photos of 256 pixels without originals",
+            "https://github.com/shallowdream204/DreamClear",
+            originals=False,
         ),
     )
 }

@@ -121,7 +121,10 @@ def _markdown(lines: list[list[str]]) -> str:
 def aligned(lines: list[list[str]]) -> str:
     """A table for the terminal: names to the left, numbers to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
 
 
 def write_text(path: Path, text: str) -> None:

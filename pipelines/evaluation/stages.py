@@ -86,7 +86,11 @@ def fingerprint(tensor: torch.Tensor) -> dict[str, Any]:
     """A stage in a few numbers: shape, norm, and values at evenly spaced places."""
     flat = tensor.flatten()
     places = torch.linspace(0, flat.numel() - 1, min(SAMPLES, flat.numel())).round().long()
-    return {"shape": list(tensor.shape), "norm": _digits(tensor.double().norm().item()), "values": [_digits(value) for value in flat[places].tolist()]}
+    return {
+        "shape": list(tensor.shape),
+        "norm": _digits(tensor.double().norm().item()),
+        "values": [_digits(value) for value in flat[places].tolist()],
+    }
 
 
 def _digits(value: float) -> float | None:

@@ -194,7 +194,9 @@ def _golden() -> dict[str, Any]:
     if importlib.util.find_spec("pytest") is None:
         return {"note": "pytest is not installed (pip install pytest), with which the authors' outputs are compared"}
     print("pipelines against the outputs of the authors' code (tests/golden) ...", file=sys.stderr)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)], capture_output=True, text=True, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, tests)], capture_output=True, text=True, cwd=root
+    )
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     found: dict[str, Any] = {"result": lines[-1].strip("= ") if lines else f"exit status {done.returncode}"}
     if done.returncode:
@@ -250,4 +252,3 @@ def _print(checks: Sequence[Checked], golden: Mapping[str, Any], wanted: Verific
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:600] or type(error).__name__
-

@@ -106,6 +106,10 @@ def test_pyiqa_gives_the_same():
     for amount in (0.02, 0.1, 0.3):
         bad = worse(good, amount)
         figures = compare(bad, good)
-        for name, call in {"psnr": {"test_y_channel": True, "color_space": "ycbcr"}, "ssim": {"test_y_channel": True, "color_space": "ycbcr"}, "gmsd": {}}.items():
+        for name, call in {
+            "psnr": {"test_y_channel": True, "color_space": "ycbcr"},
+            "ssim": {"test_y_channel": True, "color_space": "ycbcr"},
+            "gmsd": {},
+        }.items():
             expected = pyiqa.create_metric(name, device="cpu", **call)(bad, good).item()
             assert figures[name].item() == pytest.approx(expected, abs=2e-5), name

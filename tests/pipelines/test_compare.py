@@ -58,7 +58,11 @@ def test_the_sheet_holds_the_same_crop_of_each(folders):
         lighter = np.asarray(Image.open(folders / "lighter" / f"{row['name']}_LR4.png"))
         assert np.array_equal(pixels(row["tiles"][1]), lighter[24:48, 40:64])
         figures = compare(*(read_pixels(folders / name).tensor() for name in (f"lighter/{row['name']}_LR4.png", f"test_HR/{row['name']}_HR.png")))
-        assert row["tiles"][1]["lines"] == [f"PSNR {figures['psnr'].item():.2f}", f"SSIM {figures['ssim'].item():.4f}", f"GMSD {figures['gmsd'].item():.4f}"]
+        assert row["tiles"][1]["lines"] == [
+            f"PSNR {figures['psnr'].item():.2f}",
+            f"SSIM {figures['ssim'].item():.4f}",
+            f"GMSD {figures['gmsd'].item():.4f}",
+        ]
     text = (folders / "sheet.html").read_text(encoding="utf-8")
     assert "http://" not in text and "https://" not in text  # self-contained
 
