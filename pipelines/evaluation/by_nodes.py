@@ -15,7 +15,7 @@ from safetensors import safe_open
 SCRIPT = Path(__file__).with_name("in_comfyui.py")
 _PYTHONS = (".venv/bin/python", "venv/bin/python", ".venv/Scripts/python.exe", "venv/Scripts/python.exe", "../python_embeded/python.exe")
 FLAGS = {
-    "float32": ("--force-fp32", "--fp32-vae"),
+    "float32": ("--force-fp32", "--fp32-vae", "--fp32-text-enc"),
     "float16": ("--fp16-unet", "--fp16-vae"),
     "bfloat16": ("--bf16-unet", "--bf16-vae"),
 }

@@ -52,7 +52,7 @@ def test_the_miniature_here_and_elsewhere(tmp_path, small, capsys):
         assert set(check["fingerprints"]) == set(STAGES[check["method"]])
         assert set(check["runs"]) == {"pipeline float32", "pipeline bfloat16"}
         seconds = check["runs"]["pipeline float32"]["seconds"]
-        assert set(STAGES[check["method"]]) <= set(seconds) and seconds["all"] > 0
+        assert set(STAGES[check["method"]]) - {"restored latent"} < set(seconds) and seconds["all"] > 0
         half = check["errors"]["pipeline bfloat16 against pipeline float32"]
         assert all(0 < half[stage] < 0.2 for stage in ("latent", "restored latent", "image"))
         assert all(len(digest) == 64 for digest in check["weights"].values())
