@@ -1,23 +1,20 @@
 """The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale,
 evaluate, compare, verify, convert, info, train.
+
+Each command imports what it needs when it is asked for: torch takes a second that ``--help`` need not, and where diffusers, peft, accelerate or
+transformers are broken, all commands work that restore or train nothing.
 """
 
 import argparse
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from fewstep_sr.image.formats import FORMATS
-from fewstep_sr.methods import METHODS
-
-from .evaluation.cli import add_commands as add_evaluation
-from .files import convert, describe_file
-from .options import add_machine, add_method, add_weights
-from .settings import Settings
-from .training.cli import add_commands as add_training
-from .training.cli import where_it_went
+from .evaluation.cli import add_compare, add_evaluate, add_verify
+from .training.cli import add_trainings, where_it_went
 
 PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
 
@@ -39,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if moved := where_it_went(argv):
         print(f"error: {moved}", file=sys.stderr)
         return 2
-    return run_command(_parser().parse_args(argv))
+    return run_command(make_parser(argv).parse_args(argv))
 
 
 def run_command(arguments: argparse.Namespace) -> int:
@@ -47,6 +44,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     try:
+        if getattr(arguments, "needs_packages", True):
+            require_packages()
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print(f"Stopped. {getattr(arguments, 'stopped', 'Give the same command again to go on.')}", file=sys.stderr)
@@ -58,41 +57,52 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def require_packages() -> None:
+    """Raises RuntimeError where a package that pipelines and trainings are built on is missing, or fails to import, in whatever way."""
+    for name in ("accelerate", "diffusers", "peft", "transformers"):
+        try:
+            import_module(name)
+        except Exception as error:
+            if name == "peft" and isinstance(error, ModuleNotFoundError) and error.name == name:  # which only adapters need
+                continue
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise RuntimeError(f"{name} cannot be imported ({what}). Install versions that fit each other: pip install -U {name}.") from error
+
+
+def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """All commands by name, of which the one that ``argv`` asks for knows its arguments."""
     parser = argparse.ArgumentParser(prog=PROG, description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
-    _add_upscale(commands.add_parser("upscale", parents=[common], help="restore and enlarge pictures", epilog=_UPSCALE, **_RAW))
-
-    command = commands.add_parser("convert", parents=[common], help="turn .pkl, .pth and .pt weights into safetensors", **_RAW)
-    command.add_argument(
-        "input", type=Path, metavar="INPUT", help="OSEDiff's adapter (osediff.pkl), InvSR's noise predictor (.pth), or RAM's tagger (.pth)"
-    )
-    command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file (default: the same name with .safetensors)")
-    command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
-    command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
-    command.set_defaults(run=_convert)
-
-    command = commands.add_parser("info", parents=[common], help="say what a weight file is, its rank, its size, and what it fits", **_RAW)
-    command.add_argument("file", type=Path, nargs="+", metavar="FILE")
-    command.set_defaults(run=_info)
-    add_evaluation(commands, common)
-    add_training(commands, common)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (words, add_arguments) in _COMMANDS.items():
+        parents = [] if name == "train" else [_common()]
+        command = commands.add_parser(name, parents=parents, help=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+        command.set_defaults(needs_packages=name in ("upscale", "verify", "train"))
+        if name == chosen:
+            add_arguments(command)
     return parser
 
 
-_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+def _common() -> argparse.ArgumentParser:
+    """What every command understands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
+    return common
 
 
 def _add_upscale(command: argparse.ArgumentParser) -> None:
+    from fewstep_sr.image.formats import FORMATS
+
+    from .options import add_machine, add_method, add_weights
+
     command.set_defaults(run=_upscale)
+    command.epilog = _UPSCALE
     command.add_argument("input", nargs="+", metavar="INPUT", help="pictures, folders (with their subfolders) and globs")
     command.add_argument(
         "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture (default: beside it, cat_x4.png)"
     )
 
-    add_method(command, METHODS)
+    add_method(command)
     add_weights(command)
     add_machine(command)
 
@@ -102,18 +112,74 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     files.add_argument("--overwrite", action="store_true", help="do pictures again whose results exist")
 
 
+def _add_convert(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_convert)
+    command.add_argument(
+        "input",
+        type=Path,
+        nargs="+",
+        metavar="INPUT",
+        help="a method's weights (osediff.pkl, noise_predictor.pth, s3diff.pkl, de_net.pth and so on), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
+    )
+    command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)")
+    command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
+    command.add_argument(
+        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, a file, a whole checkpoint or a diffusers folder"
+    )
+    command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
+
+
+def _add_info(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=_info)
+    command.add_argument("file", type=Path, nargs="+", metavar="FILE")
+
+
+def _add_train(command: argparse.ArgumentParser) -> None:
+    add_trainings(command, _common())
+
+
 def _upscale(arguments: argparse.Namespace) -> int:
-    from .upscale import upscale  # torch and diffusers take seconds that --help need not
+    from .settings import Settings
+    from .upscale import upscale
 
     return upscale(Settings.from_arguments(arguments))
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    print(convert(arguments.input, arguments.output, arguments.overwrite, arguments.dape))
-    return 0
+    from .files import convert
+
+    files = arguments.input
+    if arguments.output and len(files) > 1:
+        raise ValueError(f"-o: found one name for {len(files)} files. Convert one at a time, or leave it out: each result then lies beside its file.")
+    return _each(files, lambda path: convert(path, arguments.output, arguments.overwrite, arguments.dape, arguments.vae), arguments.verbose)
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    for path in arguments.file:
-        print(describe_file(path))
-    return 0
+    from .files import describe_file
+
+    return _each(arguments.file, describe_file, arguments.verbose)
+
+
+def _each(files: list[Path], work: Callable[[Path], str], verbose: bool) -> int:
+    """Print what ``work`` says of each file; among several, one that is refused does not stop the others. Returns the exit status."""
+    refused = 0
+    for path in files:
+        try:
+            print(work(path))
+        except (OSError, ValueError, RuntimeError) as error:
+            if verbose or len(files) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            refused += 1
+    return 0 if not refused else 2 if refused == len(files) else 1
+
+
+_COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+    "upscale": ("restore and enlarge pictures", _add_upscale),
+    "evaluate": ("measure a method, or results, on a benchmark", add_evaluate),
+    "compare": ("the same crops by several methods on one sheet", add_compare),
+    "verify": ("every stage on this machine, with these files; one report", add_verify),
+    "convert": ("turn .pkl, .pth and .pt weights into safetensors", _add_convert),
+    "info": ("say what a weight file is, its rank, its size, and what it fits", _add_info),
+    "train": ("train a method", _add_train),
+}

@@ -2,22 +2,24 @@
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-from fewstep_sr.image.color import COLOR_FIXES
 
-from .settings import DEFAULT, DEMO_DEFAULT, every_option
+def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), what: str | None = None) -> None:
+    """``--method``, of METHODS and ``others``, with scale, prompts, seed and the methods' own options. ``what`` is its help."""
+    from fewstep_sr.image.color import COLOR_FIXES
+    from fewstep_sr.methods import METHODS
 
+    from .settings import DEFAULT, DEMO_DEFAULT, every_option
 
-def add_method(command: argparse.ArgumentParser, methods: Iterable[str], default: str = f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo") -> None:
-    """``--method`` and what a method takes, beside scale, prompts and seed."""
     method = command.add_argument_group("method")
-    method.add_argument("--method", choices=list(methods), help=default)
+    method.add_argument("--method", choices=[*METHODS, *others], help=what or f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
     method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
     method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
     method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
-    method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
+    guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
+    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
     method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
 
@@ -40,6 +42,9 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument(
+        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
+    )
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
 

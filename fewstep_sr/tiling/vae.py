@@ -12,6 +12,8 @@ from .batching import Runtime, run_in_groups
 from .tiles import Tile, TileLayout
 from .whole_picture import WholePicture, mosaic, share_whole_picture
 
+CPU = torch.device("cpu")
+
 OVERLAP = 8
 """Cells that tiles share at least."""
 
@@ -32,6 +34,7 @@ class TiledCoder:
         attention: see :func:`fewstep_sr.tiling.whole_picture.share_whole_picture`.
         scale_in, scale_out: elements for each latent pixel along a side, of what goes in and of what comes out.
         fitting: how many tiles of (height, width) cells go through it in one call.
+        device: where ``call`` takes its parts to. A picture in tiles goes there and comes back as a whole where the runtime says that it fits.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
     """
 
@@ -42,6 +45,7 @@ class TiledCoder:
     scale_out: int
     fitting: Callable[[int, int], int]
     runtime: Runtime
+    device: torch.device = CPU
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -84,17 +88,24 @@ class TiledCoder:
         area = first.height * first.width
         quarter = min(max(MIN_MOSAIC, layout.height * layout.width // 4), MAX_MOSAIC)
         reduced_cells = max(area, min(quarter, group * area))
-        for i, blended in enumerate(result):
-            canvas = source(i)
+        for i, whole_result in enumerate(result):
+            canvas = self._place(source(i))
+            blended = self._place(whole_result)
 
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
-                answers = self.call(network, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(result)
+                answers = self.call(network, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(blended)
                 for tile, answer in zip(tiles, answers, strict=True):
-                    tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out))
+                    tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
 
             self.runtime.before_call()
             whole.collect(lambda part: self.call(network, part), mosaic(canvas, reduced_cells, self.scale_in), layout.height * layout.width)
             group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
+            if blended is not whole_result:
+                whole_result.copy_(blended)
+
+    def _place(self, canvas: torch.Tensor) -> torch.Tensor:
+        """``canvas`` on the network's device, or itself where it does not fit there."""
+        return canvas.to(self.device) if self.runtime.fits(canvas.nbytes, self.device) else canvas
 
 
 def even_tile(length: int, tile: int) -> int:

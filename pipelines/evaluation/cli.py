@@ -3,25 +3,17 @@
 import argparse
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fewstep_sr.methods import METHODS
-
-from ..options import add_machine, add_method, add_weights
-from ..settings import Settings
 from .published import BENCHMARKS, PUBLISHED
 
-_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+if TYPE_CHECKING:
+    from ..settings import Settings
 
 
-def add_commands(commands, common: argparse.ArgumentParser) -> None:
-    """Add them to the command line's parser."""
-    _add_evaluate(commands.add_parser("evaluate", parents=[common], help="measure a method, or results, on a benchmark", **_RAW))
-    _add_compare(commands.add_parser("compare", parents=[common], help="the same crops by several methods on one sheet", **_RAW))
-    _add_verify(commands.add_parser("verify", parents=[common], help="every stage on this machine, with these files; one report", **_RAW))
+def add_evaluate(command: argparse.ArgumentParser) -> None:
+    from ..options import add_machine, add_method, add_weights
 
-
-def _add_evaluate(command: argparse.ArgumentParser) -> None:
     prog = command.prog
     sets = "\n".join(f"  {b.title} ({b.key}; {b.images} images, {b.what}): {b.where}" for b in BENCHMARKS.values())
     command.epilog = (
@@ -64,7 +56,7 @@ def _add_evaluate(command: argparse.ArgumentParser) -> None:
     files.add_argument("--csv", type=Path, metavar="FILE", help="the table")
     files.add_argument("--markdown", type=Path, metavar="FILE", help="the means and the table")
     files.add_argument("--overwrite", action="store_true", help="restore images again whose results exist")
-    add_method(command, [*METHODS, "bicubic"], "the method to restore with; bicubic enlarges alone")
+    add_method(command, ["bicubic"], "the method to restore with; bicubic enlarges alone")
     add_weights(command)
     add_machine(command)
 
@@ -75,6 +67,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"evaluate: found {found}, expected one of them: a method restores the images, results exist already.")
     bicubic = arguments.method == "bicubic"
     output = None if arguments.results else arguments.output or Path(f"results_{arguments.method}{'_demo' if arguments.demo else ''}")
+    if not arguments.results:
+        from ..cli import require_packages
+
+        require_packages()
     restoration = None if arguments.results or bicubic else _restoration(arguments, output)
 
     from .evaluate import Evaluation, evaluate, parse_metrics  # torch and diffusers take seconds that --help need not
@@ -101,14 +97,16 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )
 
 
-def _restoration(arguments: argparse.Namespace, output: Path | None) -> Settings:
+def _restoration(arguments: argparse.Namespace, output: Path | None) -> "Settings":
     """Settings of the restoration: of ``upscale``'s, those that a benchmark has."""
+    from ..settings import Settings
+
     arguments = copy.copy(arguments)
     arguments.input, arguments.output, arguments.format, arguments.quality = [], output, "png", 95
     return Settings.from_arguments(arguments)
 
 
-def _add_compare(command: argparse.ArgumentParser) -> None:
+def add_compare(command: argparse.ArgumentParser) -> None:
     prog = command.prog
     command.epilog = (
         f"examples:\n  {prog} OSEDiff=results_osediff InvSR=results_invsr --data benchmark_realsr -o sheet.html\n"
@@ -149,7 +147,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     )
 
 
-def _add_verify(command: argparse.ArgumentParser) -> None:
+def add_verify(command: argparse.ArgumentParser) -> None:
+    from ..options import add_method, add_weights
+
     prog = command.prog
     command.epilog = (
         f"examples:\n  {prog} --comfyui ~/ComfyUI --download --json verify.json\n  {prog} --demo\n\n"
@@ -168,7 +168,7 @@ def _add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-golden", action="store_true", help="leave out the comparison with the outputs of the authors' code, which takes a minute"
     )
-    add_method(command, METHODS, "this method alone (default: OSEDiff and InvSR)")
+    add_method(command, (), "this method alone (default: OSEDiff and InvSR)")
     add_weights(command)
 
 
@@ -204,7 +204,9 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list, list[str]]:
     """The miniature by each method that it has, and the methods whose weights are found; and what is missing, in words."""
     import torch
 
-    from ..find import find_base, find_weights
+    from fewstep_sr.methods import METHODS
+
+    from ..find import find_base, find_companions, find_weights
     from .subjects import NODE_METHODS, Subject
 
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -213,7 +215,17 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list, list[str]]:
     subjects, missing = [], []
     for key in chosen:
         if METHODS[key].demo:
-            plain = {"demo": True, "method": key, "base": None, "weights": None, "prompt": None, "tagger": None, "cfg": 1.0, "download": False}
+            plain = {
+                "demo": True,
+                "method": key,
+                "base": None,
+                "weights": None,
+                "prompt": None,
+                "tagger": None,
+                "cfg": None,
+                "decoder": None,
+                "download": False,
+            }
             subjects.append(Subject(_settings(arguments, device, **plain), device))
     if not arguments.demo:
         for key in chosen:
@@ -221,17 +233,20 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list, list[str]]:
             try:
                 base = find_base(settings.method, settings.base, settings.comfyui, settings.download)
                 weights = find_weights(settings.method, settings.weights, settings.comfyui, settings.download)
+                companions = find_companions(settings.method, settings.options, settings.comfyui, settings.download)
             except FileNotFoundError as error:
                 missing.append(f"{settings.method.title} on its published weights: {error}")
             else:
-                subjects.append(Subject(settings, device, base, weights))
+                subjects.append(Subject(settings, device, base, weights, companions))
     if not subjects:
         raise FileNotFoundError(missing[0] if missing else f"--demo: the miniature has no weights for {METHODS[chosen[0]].title}.")
     return subjects, missing
 
 
-def _settings(arguments: argparse.Namespace, device, **changes: Any) -> Settings:
+def _settings(arguments: argparse.Namespace, device, **changes: Any) -> "Settings":
     """A method's settings; what the command line says of other methods' options does not concern it."""
+    from ..settings import Settings
+
     arguments = copy.copy(arguments)
     vars(arguments).update(
         input=[], output=None, format="png", quality=95, overwrite=False, dtype=None, tile=0, offload=False, device=str(device), **changes

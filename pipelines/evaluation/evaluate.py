@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -20,7 +20,9 @@ from .metrics import METRICS, Meter
 from .pairs import Pair, find_folders, images_in, listed, pair
 from .published import BENCHMARKS, Published, expected, recognise
 from .report import Report, Row, aligned, write_json, write_text
-from .restore import BICUBIC, Restored, enlarge, jobs_of, restore
+
+if TYPE_CHECKING:
+    from .restore import Restored
 
 REPORT = "evaluation.json"
 """The report beside the restored images."""
@@ -102,10 +104,12 @@ def evaluate(wanted: Evaluation) -> int:
     return 1 if failed or unpaired else 0
 
 
-def _restore(wanted: Evaluation, pairs: list[Pair], journal: Journal) -> tuple[Restored | None, list[Pair]]:
+def _restore(wanted: Evaluation, pairs: list[Pair], journal: Journal) -> "tuple[Restored | None, list[Pair]]":
     """Pairs of results instead of low-quality images; of those that failed there is none."""
     if wanted.output is None:
         return None, pairs
+    from .restore import enlarge, jobs_of, restore  # diffusers, which results that exist do not need
+
     jobs = jobs_of([one.image for one in pairs], wanted.output)
     restored = restore(wanted.restoration, jobs, journal) if wanted.restoration else enlarge(wanted.scale, jobs, journal, wanted.overwrite)
     made = [Pair(one.name, job.target, one.original) for one, job in zip(pairs, jobs, strict=True) if str(job.source) not in restored.failures]
@@ -147,7 +151,7 @@ def _published(wanted: Evaluation, names: Sequence[str]) -> Published | None:
     return expected(wanted.expect, benchmark.key)
 
 
-def _device(name: str | None, restored: Restored | None) -> torch.device:
+def _device(name: str | None, restored: "Restored | None") -> torch.device:
     if name:
         return torch.device(name)
     if restored and restored.device.type != "cpu":
@@ -164,11 +168,11 @@ def _title(wanted: Evaluation, folder: Path) -> str:
     return f"{wanted.restoration.method.title}{demo}"
 
 
-def _context(wanted: Evaluation, restored: Restored | None, pairs: Sequence[Pair], device: torch.device) -> dict[str, Any]:
+def _context(wanted: Evaluation, restored: "Restored | None", pairs: Sequence[Pair], device: torch.device) -> dict[str, Any]:
     if wanted.restoration:
         settings: Mapping[str, Any] = settings_to_record(wanted.restoration, Path("x.png"))
     else:
-        settings = {"results": wanted.results.name} if wanted.results else {"method": BICUBIC, "scale": wanted.scale}
+        settings = {"results": wanted.results.name} if wanted.results else {"method": "bicubic", "scale": wanted.scale}
     benchmark = BENCHMARKS[wanted.benchmark] if wanted.benchmark else recognise([one.name for one in pairs])
     found: dict[str, Any] = {"settings": settings, "versions": versions(), "machine": machine(device)}
     if restored:

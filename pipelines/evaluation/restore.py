@@ -60,17 +60,17 @@ def restore(settings: Settings, jobs: Sequence[Job], journal: Journal) -> Restor
         if state.is_main_process:
             results.report(done)
         with peers.waiting(lambda: "Nothing was begun."):
-            base, weights = find_files(settings, state)
+            base, weights, companions = find_files(settings, state)
         device = torch.device(settings.device) if settings.device else state.device
         forget_peak(device)
-        work = _timed(Upscaler(settings, base, weights, state, results.record).work, journal) if mine else None
+        work = _timed(Upscaler(settings, base, weights, companions, state, results.record).work, journal) if mine else None
         outcome = run(mine, work, state, peers)
         with peers.waiting(lambda: "All images are restored."):
             state.wait_for_everyone()
         failures = dict(outcome.failures)
         if outcome.not_begun:
             raise RuntimeError(f"{outcome.not_begun} images were not begun: {next(reversed(failures.values()))} The same command goes on.")
-        hashes = hash_weights(base, weights, demo=settings.demo) if state.is_main_process else {}
+        hashes = hash_weights(base, weights, *map(str, filter(None, companions.values())), demo=settings.demo) if state.is_main_process else {}
         return Restored(failures, device, hashes, peak_memory(device) if outcome.written else None, state.is_main_process)
     finally:
         peers.leave()

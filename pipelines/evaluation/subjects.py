@@ -2,7 +2,8 @@
 
 import hashlib
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,18 @@ from .machine import hash_weights
 from .stages import Stages, recorded, synchronize
 
 NODE_METHODS = ("osediff", "invsr")
-"""Methods that have nodes."""
+"""Methods whose nodes are run."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A method with its settings, and where its files are; both empty for the miniature."""
+    """A method with its settings, and where its files are; empty for the miniature."""
 
     settings: Settings
     device: torch.device
     base: str = ""
     weights: str = ""
+    companions: Mapping[str, Path | None] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -35,7 +37,7 @@ class Subject:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        return hash_weights(self.base, self.weights, demo=self.settings.demo)
+        return hash_weights(self.base, self.weights, *map(str, filter(None, self.companions.values())), demo=self.settings.demo)
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
@@ -53,7 +55,7 @@ class Subject:
         settings = self.settings
         base = "" if settings.demo else str(checkpoint or self.base)
         if settings.method.key not in NODE_METHODS:
-            return f"{settings.method.title} has none yet"
+            return f"only those of {NODE_METHODS[0]} and {NODE_METHODS[1]} are compared here"
         if base and not Path(base).is_file():
             return "the base is no single file. Give the same base as one with --checkpoint"
         prompt = settings.prompt if settings.prompt is not None else settings.method.prompt
@@ -100,7 +102,8 @@ def run_subject(subject: Subject, picture: torch.Tensor, dtype: str) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32 here
     try:
         began = time.perf_counter()
-        upscaler = Upscaler(settings, subject.base, subject.weights, PartialState(cpu=device.type == "cpu"), lambda job: "")
+        state = PartialState(cpu=device.type == "cpu")
+        upscaler = Upscaler(settings, subject.base, subject.weights, dict(subject.companions), state, lambda job: "")
         pipeline = upscaler.pipeline
         if settings.demo and dtype != "float32":
             pipeline.to(getattr(torch, dtype))

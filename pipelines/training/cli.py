@@ -9,9 +9,8 @@ from .methods import add_methods
 _MOVED = {("synthesize",): "synthesize", ("train", "vae"): "vae", ("train", "base"): "base", ("train", "pack"): "pack"}
 
 
-def add_commands(commands, common: argparse.ArgumentParser) -> None:
-    trainings = commands.add_parser("train", help="train a method").add_subparsers(required=True, metavar="WHAT")
-    add_methods(trainings, common)
+def add_trainings(command: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    add_methods(command.add_subparsers(required=True, metavar="WHAT"), common)
 
 
 def where_it_went(argv: Sequence[str]) -> str | None:

@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from forked import Forked
+from forked import Forked, environment_of, free_port
 
 pytest.importorskip("diffusers")
 
@@ -51,17 +50,11 @@ def share(folder: Path, plan: str) -> None:
 @pytest.fixture
 def start(tmp_path):
     """A function that starts processes by rank as a launcher does that takes no further care of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    port, started = free_port(), []
 
     def begin(works: dict, patience: float = 3) -> list[Forked]:
         for rank, work in works.items():
-            environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "FEWSTEP_SR_PATIENCE": str(patience), "CUDA_VISIBLE_DEVICES": "",
-            }  # fmt: skip
+            environment = environment_of(rank, 2, port) | {"FEWSTEP_SR_PATIENCE": str(patience)}
             started.append(Forked(work, tmp_path / f"log {rank}", environment))
         return started
 

@@ -241,14 +241,17 @@ def test_ranges_are_refused_at_once(tmp_path, capsys, method, options):
 
 
 def test_ends_of_the_ranges_are_taken():
-    from pipelines.cli import _parser
+    from pipelines.cli import make_parser
+
+    def parse(argv):
+        return make_parser(argv).parse_args(argv)
 
     words = "--steps 1 --batch 1 --patch 64 --crops 1 --lr 10 --warmup 0 --weight-decay 0 --max-grad-norm inf --ema 0 --seed 4294967295 --workers 0"
     words += " --threads 1 --save-every 1 --sample-every 1 --max-minutes 0 --accumulate 1"
     for method, more in (("osediff", "--rank 1 --timestep 999 --guidance 0 --vsd-weight 0"), ("invsr", "--timesteps 1 1000 --ema 0.9999")):
-        arguments = _parser().parse_args(["train", method, "--data", "x", "-o", "y", *words.split(), *more.split()])
+        arguments = parse(["train", method, "--data", "x", "-o", "y", *words.split(), *more.split()])
         assert arguments.steps == 1 and arguments.seed == 2**32 - 1
-    assert _parser().parse_args(["train", "osediff", "--data", "x", "-o", "y", "--steps", "1", "--timestep", "0"]).timestep == 0
+    assert parse(["train", "osediff", "--data", "x", "-o", "y", "--steps", "1", "--timestep", "0"]).timestep == 0
 
 
 @pytest.mark.parametrize(
