@@ -23,7 +23,7 @@ from .evaluate import REPORT
 from .journal import read_report
 from .machine import sha256
 from .metrics import METRICS
-from .pairs import base_name, find_folders, images_in, listed
+from .pairs import base_name, find_folders, images_in, listed, require_single
 from .report import write_text
 from .sheet import draw_sheet
 
@@ -147,7 +147,9 @@ def _require_labels(columns: Sequence[Column]) -> None:
 
 
 def _by_base(folder: Path, what: str) -> dict[str, Path]:
-    return {base_name(path.stem): path for path in images_in(folder, what)}
+    images = images_in(folder, what)
+    require_single(images, lambda path: base_name(path.stem))
+    return {base_name(path.stem): path for path in images}
 
 
 def _names(wanted: Comparison, columns: Sequence[Column], originals: dict[str, Path]) -> list[str]:

@@ -74,6 +74,10 @@ def evaluate(wanted: Evaluation) -> int:
         )
     if not first.is_dir():
         raise FileNotFoundError(f"--results: there is no folder {first}. Give the folder that the results are in.")
+    if hq is None and all(METRICS[name].needs_original for name in wanted.metrics):
+        raise ValueError(
+            f"--metrics: {', '.join(wanted.metrics)} compare with originals, and there are none. Give --hq, or metrics such as niqe and musiq."
+        )
     images = images_in(first, "--results" if wanted.results else "--lq")
     pairs, unpaired = pair(images, images_in(hq, "--hq") if hq else None)
     published = _published(wanted, [one.name for one in pairs])

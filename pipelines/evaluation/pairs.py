@@ -1,7 +1,7 @@
 """Which image belongs to which original, by their names."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,17 +71,17 @@ def pair(images: Sequence[Path], originals: Sequence[Path] | None) -> tuple[list
     Raises:
         ValueError: there is no pair at all, or two images could be one's other half.
     """
-    _require_single(images, lambda path: path.stem)
+    require_single(images, lambda path: path.stem)
     if originals is None:
         return [Pair(path.stem, path, None) for path in images], []
-    _require_single(originals, lambda path: path.stem)
+    require_single(originals, lambda path: path.stem)
     exact = {path.stem: path for path in originals}
     found = {path: exact[path.stem] for path in images if path.stem in exact}
     rest = [path for path in images if path not in found]
     taken = set(found.values())
     free = [path for path in originals if path not in taken]
-    _require_single(rest, lambda path: base_name(path.stem))
-    _require_single(free, lambda path: base_name(path.stem))
+    require_single(rest, lambda path: base_name(path.stem))
+    require_single(free, lambda path: base_name(path.stem))
     by_base = {base_name(path.stem): path for path in free}
     found |= {path: by_base[base_name(path.stem)] for path in rest if base_name(path.stem) in by_base}
     unpaired = [path for path in images if path not in found] + [path for path in originals if path not in set(found.values())]
@@ -93,7 +93,12 @@ def pair(images: Sequence[Path], originals: Sequence[Path] | None) -> tuple[list
     return [Pair(path.stem, path, found[path]) for path in images if path in found], unpaired
 
 
-def _require_single(paths: Sequence[Path], key) -> None:
+def require_single(paths: Sequence[Path], key: Callable[[Path], str]) -> None:
+    """Refuse two images that go by one name.
+
+    Raises:
+        ValueError: there are two.
+    """
     seen: dict[str, Path] = {}
     for path in paths:
         if (other := seen.setdefault(key(path), path)) is not path:

@@ -58,6 +58,8 @@ class Subject:
             return f"only those of {NODE_METHODS[0]} and {NODE_METHODS[1]} are compared here"
         if base and not Path(base).is_file():
             return "the base is no single file. Give the same base as one with --checkpoint"
+        if settings.options.get("tagger") or settings.decoder or settings.cfg != 1:
+            return "they are compared without --tagger, --decoder and --cfg. Leave these out"
         prompt = settings.prompt if settings.prompt is not None else settings.method.prompt
         return {
             "demo": settings.demo,

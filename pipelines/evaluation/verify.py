@@ -109,7 +109,11 @@ def verify(wanted: Verification) -> int:
 def _check(subject: Subject, picture: torch.Tensor, half: str, reference: Mapping[str, Any], wanted: Verification) -> Checked:
     check = Checked(subject, subject.key(picture))
     print(f"{subject.title}: pipeline in float32 ...", file=sys.stderr)
-    exact = run_subject(subject, picture, "float32")
+    try:
+        exact = run_subject(subject, picture, "float32")
+    except (RuntimeError, ValueError, OSError) as error:  # weights that do not fit, memory, values that are not numbers
+        check.faults.append(f"the pipeline fails in float32: {_line(error)}")
+        return check
     check.runs["pipeline float32"] = _summary(exact)
     check.fingerprints = {name: fingerprint(tensor) for name, tensor in exact.stages.tensors.items()}
     _require_finite(check, "pipeline float32", exact.stages.tensors)

@@ -125,6 +125,9 @@ def test_folders_that_make_no_sheet(folders, capsys):
         Image.new("RGB", SIZE).save(folders / "others" / "q.png")
         assert main(["compare", "-o", str(folders / "sheet.html"), *words]) == 2
         assert message in capsys.readouterr().err
+    Image.new("RGB", SIZE).save(folders / "others" / "q_x4.png")
+    assert main(["compare", "-o", str(folders / "sheet.html"), str(folders / "others")]) == 2
+    assert "found q.png and q_x4.png, which could both be q" in capsys.readouterr().err
     Image.new("RGB", (50, 50)).save(folders / "darker" / "p1_LR4.png")
     assert run(folders) == 1  # the other pictures are on the sheet
     assert "found 50 x 50 pixels, expected 96 x 64" in capsys.readouterr().err

@@ -163,7 +163,15 @@ def test_what_cannot_be_measured(benchmark, monkeypatch, capsys, change, words, 
 def test_images_without_originals(benchmark, capsys):
     """A folder of low-quality images alone: what compares is left out in words, and if nothing else is asked for it is an error."""
     assert run("--data", benchmark / "test_LR", "--results", benchmark / "results") == 2
-    assert "psnr: it compares with originals, and there are none" in capsys.readouterr().err
+    assert "--metrics: psnr, ssim, gmsd compare with originals, and there are none. Give --hq" in capsys.readouterr().err
+
+
+def test_without_originals_what_compares_is_left_out(benchmark, pyiqa):
+    out = benchmark / "out.json"
+    assert run("--data", benchmark / "test_LR", "--results", benchmark / "results", "--metrics", "psnr", "niqe", "--json", out) == 0
+    report = measured(out)
+    assert list(report["mean"]) == ["niqe"] and "it compares with originals, and there are none" in report["left_out"]["psnr"]
+    assert len(report["pictures"]) == 4 and "original" not in report["pictures"][0]["files"]
 
 
 class PyiqaDouble:

@@ -2,18 +2,22 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import stable_diffusion
 import torch
 from PIL import Image
 
 from fewstep_sr.methods import METHODS
 from fewstep_sr.miniature import PHOTO
 from fewstep_sr.miniature import find as find_miniature
+from pipelines import OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.evaluation import by_nodes, verify
 from pipelines.evaluation.stages import error_of_fingerprint, fingerprint, relative_error
+from pipelines.single_file import CONFIG, find_tokenizer
 
 STAGES = {
     "osediff": ["latent", "noise prediction 1", "restored latent", "decoded", "image"],
@@ -92,6 +96,41 @@ def test_nodes_beside_pipelines(comfyui_path, tmp_path, small):
         half = check["errors"]["nodes bfloat16 against pipeline float32"]
         assert all(1e-4 < half[stage] < 0.2 for stage in ("latent", "restored latent"))
         assert check["runs"]["nodes float32"]["comfyui"]
+
+
+@pytest.fixture(scope="module")
+def reduced(comfy, tmp_path_factory) -> Path:
+    """Stable Diffusion 2.x' architecture with fewer levels and random weights: as one file for the nodes, as a folder for the pipelines, and both methods' weights."""
+    folder = tmp_path_factory.mktemp("reduced")
+    stable_diffusion.write_checkpoint(folder / "base.safetensors", "reduced")
+    stable_diffusion.write_osediff(folder / "osediff.pkl", "reduced")
+    stable_diffusion.write_predictor(folder / "predictor.pth", "reduced")
+    config = shutil.copytree(CONFIG, folder / "config")
+    unet = json.loads((config / "unet" / "config.json").read_text())
+    unet |= {"block_out_channels": [320, 640], "attention_head_dim": [5, 10], "layers_per_block": 1}
+    unet |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    (config / "unet" / "config.json").write_text(json.dumps(unet))
+    tokenizer = find_tokenizer(local_files_only=True, comfyui=comfy.path)
+    OSEDiffPipeline.from_single_file(folder / "base.safetensors", config=config, tokenizer=tokenizer, torch_dtype=torch.float16).save_pretrained(
+        folder / "base"
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "weights"), [("osediff", "osediff.pkl"), ("invsr", "predictor.pth")])
+def test_stable_diffusion_with_fewer_levels(comfy, reduced, tmp_path, capsys, method, weights):
+    """As with published weights: nodes give what pipelines give, and that nobody has figures of these weights yet is said."""
+    path = tmp_path / "small.png"
+    Image.open(find_miniature(PHOTO)).crop((40, 20, 52, 28)).save(path)
+    words = ["--method", method, "--base", reduced / "base", "--weights", reduced / weights, "--checkpoint", reduced / "base.safetensors"]
+    report = run(tmp_path, *words, "--comfyui", comfy.path, "--picture", path)
+    check = report["checks"][-1]
+    assert check["title"].endswith("on base") and weights in check["weights"]
+    exact = check["errors"]["nodes float32 against pipeline float32"]
+    assert {"latent", "restored latent", "image"} <= set(exact) and max(exact.values()) < 1e-4
+    assert any("no reference figures of these weights" in note for note in check["notes"])
+    assert "relative error, nodes float32 against pipeline float32" in capsys.readouterr().out
 
 
 def test_missing_weights_are_said(tmp_path, monkeypatch, small, capsys):
