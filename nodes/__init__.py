@@ -7,6 +7,7 @@ from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .load_adapter import FewStepSRAdapterLoader
 from .one_step import FewStepSROneStep
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
+from .quality import FewStepSRQuality
 from .s3diff import S3DiffAdapt, S3DiffDegradation, S3DiffEstimatorLoader
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
@@ -33,4 +34,5 @@ NODES = [
     S3DiffEstimatorLoader,
     S3DiffDegradation,
     S3DiffAdapt,
+    FewStepSRQuality,
 ]

@@ -1,18 +1,19 @@
-"""The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale, convert, info, train.
+"""The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale,
+evaluate, compare, verify, convert, info, train.
 
 Each command imports what it needs when it is asked for: torch takes a second that ``--help`` need not, and where diffusers, peft, accelerate or
-transformers are broken, all commands but upscale and train work.
+transformers are broken, all commands work that restore or train nothing.
 """
 
 import argparse
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from .evaluation.cli import add_compare, add_evaluate, add_verify
 from .training.cli import add_trainings, where_it_went
 
 PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
@@ -44,7 +45,7 @@ def run_command(arguments: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     try:
         if getattr(arguments, "needs_packages", True):
-            _require_packages()
+            require_packages()
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print(f"Stopped. {getattr(arguments, 'stopped', 'Give the same command again to go on.')}", file=sys.stderr)
@@ -56,7 +57,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
     """Raises RuntimeError where a package that pipelines and trainings are built on is missing, or fails to import, in whatever way."""
     for name in ("accelerate", "diffusers", "peft", "transformers"):
         try:
@@ -76,7 +77,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (words, add_arguments) in _COMMANDS.items():
         parents = [] if name == "train" else [_common()]
         command = commands.add_parser(name, parents=parents, help=words, formatter_class=argparse.RawDescriptionHelpFormatter)
-        command.set_defaults(needs_packages=name in ("upscale", "train"))
+        command.set_defaults(needs_packages=name in ("upscale", "verify", "train"))
         if name == chosen:
             add_arguments(command)
     return parser
@@ -90,11 +91,9 @@ def _common() -> argparse.ArgumentParser:
 
 
 def _add_upscale(command: argparse.ArgumentParser) -> None:
-    from fewstep_sr.image.color import COLOR_FIXES
     from fewstep_sr.image.formats import FORMATS
-    from fewstep_sr.methods import METHODS
 
-    from .settings import DEFAULT, DEMO_DEFAULT, every_option
+    from .options import add_machine, add_method, add_weights
 
     command.set_defaults(run=_upscale)
     command.epilog = _UPSCALE
@@ -103,43 +102,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture (default: beside it, cat_x4.png)"
     )
 
-    method = command.add_argument_group("method")
-    method.add_argument("--method", choices=list(METHODS), help=f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
-    method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
-    method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
-    method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
-    guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
-    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
-    method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
-
-    for name, owners in every_option().items():
-        option = owners[0][1]
-        titles = " and ".join(owner.title for owner, _ in owners)
-        default = "" if option.default in (None, ()) else f" (default: {option.default})"
-        method.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=option.parse,
-            nargs="+" if option.many else None,
-            metavar=option.metavar,
-            help=f"{titles}: {option.help}{default}",
-        )
-
-    weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
-    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
-    weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
-    weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
-    weights.add_argument(
-        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
-    )
-    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
-    weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
-
-    machine = command.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
-    machine.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on a GPU, float32 on a CPU")
-    machine.add_argument("--tile", type=int, default=1024, help="larger results are made in tiles of so many pixels; 0: whole (default: %(default)s)")
-    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the network that is at work")
+    add_method(command)
+    add_weights(command)
+    add_machine(command)
 
     files = command.add_argument_group("files")
     files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="of the results (default: each picture's own)")
@@ -211,6 +176,9 @@ def _each(files: list[Path], work: Callable[[Path], str], verbose: bool) -> int:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "upscale": ("restore and enlarge pictures", _add_upscale),
+    "evaluate": ("measure a method, or results, on a benchmark", add_evaluate),
+    "compare": ("the same crops by several methods on one sheet", add_compare),
+    "verify": ("every stage on this machine, with these files; one report", add_verify),
     "convert": ("turn .pkl, .pth and .pt weights into safetensors", _add_convert),
     "info": ("say what a weight file is, its rank, its size, and what it fits", _add_info),
     "train": ("train a method", _add_train),

@@ -46,7 +46,7 @@ def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers
         return 0
     # Also where this process has nothing to do: one that fetches must fetch for those that wait.
     with peers.waiting(lambda: "Nothing was begun."):
-        found = _find(settings, state)
+        found = find_files(settings, state)
     outcome = run(mine, Upscaler(settings, *found, state, results.record).work if mine else None, state, peers)
     if state.is_main_process:
         _report(outcome, len(jobs), output, time.monotonic() - began)
@@ -69,7 +69,7 @@ def _report(outcome: Outcome, jobs: int, output: Path, seconds: float) -> None:
         print(f"{outcome.not_begun} were not begun: the last error would have met each. The same command goes on.", file=sys.stderr)
 
 
-def _find(settings: Settings, state: PartialState) -> tuple[str, str, dict[str, Path | None]]:
+def find_files(settings: Settings, state: PartialState) -> tuple[str, str, dict[str, Path | None]]:
     """Where the base, the method's weights and the files beside them are."""
     if settings.demo:
         return "", "", {}
@@ -113,9 +113,16 @@ class Upscaler:
         width, height = (round(side * settings.scale) for side in picture.pixels.size)
         require_writable(picture, (width, height), job.target)
         require_place(job.target, (width, height))
+        restored = self.restore(picture.pixels.tensor())
+        notes = write_picture(restored, picture, job.target, settings.quality, self.record(job))
+        return Written(job.target, (width, height), job.target.stat().st_size, (*self.pipeline.notes(), *picture.metadata.notes, *notes))
+
+    def restore(self, image: torch.Tensor) -> torch.Tensor:
+        """An image (1, 3, h, w) in [0, 1] as (1, 3, H, W)."""
+        settings = self.settings
         optional = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt, "prompt_embeds": self.prompt_embeds}
-        restored = self.pipeline(
-            picture.pixels.tensor(),
+        return self.pipeline(
+            image,
             scale=settings.scale,
             guidance_scale=settings.cfg,
             generator=torch.Generator().manual_seed(settings.seed),
@@ -124,8 +131,6 @@ class Upscaler:
             **{name: value for name, value in optional.items() if value is not None},
             **self.pipeline.call_options(settings.options),
         ).images
-        notes = write_picture(restored, picture, job.target, settings.quality, self.record(job))
-        return Written(job.target, (width, height), job.target.stat().st_size, (*self.pipeline.notes(), *picture.metadata.notes, *notes))
 
 
 def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, settings: Settings) -> FewStepSRPipeline:

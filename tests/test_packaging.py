@@ -93,6 +93,8 @@ def test_the_wheel_has_one_package(installed):
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"fewstep_sr", "bin"}
     assert (installed / "bin" / "fewstep-sr").is_file() and not list(installed.rglob("*.jpg"))
+    for name in ("sheet.html", "reference.json"):
+        assert (installed / "fewstep_sr" / "pipelines" / "evaluation" / name).is_file()
     modules = {path.relative_to(ROOT / "fewstep_sr") for path in (ROOT / "fewstep_sr").rglob("*.py")}
     modules |= {Path("pipelines") / path.relative_to(ROOT / "pipelines") for path in (ROOT / "pipelines").rglob("*.py")}
     assert {path.relative_to(installed / "fewstep_sr") for path in (installed / "fewstep_sr").rglob("*.py")} == modules

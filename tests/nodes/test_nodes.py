@@ -532,6 +532,7 @@ CONTRACT = {
     "FewStepSRTiledModel": (["model", "tile_size", "overlap", "batch"], ["MODEL"]),
     "DAPETaggerLoader": (["tagger_name", "dape_name"], ["DAPE_TAGGER"]),
     "FewStepSRFillTransparent": (["image", "mask"], ["IMAGE"]),
+    "FewStepSRQuality": (["image", "reference"], ["FLOAT", "FLOAT", "FLOAT"]),
     "FewStepSRDemoLoader": (["method"], ["MODEL", "VAE", "CONDITIONING", "NOISE_PREDICTOR", "IMAGE"]),
     "DAPETagger": (["tagger", "image", "threshold", "max_tags", "exclude", "prefix", "suffix"], ["STRING"]),
 }

@@ -39,18 +39,21 @@ import sys
 from pipelines.cli import main
 files = [{str(tmp_path / "osediff.pkl")!r}, {str(tmp_path / "predictor.pth")!r}]
 assert main(["info", *files]) == 0 and main(["convert", *files]) == 0
-for command in ([], ["upscale"], ["convert"], ["info"], ["train"], ["train", "osediff"], ["train", "invsr"]):
+for command in ([], ["upscale"], ["evaluate"], ["compare"], ["verify"], ["convert"], ["info"], ["train"], ["train", "osediff"], ["train", "invsr"]):
     try:
         main([*command, "--help"])
     except SystemExit as end:
         assert end.code == 0
+photos = {str(ROOT / "tests" / "data" / "photos")!r}
+assert main(["evaluate", "--results", photos, "--hq", photos]) == 0
+assert main(["compare", photos, "-o", {str(tmp_path / "sheet.png")!r}]) == 0
 assert main(["upscale", {str(ROOT / "miniature" / "photo.png")!r}, "--demo", "-o", {str(tmp_path / "out.png")!r}]) == 2
 """
     found = run(code, broken)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("fits:") == 2 and found.stdout.count("usage:") == 7
+    assert found.stdout.count("fits:") == 2 and found.stdout.count("usage:") == 10
     assert (tmp_path / "osediff.safetensors").exists() and (tmp_path / "predictor.safetensors").exists()
-    [line] = found.stderr.strip().splitlines()
+    line = found.stderr.strip().splitlines()[-1]
     assert (
         line.startswith("error: accelerate cannot be imported (AttributeError: accelerate is broken). Install")
         and not (tmp_path / "out.png").exists()
@@ -64,13 +67,13 @@ def test_what_commands_import(tmp_path):
     code = f"""
 import sys
 from pipelines.cli import main
-for command in ([], ["convert"], ["info"], ["train"], ["train", "osediff"], ["train", "invsr"]):
+for command in ([], ["compare"], ["convert"], ["info"], ["train"], ["train", "osediff"], ["train", "invsr"]):
     try:
         main([*command, "--help"])
     except SystemExit:
         pass
     print("imported:", [name for name in ["torch", "numpy", "PIL", *{HEAVY}] if name in sys.modules])
-for command in (["info", {str(tmp_path / "osediff.pkl")!r}], ["convert", {str(tmp_path / "osediff.pkl")!r}], ["upscale", "--help"]):
+for command in (["info", {str(tmp_path / "osediff.pkl")!r}], ["convert", {str(tmp_path / "osediff.pkl")!r}], ["upscale", "--help"], ["evaluate", "--help"], ["verify", "--help"]):
     try:
         main(command)
     except SystemExit:
@@ -79,7 +82,7 @@ for command in (["info", {str(tmp_path / "osediff.pkl")!r}], ["convert", {str(tm
 """
     found = run(code)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.count("imported: []") == 9, found.stdout
+    assert found.stdout.count("imported: []") == 12, found.stdout
 
 
 def test_a_bad_file_does_not_stop_the_others(tmp_path, capsys):

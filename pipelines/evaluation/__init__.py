@@ -1,0 +1,1 @@
+"""Measuring as the papers do: ``evaluate``, ``compare`` and ``verify``."""

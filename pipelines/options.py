@@ -1,0 +1,58 @@
+"""Options of the commands that restore images: the method and its own, weights, and the machine."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), what: str | None = None) -> None:
+    """``--method``, of METHODS and ``others``, with scale, prompts, seed and the methods' own options. ``what`` is its help."""
+    from fewstep_sr.image.color import COLOR_FIXES
+    from fewstep_sr.methods import METHODS
+
+    from .settings import DEFAULT, DEMO_DEFAULT, every_option
+
+    method = command.add_argument_group("method")
+    method.add_argument("--method", choices=[*METHODS, *others], help=what or f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
+    method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
+    method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
+    method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
+    guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
+    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
+    method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
+    method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
+
+    for name, owners in every_option().items():
+        option = owners[0][1]
+        titles = " and ".join(owner.title for owner, _ in owners)
+        default = "" if option.default in (None, ()) else f" (default: {option.default})"
+        method.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=option.parse,
+            nargs="+" if option.many else None,
+            metavar=option.metavar,
+            help=f"{titles}: {option.help}{default}",
+        )
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    """Where weights are, or that the miniature is used."""
+    weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
+    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
+    weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
+    weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument(
+        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
+    )
+    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
+    weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
+
+
+def add_machine(command: argparse.ArgumentParser) -> None:
+    """Device, precision and tiles."""
+    machine = command.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
+    machine.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on a GPU, float32 on a CPU")
+    machine.add_argument("--tile", type=int, default=1024, help="larger results are made in tiles of so many pixels; 0: whole (default: %(default)s)")
+    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the network that is at work")

@@ -1,0 +1,165 @@
+"""``verify``: the miniature gives the figures that came with the package, whatever differs is found and said, and nodes are compared where ComfyUI is."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import stable_diffusion
+import torch
+from PIL import Image
+
+from fewstep_sr.methods import METHODS
+from fewstep_sr.miniature import PHOTO
+from fewstep_sr.miniature import find as find_miniature
+from pipelines import OSEDiffPipeline
+from pipelines.cli import main
+from pipelines.evaluation import by_nodes, verify
+from pipelines.evaluation.stages import error_of_fingerprint, fingerprint, relative_error
+from pipelines.single_file import CONFIG, find_tokenizer
+
+STAGES = {
+    "osediff": ["latent", "noise prediction 1", "restored latent", "decoded", "image"],
+    "invsr": ["latent", "start state", "noise map", "noise prediction 1", "restored latent", "decoded", "image"],
+}
+
+
+@pytest.fixture
+def small(tmp_path) -> Path:
+    path = tmp_path / "small.png"
+    Image.open(find_miniature(PHOTO)).crop((40, 20, 64, 36)).save(path)
+    return path
+
+
+def run(tmp_path: Path, *words, output="verify.json", status=0) -> dict:
+    assert main(["verify", "--device", "cpu", "--no-golden", "--json", str(tmp_path / output), *map(str, words)]) == status
+    return json.loads((tmp_path / output).read_text())
+
+
+def test_fingerprints_tell_tensors_apart():
+    tensor = torch.randn(1, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+    assert error_of_fingerprint(fingerprint(tensor), fingerprint(tensor)) == 0
+    assert error_of_fingerprint(fingerprint(tensor * 1.01), fingerprint(tensor)) == pytest.approx(0.01, rel=1e-3)
+    assert error_of_fingerprint(fingerprint(tensor[..., :6]), fingerprint(tensor)) is None
+    broken = tensor.clone()
+    broken[0, 0, 0, 0] = float("nan")
+    assert error_of_fingerprint(fingerprint(broken), fingerprint(tensor)) is None and relative_error(broken, tensor) is None
+
+
+@pytest.mark.slow
+def test_the_miniature_here_and_elsewhere(tmp_path, small, capsys):
+    """A first report is the reference of a second; where a stage of it is changed, that stage is named and the status says so."""
+    first = run(tmp_path, "--demo", "--picture", small)
+    assert first["ok"] and [check["method"] for check in first["checks"]] == ["osediff", "invsr"] and first["half"] == "bfloat16"
+    for check in first["checks"]:
+        assert set(check["fingerprints"]) == set(STAGES[check["method"]])
+        assert set(check["runs"]) == {"pipeline float32", "pipeline bfloat16"}
+        seconds = check["runs"]["pipeline float32"]["seconds"]
+        assert set(STAGES[check["method"]]) - {"restored latent"} < set(seconds) and seconds["all"] > 0
+        half = check["errors"]["pipeline bfloat16 against pipeline float32"]
+        assert all(0 < half[stage] < 0.2 for stage in ("latent", "restored latent", "image"))
+        assert all(len(digest) == 64 for digest in check["weights"].values())
+        assert any("no reference figures" in note for note in check["notes"]) and any("no ComfyUI was named" in note for note in check["notes"])
+    text = capsys.readouterr().out
+    assert "Nothing was found wrong." in text and "restored latent" in text
+
+    changed = json.loads((tmp_path / "verify.json").read_text())
+    changed["checks"][1]["fingerprints"]["start state"]["values"][3] += 1.0
+    (tmp_path / "other.json").write_text(json.dumps(changed))
+    second = run(tmp_path, "--demo", "--picture", small, "--reference", tmp_path / "other.json", output="second.json", status=1)
+    against = [check["errors"]["pipeline float32 against reference figures"] for check in second["checks"]]
+    assert max(against[0].values()) < 1e-5
+    (fault,) = second["faults"]
+    assert fault.startswith("InvSR on the miniature: pipeline float32 against reference figures: start state has a relative error of")
+
+
+@pytest.mark.slow
+def test_reference_figures_came_with_the_package(tmp_path):
+    """Of the miniature's own photo. ``FEWSTEP_SR_FREEZE=1`` writes them anew where the miniature has changed."""
+    report = run(tmp_path, "--demo")
+    if os.environ.get("FEWSTEP_SR_FREEZE"):
+        known = {check["key"]: check["fingerprints"] for check in report["checks"]}
+        verify.REFERENCE.write_text(json.dumps({"report": verify.NAME, "fingerprints": known}) + "\n")
+        report = run(tmp_path, "--demo")
+    for check in report["checks"]:
+        errors = check["errors"]["pipeline float32 against reference figures"]
+        assert set(errors) == set(STAGES[check["method"]]) and max(errors.values()) < verify.TOLERANCE
+
+
+@pytest.mark.slow
+def test_nodes_beside_pipelines(comfyui_path, tmp_path, small):
+    report = run(tmp_path, "--demo", "--picture", small, "--comfyui", comfyui_path)
+    for check in report["checks"]:
+        exact = check["errors"]["nodes float32 against pipeline float32"]
+        assert {"latent", "restored latent", "decoded", "image"} <= set(exact) and max(exact.values()) < 1e-4
+        half = check["errors"]["nodes bfloat16 against pipeline float32"]
+        assert all(1e-4 < half[stage] < 0.2 for stage in ("latent", "restored latent"))
+        assert check["runs"]["nodes float32"]["comfyui"]
+
+
+@pytest.fixture(scope="module")
+def reduced(comfy, tmp_path_factory) -> Path:
+    """Stable Diffusion 2.x' architecture with fewer levels and random weights: as one file for the nodes, as a folder for the pipelines, and both methods' weights."""
+    folder = tmp_path_factory.mktemp("reduced")
+    stable_diffusion.write_checkpoint(folder / "base.safetensors", "reduced")
+    stable_diffusion.write_osediff(folder / "osediff.pkl", "reduced")
+    stable_diffusion.write_predictor(folder / "predictor.pth", "reduced")
+    config = shutil.copytree(CONFIG, folder / "config")
+    unet = json.loads((config / "unet" / "config.json").read_text())
+    unet |= {"block_out_channels": [320, 640], "attention_head_dim": [5, 10], "layers_per_block": 1}
+    unet |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
+    (config / "unet" / "config.json").write_text(json.dumps(unet))
+    tokenizer = find_tokenizer(local_files_only=True, comfyui=comfy.path)
+    OSEDiffPipeline.from_single_file(folder / "base.safetensors", config=config, tokenizer=tokenizer, torch_dtype=torch.float16).save_pretrained(
+        folder / "base"
+    )
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "weights"), [("osediff", "osediff.pkl"), ("invsr", "predictor.pth")])
+def test_stable_diffusion_with_fewer_levels(comfy, reduced, tmp_path, capsys, method, weights):
+    """As with published weights: nodes give what pipelines give, and that nobody has figures of these weights yet is said."""
+    path = tmp_path / "small.png"
+    Image.open(find_miniature(PHOTO)).crop((40, 20, 52, 28)).save(path)
+    words = ["--method", method, "--base", reduced / "base", "--weights", reduced / weights, "--checkpoint", reduced / "base.safetensors"]
+    report = run(tmp_path, *words, "--comfyui", comfy.path, "--picture", path)
+    check = report["checks"][-1]
+    assert check["title"].endswith("on base") and weights in check["weights"]
+    exact = check["errors"]["nodes float32 against pipeline float32"]
+    assert {"latent", "restored latent", "image"} <= set(exact) and max(exact.values()) < 1e-4
+    assert any("no reference figures of these weights" in note for note in check["notes"])
+    assert "relative error, nodes float32 against pipeline float32" in capsys.readouterr().out
+
+
+def test_missing_weights_are_said(tmp_path, monkeypatch, small, capsys):
+    """Without the miniature's half there is nothing: the message of the file that is missing."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    assert main(["verify", "--method", "pisasr", "--device", "cpu"]) == 2
+    assert f"({METHODS['pisasr'].weights.names[0]})" in (error := capsys.readouterr().err) or METHODS["pisasr"].base.what in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base", "x"], "--method: found none with --base or --weights"),
+        (["--checkpoint", "nowhere.safetensors", "--demo"], "--checkpoint: there is no file"),
+        (["--demo", "--method", "pisasr"], "--demo: the miniature has no weights for PiSA-SR"),
+        (["--demo", "--reference", "README.md"], "is no report of verify"),
+        (["--demo", "--device", "warp"], "--device: found 'warp'"),
+    ],
+)
+def test_what_cannot_be_begun(monkeypatch, capsys, words, message):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert main(["verify", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_comfyui_that_fails_is_a_fault_in_words(tmp_path):
+    comfyui = tmp_path / "ComfyUI"
+    comfyui.mkdir()
+    (comfyui / "main.py").write_text("")
+    with pytest.raises(RuntimeError, match=r"the nodes failed in ComfyUI: .*comfy"):
+        by_nodes.run_nodes(comfyui, torch.zeros(1, 3, 8, 8), {}, torch.device("cpu"), "float32")
