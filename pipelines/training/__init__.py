@@ -1,1 +1,1 @@
-"""Training of OSEDiff and InvSR: ``python -m pipelines train``."""
+"""Training of OSEDiff, PiSA-SR and InvSR: ``python -m pipelines train``."""
