@@ -1,4 +1,4 @@
-"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in one pass over tiles."""
+"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in tiles, which run twice: to be measured, and to be blended."""
 
 import logging
 import math
@@ -36,7 +36,6 @@ class TiledCoder:
         scale_in, scale_out: elements for each latent pixel along a side, of what goes in and of what comes out.
         fitting: how many tiles of (height, width) cells go through it in one call.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
-        measured: whether the tiles run once before, to correct the reduced pass's statistics, which takes the time again. An encoder wants it.
     """
 
     network: nn.Module
@@ -46,7 +45,6 @@ class TiledCoder:
     scale_out: int
     fitting: Callable[[int, int], int]
     runtime: Runtime
-    measured: bool = False
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -88,7 +86,7 @@ class TiledCoder:
         area, size = first.height * first.width, (layout.height, layout.width)
         quarter = min(max(MIN_MOSAIC, math.prod(size) // 4), MAX_MOSAIC)
         reduced_cells = max(area, min(quarter, group * area))
-        measured = self.measured and reduced_cells < math.prod(size)
+        measured = reduced_cells < math.prod(size)  # else the statistics are the picture's own
         update = self.runtime.progress(len(result) * len(layout.tiles) * (2 if measured else 1))
 
         def call(part: torch.Tensor) -> torch.Tensor:
