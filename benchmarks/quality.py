@@ -8,7 +8,7 @@ lower it is, the others the higher. The colours are the low-quality picture's (w
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 
@@ -57,9 +57,9 @@ def read_photo(path: Path) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure(photos: list[Path], seeds: int) -> dict[str, dict[str, float]]:
-    """Means over photos and seeds of each metric, for each method and the VAE alone."""
-    restorers, degradation = methods(), Degradation()
+def measure(photos: list[Path], seeds: int, names: Collection[str] | None = None) -> dict[str, dict[str, float]]:
+    """Means over photos and seeds of each metric, for each method, or those of these names, and the VAE alone."""
+    restorers, degradation = {name: restore for name, restore in methods().items() if names is None or name in names}, Degradation()
     vae = load_demo()[0].vae
     figures: dict[str, list[list[float]]] = {name: [] for name in (*restorers, "vae")}
     for path in photos:

@@ -2,6 +2,7 @@
 
     python benchmarks/work.py            # a Markdown table; needs diffusers, no weights and no memory
     python benchmarks/work.py --plot docs/work.svg
+    python benchmarks/work.py --methods --sizes 512        # a row for each method, whole images
 
 Multiply-adds are counted on networks of the published sizes without computing anything. One step, CFG 1, tiles of the nodes' defaults with the VAE in
 tiles of at most 768 pixels.
@@ -33,6 +34,7 @@ CHOPPED = 648  # InvSR's own program at 4096 x 4096 with its default patches of 
 @cache
 def networks():
     import diffusers
+    from diffusers.models.autoencoders.vae import Decoder
 
     vae = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -40,10 +42,12 @@ def networks():
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
     )
+    light = Decoder(4, 3, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(64, 128, 256, 256), layers_per_block=2)
     unet = diffusers.UNet2DConditionModel(attention_head_dim=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True)
     return {
         "encode": lambda n: vae.encode(torch.empty(1, 3, 8 * n, 8 * n)),
         "decode": lambda n: vae.decode(torch.empty(1, 4, n, n)),
+        "light decode": lambda n: light(torch.empty(1, 4, n, n)),
         "unet": lambda n: unet(torch.empty(1, 4, n, n), torch.empty(1), torch.empty(1, 77, 1024)),
         "predictor": lambda n, network=NoisePredictor(NoisePredictorConfig()): network(torch.empty(1, 3, 2 * n, 2 * n), 199),
     }
@@ -85,6 +89,30 @@ def row(pixels: int) -> dict[str, float | int | str]:
     }
 
 
+CALLS = {
+    "OSEDiff": {"unet": 1},
+    "PiSA-SR": {"unet": 1},
+    "PiSA-SR, knobs other than 1": {"unet": 2},
+    "HYPIR": {"unet": 1},
+    "S3Diff": {"unet": 2},
+    "InvSR, 1 step": {"unet": 1, "predictor": 1},
+    "InvSR, 5 steps": {"unet": 5, "predictor": 1},
+}
+"""Of the networks, besides the VAE's, at the published settings."""
+
+
+def method_row(method: str, cells: int) -> dict[str, float | str]:
+    """Of a whole image; the adapters' own multiply-adds, the text encoder and S3Diff's estimator are not counted."""
+    work = sum(calls * tera_macs(name, cells) for name, calls in CALLS[method].items()) + tera_macs("encode", cells)
+    calls = ", ".join(f"{name} {count}" for name, count in CALLS[method].items())
+    return {
+        "method": method,
+        "calls": calls,
+        "total": work + tera_macs("decode", cells),
+        "with a light decoder": work + tera_macs("light decode", cells),
+    }
+
+
 def plot(rows: list[dict], path: str) -> None:
     import matplotlib.pyplot as plt
 
@@ -102,9 +130,10 @@ def plot(rows: list[dict], path: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192])
+    parser.add_argument("--methods", action="store_true", help="a row for each method, whole images of the first size")
     parser.add_argument("--plot", help="write the plot here (needs matplotlib)")
     args = parser.parse_args()
-    rows = [row(size) for size in args.sizes]
+    rows = [method_row(method, args.sizes[0] // 8) for method in CALLS] if args.methods else [row(size) for size in args.sizes]
     print("| " + " | ".join(rows[0]) + " |\n|" + "---|" * len(rows[0]))
     for r in rows:
         print("| " + " | ".join(f"{v:.1f}" if isinstance(v, float) else str(v) for v in r.values()) + " |")

@@ -4,7 +4,10 @@ from .color import FewStepSRColorFix
 from .cutout import FewStepSRFillTransparent
 from .demo import FewStepSRDemoLoader
 from .invsr import InvSRNoisePredictorLoader, InvSRStartState
+from .load_adapter import FewStepSRAdapterLoader
+from .one_step import FewStepSROneStep
 from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
+from .s3diff import S3DiffAdapt, S3DiffDegradation, S3DiffEstimatorLoader
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
 from .tiled_model import FewStepSRTiledModel
@@ -25,4 +28,9 @@ NODES = [
     FewStepSRColorFix,
     FewStepSRDemoLoader,
     FewStepSRFillTransparent,
+    FewStepSRAdapterLoader,
+    FewStepSROneStep,
+    S3DiffEstimatorLoader,
+    S3DiffDegradation,
+    S3DiffAdapt,
 ]

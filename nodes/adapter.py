@@ -1,6 +1,8 @@
-"""OSEDiff's adapter as ComfyUI patches: diffusers' layer names to ComfyUI's, shapes compared before anything is patched."""
+"""Adapters as ComfyUI patches: diffusers' layer names to ComfyUI's, shapes compared before anything is patched."""
 
 import copy
+import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -11,23 +13,31 @@ import comfy.utils
 import torch
 from comfy.weight_adapter import LoRAAdapter
 
-from ..fewstep_sr.methods.osediff import OSEDiffAdapter
-from ..fewstep_sr.weights.lora import LowRank
+from ..fewstep_sr.methods.method import Method
+from ..fewstep_sr.weights.lora import Adapter, LowRank
 from .checks import context_dim
 
-ATTACHMENT = "fewstep_sr_osediff"
-"""A MODEL's attachment: the timestep at which the adapter on it was trained."""
+ATTACHMENT = "fewstep_sr_adapter"
+"""A MODEL's attachment, which its clones keep: the :class:`Mark` of the adapter on it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mark:
-    """By which a loaded adapter's patches are known, in merges of models too."""
+    """By which a loaded adapter's patches are known, in merges of models too.
 
+    Args:
+        method: the family.
+        timestep: at which the network is called.
+        lora_set: which of ``Adapter.sets`` the patches are of.
+    """
+
+    method: Method
     timestep: int
+    lora_set: str = ""
 
 
 class MarkedLoRA(LoRAAdapter):
-    """ComfyUI's LoRA patch of one layer, with the adapter that it is of."""
+    """ComfyUI's LoRA patch of one layer, with the set that it is of."""
 
     def __init__(self, mark: Mark, low_rank: LowRank):
         super().__init__(set(), (low_rank.up, low_rank.down, low_rank.alpha, None, None, None))
@@ -35,7 +45,7 @@ class MarkedLoRA(LoRAAdapter):
 
 
 def acting_adapters(patcher) -> dict[Mark, float]:
-    """The adapters whose patches a MODEL or a VAE's patcher carries, and how much of each is left: 1 as published, 0 after a merge that lost it."""
+    """The sets whose patches a MODEL or a VAE's patcher carries, and how much of each is left: 1 as published, 0 after a merge that lost it."""
     layers: dict[Mark, list[float]] = {}
     for patches in patcher.patches.values():
         for mark, share in _shares(patches).items():
@@ -44,7 +54,7 @@ def acting_adapters(patcher) -> dict[Mark, float]:
 
 
 def _shares(patches: list[tuple]) -> dict[Mark, float]:
-    """How much of each adapter one layer's patches leave, in ComfyUI's order: each scales what is there, then adds its own."""
+    """How much of each set one layer's patches leave, in ComfyUI's order: each scales what is there, then adds its own."""
     shares: dict[Mark, float] = {}
     for strength, value, keep, *_ in patches:
         added = {}
@@ -56,8 +66,58 @@ def _shares(patches: list[tuple]) -> dict[Mark, float]:
     return shares
 
 
-def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
-    """A clone of MODEL with the adapter's UNet part at ``strength``. Raises ValueError where a layer is missing or of another shape."""
+def found_adapter(model) -> tuple[Mark | None, bool]:
+    """The adapter that a MODEL carries, and whether it acts: not where a merge or a strength of 0 left nothing of it. None where there is none.
+
+    Raises:
+        ValueError: adapters of two families act.
+    """
+    shares = acting_adapters(model)
+    acting = {mark.method.key: mark for mark, share in shares.items() if share}
+    if len(acting) > 1:
+        titles = " and ".join(mark.method.title for mark in acting.values())
+        raise ValueError(f"model: found adapters of {titles} on it, expected one. Take the other loader out, or set its strength_model to 0.")
+    if acting:
+        return next(iter(acting.values())), True
+    return next(iter(shares), model.get_attachment(ATTACHMENT)), not shares
+
+
+def require_family(model, method: Method, otherwise: str) -> tuple[Mark | None, bool]:
+    """:func:`found_adapter` for a node of one family. Refuses another family's adapter; ``otherwise`` says which node takes it."""
+    mark, acts = found_adapter(model)
+    if mark is None or mark.method.key == method.key:
+        return mark, acts
+    if acts:
+        raise ValueError(f"model: found {mark.method.title}'s adapter on it, expected {method.title}'s. {otherwise}")
+    return None, False
+
+
+def with_sets(model, acting: Collection[str]):
+    """A clone of MODEL on which of the adapter's sets only these act, MODEL itself where it has no others.
+
+    Patches of other nodes stay, whether they were put on before the adapter or after it.
+    """
+
+    def left(patches: list[tuple]) -> list[tuple]:
+        kept = []
+        for strength, value, *rest in patches:
+            if isinstance(value, list):  # as in _shares
+                kept.append((strength, [value[0], *left(value[1:])], *rest))
+            elif not isinstance(value, MarkedLoRA) or value.mark.lora_set in acting:
+                kept.append((strength, value, *rest))
+        return kept
+
+    if {mark.lora_set for mark in acting_adapters(model)} <= set(acting):
+        return model
+    clone = model.clone()
+    clone.patches = {key: kept for key, patches in model.patches.items() if (kept := left(patches))}
+    # ComfyUI patches the weights anew where this differs, and only there: from one run to the next it does not.
+    clone.patches_uuid = uuid.uuid5(model.patches_uuid, " ".join(acting))
+    return clone
+
+
+def adapt_model(model, method: Method, adapter: Adapter, strength: float):
+    """A clone of MODEL with a method's adapter on its UNet at ``strength``. Raises ValueError where a layer is missing or of another shape."""
     if adapter.context_dim != context_dim(model):
         raise ValueError(
             f"model: found a text width of {context_dim(model)}, but the adapter was trained for {adapter.context_dim}. "
@@ -65,22 +125,32 @@ def adapt_model(model, adapter: OSEDiffAdapter, strength: float):
         )
     names = {k: f"diffusion_model.{v}" for k, v in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()}
     patched = model.clone()
-    patched.set_attachments(ATTACHMENT, adapter.timestep)
+    marks = {lora_set: mark_of(method, adapter, lora_set) for lora_set in adapter.sets}
+    patched.set_attachments(ATTACHMENT, next(iter(marks.values())))
     # (1 - strength) * weight + strength * replacement: at full strength the replacement alone.
     replaced = {names[k]: (v,) for k, v in adapter.unet_replaced.items()}
     _patch(patched, replaced, {names[k]: v.shape for k, v in adapter.unet_replaced.items()}, "model", strength, keep=1.0 - strength)
-    _patch_low_rank(patched, adapter.unet, names, "model", strength, Mark(adapter.timestep))
+    for lora_set, layers in adapter.sets.items():
+        _patch_low_rank(patched, layers, names, "model", strength, marks[lora_set])
     return patched
 
 
-def adapt_vae(vae, adapter: OSEDiffAdapter, strength: float):
-    """A copy of VAE with the adapter on its encoder at ``strength``; the given VAE stays as it is."""
+def mark_of(method: Method, adapter: Adapter, lora_set: str = "") -> Mark:
+    """The mark that an adapter's patches get."""
+    assert method.one_step
+    return Mark(method, getattr(adapter, "timestep", method.one_step.timestep), lora_set)
+
+
+def adapt_vae(vae, method: Method, adapter: Adapter, strength: float):
+    """A copy of VAE with the adapter on its encoder at ``strength``, the VAE itself where the method leaves it as it is."""
+    if not adapter.vae:
+        return vae
     keys = [f"{layer}.weight" for layer in adapter.vae]
     names = dict(zip(keys, comfy.diffusers_convert.convert_vae_state_dict({k: torch.empty(0) for k in keys})))
     patched = copy.copy(vae)
     patched.__class__ = _saving_patched(type(vae))
     patched.patcher = vae.patcher.clone()
-    _patch_low_rank(patched.patcher, adapter.vae, names, "vae", strength, Mark(adapter.timestep))
+    _patch_low_rank(patched.patcher, adapter.vae, names, "vae", strength, mark_of(method, adapter))
     return patched
 
 

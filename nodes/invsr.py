@@ -162,7 +162,7 @@ def predict_noise(predictor: ManagedNetwork, picture: torch.Tensor, timestep: in
     def call(windows: torch.Tensor) -> Posterior:
         return predictor.network(predictor.cast(windows), timestep)
 
-    return predict_noise_map(call, picture * 2 - 1, config, fitting, ComfyUI())
+    return predict_noise_map(call, picture * 2 - 1, config, fitting, ComfyUI(), predictor.device)
 
 
 def noise_map_preview(noise: torch.Tensor) -> torch.Tensor:

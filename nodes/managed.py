@@ -37,14 +37,16 @@ class ManagedNetwork:
         return elements * comfy.model_management.dtype_size(self.compute_dtype)
 
 
-def manage(build: Callable[..., torch.nn.Module], state_dict: dict[str, torch.Tensor]) -> ManagedNetwork:
-    """Build a network in the dtype that ComfyUI chooses and load its weights.
+def manage(build: Callable[..., torch.nn.Module], state_dict: dict[str, torch.Tensor], dtype: torch.dtype | None = None) -> ManagedNetwork:
+    """Build a network in ``dtype``, or in the one that ComfyUI chooses, and load its weights.
 
     ``build(dtype=, device=, operations=)`` makes it from ``comfy.ops`` layers, which cast and offload themselves.
     """
     device, offload_device = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    dtype = comfy.model_management.unet_dtype(device, sum(w.numel() for w in state_dict.values()))
-    manual_cast = comfy.model_management.unet_manual_cast(dtype, device)
+    manual_cast = None
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(device, sum(w.numel() for w in state_dict.values()))
+        manual_cast = comfy.model_management.unet_manual_cast(dtype, device)
     network = build(dtype=dtype, device=offload_device, operations=comfy.ops.pick_operations(dtype, manual_cast)).eval().requires_grad_(False)
     patcher = comfy.model_patcher.CoreModelPatcher(network, load_device=device, offload_device=offload_device)
     network.load_state_dict({k: w.to(dtype) for k, w in state_dict.items()}, assign=patcher.is_dynamic())

@@ -2,25 +2,20 @@
 
 import logging
 
-import comfy.model_management
-import comfy.samplers
-import comfy.utils
 import folder_paths
-import latent_preview
 import torch
 from comfy_api.latest import io
 
-from ..fewstep_sr.diffusion import alpha_bar_of, to_sigma_space
 from ..fewstep_sr.methods import OSEDIFF, load_weights
 from ..fewstep_sr.methods.osediff import TIMESTEP
-from .adapter import ATTACHMENT, acting_adapters, adapt_model, adapt_vae
-from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion, require_vae
+from .adapter import adapt_model, adapt_vae, require_family
+from .checks import require_picture, require_stable_diffusion
+from .load_adapter import check_base
 from .noise import PredictedNoise, number_pictures
-from .page import find_listed, fingerprint, list_files, require_number, warn
-from .tiled_model import is_tiled, stream_pictures
+from .page import find_listed, fingerprint, list_files, warn
+from .sampling import USUAL, require_step, sample_step
 
-USUAL = 2.0
-"""Adapter strengths and guidance above this are let through with a warning: the published value of both is 1."""
+OTHER_FAMILY = "Wire it into 'Few-Step SR One Step', which takes the step of the adapter that it finds."
 
 
 class OSEDiffLoader(io.ComfyNode):
@@ -75,26 +70,11 @@ class OSEDiffLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
-        require_stable_diffusion(model)
-        require_vae(vae)
-        strengths = {"strength_model": strength_model, "strength_vae": strength_vae}
-        for name, strength in strengths.items():
-            require_number(strength, name, -10.0, 10.0)
-        extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
-        warnings = [
-            f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()
-        ]
-        for name, patcher in {"model": model, "vae": vae.patcher}.items():
-            if any(acting_adapters(patcher).values()):
-                warnings.append(
-                    f"{name}: found an OSEDiff adapter on it already, expected the base's own. Both act now: take one 'Load OSEDiff' out, or set its "
-                    "strength to 0."
-                )
-        warn(cls, warnings)
+        warn(cls, check_base(model, vae, strength_model, strength_vae, "Load OSEDiff"))
         adapter = load_weights(OSEDIFF, folder_paths.get_full_path_or_raise(OSEDIFF.weights.folder, osediff_name))
         adapted_for = "faces" if "face" in osediff_name.lower() else "photos"
         logging.info("OSEDiff adapter for %s %s: rank %d on the UNet, %d on the VAE", adapted_for, osediff_name, adapter.rank_unet, adapter.rank_vae)
-        return io.NodeOutput(adapt_model(model, adapter, strength_model), adapt_vae(vae, adapter, strength_vae))
+        return io.NodeOutput(adapt_model(model, OSEDIFF, adapter, strength_model), adapt_vae(vae, OSEDIFF, adapter, strength_vae))
 
 
 class OSEDiffOneStep(io.ComfyNode):
@@ -137,72 +117,23 @@ class OSEDiffOneStep(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent, negative=None, cfg=1.0, timestep=TIMESTEP) -> io.NodeOutput:
-        require_stable_diffusion(model)
-        samples = require_picture(latent)
-        if not is_tiled(model) and "model_function_wrapper" not in model.model_options:  # other packs' tiling
-            require_memory(model, samples)
-        require_number(cfg, "cfg", 0.0, 100.0)
-        require_conditioning(positive, model, "positive")
-        conds = {"positive": positive}
-        if negative is not None:
-            require_conditioning(negative, model, "negative")
-            conds["negative"] = negative
-        elif cfg != 1.0:
-            raise ValueError(f"cfg: found {cfg} without a negative input, expected 1, the published method. Set it to 1, or wire a negative prompt.")
+        conds = require_step(model, positive, latent, negative, cfg)
+        mark, acts = require_family(model, OSEDIFF, OTHER_FAMILY)
         warnings = []
         if cfg > USUAL:
             warnings.append(f"cfg: found {cfg:g}, expected 1 (to {USUAL:g}). Set it to 1, or colours and edges overshoot.")
-        adapters = acting_adapters(model)
-        trained_at = next((mark.timestep for mark, share in adapters.items() if share), model.get_attachment(ATTACHMENT))
-        if adapters and not any(adapters.values()):
+        if mark is None:
+            warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
+        elif not acts:
             warnings.append(
                 "model: the OSEDiff adapter on it acts with strength 0, lost in a merge or by strength_model. Put Load OSEDiff after the merge, "
                 "with a strength of 1."
             )
-        elif trained_at is None:
-            warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
-        elif timestep == TIMESTEP != trained_at:
-            warnings.append(f"timestep: found {timestep}, expected {trained_at}, this adapter's. Set it to {trained_at}.")
+        elif timestep == TIMESTEP != mark.timestep:
+            warnings.append(f"timestep: found {timestep}, expected {mark.timestep}, this adapter's. Set it to {mark.timestep}.")
         warn(cls, warnings)
-
-        sampling = model.get_model_object("model_sampling")
-        sigmas = torch.cat([sampling.sigma(torch.tensor([timestep])), torch.zeros(1)])
-        guider = comfy.samplers.CFGGuider(stream_pictures(model))
-        guider.inner_set_conds(conds)
-        guider.set_cfg(cfg)
-        try:
-            restored = guider.sample(
-                _one_step_noise(model, samples, sampling, sigmas[0]),
-                samples,
-                comfy.samplers.sampler_object("euler"),
-                sigmas,
-                denoise_mask=latent.get("noise_mask"),
-                callback=latent_preview.prepare_callback(model, 1),
-                disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-                seed=0,
-            )
-        except Exception as error:
-            if not comfy.model_management.is_oom(error):
-                raise
-            # Of a kind at which ComfyUI unloads its models.
-            raise comfy.model_management.OOM_EXCEPTION(f"latent: the picture does not fit into memory in one piece. {TILE_IT} ({error})") from None
-        restored = require_finite(restored.to(comfy.model_management.intermediate_device()), "OSEDiff One Step", "--fp32-unet or --bf16-unet")
+        restored = sample_step(model, latent, conds, cfg, timestep, "OSEDiff One Step")
         return io.NodeOutput({**latent, "samples": restored})
-
-
-def _one_step_noise(model, samples: torch.Tensor, sampling, sigma: torch.Tensor) -> torch.Tensor:
-    """The NOISE with which ComfyUI's sampler starts from the latent itself.
-
-    OSEDiff's start is the scaled latent z itself, taken for the state at ``sigma`` (:func:`fewstep_sr.methods.osediff.one_step`). The sampler
-    starts from ``factor * noise + z``. Its factor is asked for, not assumed: from the end of the table it is not sigma. With the latent in
-    place instead of zeros, a noise mask keeps the low-quality picture outside it.
-    """
-    z = model.get_model_object("latent_format").process_in(samples.float())  # the network's own may be another branch's
-    start = to_sigma_space(z, alpha_bar_of(sigma))
-    unit, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    at_end = bool(sigma >= sampling.sigma_max.to(sigma) * (1 - 1e-5))
-    factor = sampling.noise_scaling(sigma.reshape(1), unit, zero, at_end).item()
-    return (start - z) / factor
 
 
 class OSEDiffStartState(io.ComfyNode):
@@ -228,6 +159,7 @@ class OSEDiffStartState(io.ComfyNode):
     @classmethod
     def execute(cls, model, latent) -> io.NodeOutput:
         require_stable_diffusion(model)
+        require_family(model, OSEDIFF, OTHER_FAMILY)
         samples = require_picture(latent)
         noise = PredictedNoise(model.get_model_object("latent_format").process_in(samples.float()), latent, _require_blank)
         return io.NodeOutput(noise, {**latent, "samples": torch.zeros_like(samples), "batch_index": number_pictures(latent)})

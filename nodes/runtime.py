@@ -7,8 +7,12 @@ from collections.abc import Callable
 
 import comfy.model_management
 import comfy.utils
+import torch
 
 from ..fewstep_sr.tiling.batching import Runtime
+
+MAX_CANVAS = 0.2
+"""Share of a device's free memory that one canvas may take."""
 
 
 class ComfyUI(Runtime):
@@ -20,6 +24,9 @@ class ComfyUI(Runtime):
 
     def free_memory(self) -> None:
         comfy.model_management.soft_empty_cache()
+
+    def fits(self, size: int, device: torch.device) -> bool:
+        return size <= MAX_CANVAS * comfy.model_management.get_free_memory(device)
 
     def progress(self, total: int) -> Callable[[int], object]:
         return comfy.utils.ProgressBar(total).update

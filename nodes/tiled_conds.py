@@ -1,13 +1,14 @@
 """Conditioning cut along with the tiles of a canvas: masks and areas, boxes."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import comfy.conds
 import comfy.samplers
 import torch
 
 from ..fewstep_sr.tiling.tiles import Tile
-from ..fewstep_sr.tiling.unet import Item
+from ..fewstep_sr.tiling.unet import Item, take
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class PlacedCond:
 
     def acts_on(self, group: list[Item]) -> bool:
         # A default conditioning fills what the others leave.
-        return self.mask is None or "default" in self.cond or any(tile.cut(self.mask[picture]).any() for picture, tile in group)
+        return self.mask is None or "default" in self.cond or any(tile.cut(self._mask_on_cpu[picture]).any() for picture, tile in group)
+
+    @cached_property
+    def _mask_on_cpu(self) -> torch.Tensor:
+        """To be looked at without waiting for the device at each tile."""
+        return self.mask.cpu()
 
     def cut(self, group: list[Item]) -> dict:
         """The entry for a batch of tiles. Its ControlNets are cut in place: see :class:`nodes.tiled_controls.PlacedControls`."""
@@ -56,8 +62,8 @@ class PlacedCond:
         if isinstance(cond, comfy.conds.CONDNoiseShape):
             return cond._copy_with(torch.cat([tile.cut(cond.cond[picture : picture + 1]) for picture, tile in group]))
         if isinstance(cond, comfy.conds.CONDList):
-            return cond._copy_with([part[pictures] for part in cond.cond])
-        return cond if isinstance(cond, comfy.conds.CONDConstant) else cond._copy_with(cond.cond[pictures])
+            return cond._copy_with([take(part, pictures) for part in cond.cond])
+        return cond if isinstance(cond, comfy.conds.CONDConstant) else cond._copy_with(take(cond.cond, pictures))
 
 
 def _cut_boxes(boxes: list[tuple], tile: Tile) -> list[tuple]:

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
 from ..fewstep_sr.tiling.tiles import TileLayout
-from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles
+from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles, take
 from .runtime import ComfyUI
 from .tiled_conds import PlacedCond
 from .tiled_controls import PlacedControls
@@ -67,6 +67,12 @@ def stream_pictures(model, batch: int = 4):
     return _wrap(model, TiledPrediction(None, 0, batch))
 
 
+def predict_only(model, images: tuple[int, ...]):
+    """A clone of a MODEL that :func:`stream_pictures` gave, on which only these of a batch's images are predicted."""
+    (prediction,) = model.get_wrappers(WrappersMP.CALC_COND_BATCH, KEY)
+    return _wrap(model, replace(prediction, images=images))
+
+
 def _wrap(model, prediction: "TiledPrediction"):
     wrapped = model.clone()
     for kind, wrapper in ((WrappersMP.CALC_COND_BATCH, prediction), (WrappersMP.PREPARE_SAMPLING, prediction.prepare_sampling)):
@@ -82,6 +88,8 @@ class TiledPrediction:
     tile: int | None
     overlap: int
     batch: int
+    images: tuple[int, ...] | None = None
+    """Those of a batch that are predicted, None for all; the others come out as zeros."""
 
     def _layout(self, height: int, width: int) -> TileLayout:
         return TileLayout(height, width, self.tile or max(height, width), self.overlap)
@@ -97,16 +105,17 @@ class TiledPrediction:
                 ", ".join(placed),
             )
         first = layout.tiles[0]
-        group = min(self.batch, pictures * len(layout.tiles))
+        group = min(self.batch, (pictures if self.images is None else len(self.images)) * len(layout.tiles))
         return executor(model, [group, channels, first.height, first.width], *args, **kwargs)
 
     def __call__(self, executor, model, conds, x: torch.Tensor, timestep: torch.Tensor, model_options: dict):
         """Predictions for each of ``conds`` at ``x`` (B, C, h, w), as ``comfy.samplers.calc_cond_batch`` gives them."""
         layout = self._layout(*x.shape[-2:])
-        items = list_items(len(x), layout)
+        images = range(len(x)) if self.images is None else self.images
+        items = list_items(images, layout)
         group = self._fitting(model, items, x)
         host = ComfyUI()
-        if len(layout.tiles) == 1 and len(items) <= group:
+        if len(layout.tiles) == 1 and len(x) == len(items) <= group:
             try:
                 return executor(model, conds, x, timestep, model_options)
             except Exception as error:
@@ -127,12 +136,12 @@ class TiledPrediction:
                     model,
                     [None if cond is None else [c.cut(group) for c in cond if c.acts_on(group)] for cond in conds],
                     cut_items(x, group),
-                    timestep[[picture for picture, _ in group]],
+                    take(timestep, [picture for picture, _ in group]),
                     model_options,
                 )
 
         logging.debug("Tiled model: %d tiles of %d pictures, %d at a time", len(items), x.shape[0], group)
-        predict_in_tiles(predict, blended, layout, group, host)
+        predict_in_tiles(predict, blended, layout, group, host, images)
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:

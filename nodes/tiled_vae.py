@@ -14,6 +14,7 @@ from ..fewstep_sr.image.sizes import pad_for_vae, padded_side
 from ..fewstep_sr.tiling.vae import MIN_TILE, TiledCoder
 from ..fewstep_sr.tiling.whole_picture import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
+from .per_image import each_vae
 from .runtime import ComfyUI
 
 MAX_TILE = 256
@@ -32,6 +33,17 @@ def encode_moments(vae, pictures: torch.Tensor, tile_size: int = 0) -> torch.Ten
     Raises:
         ValueError: the VAE has no posterior, or no tiles have this size.
     """
+    moments = torch.empty(0)
+    for own, images in each_vae(vae, len(pictures)):
+        if images is None:
+            return _encode(own, pictures, tile_size)
+        coded = _encode(own, pictures[images], tile_size)
+        moments = moments if len(moments) else coded.new_zeros(len(pictures), *coded.shape[1:])
+        moments[images] = coded
+    return moments
+
+
+def _encode(vae, pictures: torch.Tensor, tile_size: int) -> torch.Tensor:
     network = vae.first_stage_model
     if not isinstance(getattr(network, "regularization", None), DiagonalGaussianRegularizer):
         raise ValueError(
@@ -44,12 +56,15 @@ def encode_moments(vae, pictures: torch.Tensor, tile_size: int = 0) -> torch.Ten
     return moments
 
 
-def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0) -> torch.Tensor:
-    """Pictures (B, 3, 8h, 8w) in [0, 1] of latents (B, 4, h, w), float32 on the CPU; ``tile_size`` as in :func:`encode_moments`."""
+def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0, clamp: bool = True) -> torch.Tensor:
+    """Pictures (B, 3, 8h, 8w) of latents (B, 4, h, w), float32 on the CPU; ``tile_size`` as in :func:`encode_moments`.
+
+    They are in [0, 1], and a little outside without ``clamp``.
+    """
     pictures = torch.zeros(len(latents), 3, *(side * PIXELS_PER_CELL for side in latents.shape[-2:]))
     _run(vae, vae.first_stage_model, "decode", lambda i: latents[i : i + 1], pictures, lambda x: x, tile_size)
     for picture in pictures:
-        picture.copy_(vae.process_output(picture))
+        picture.copy_(vae.process_output(picture) if clamp else picture / 2 + 0.5)
     return pictures
 
 
@@ -65,7 +80,7 @@ def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], resul
     def fitting(height: int, width: int) -> int:
         return min(MAX_GROUP, int(vae.patcher.get_free_memory(vae.device) // memory_used(height, width)))
 
-    TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI()).run(source, result, tile)
+    TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device).run(source, result, tile)
 
 
 def _share_attention(copied, block, whole: WholePicture) -> None:

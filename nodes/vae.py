@@ -74,18 +74,25 @@ class FewStepSRVAEDecode(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="The restored latent."),
                 io.Vae.Input("vae", tooltip="Any Stable Diffusion VAE; the one that encoded is a good choice."),
                 _tile_size_input("Decode"),
+                io.Boolean.Input(
+                    "clamp",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Cut values off to [0, 1], as other nodes expect. Off: Color Fix (Few-Step SR) does it, after its correction, as HYPIR's program.",
+                ),
             ],
             outputs=[io.Image.Output(tooltip="The picture, in [0, 1].")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, samples, vae, tile_size=0) -> io.NodeOutput:
+    def execute(cls, samples, vae, tile_size=0, clamp=True) -> io.NodeOutput:
         require_vae(vae)
         latent = require_latent(samples, "samples")
         _, rows, columns, unknown = find_picture(samples)
         warn(cls, [f"samples: {unknown}"] if unknown else [])
         require_even_sides(cls.hidden, rows.stop - rows.start, columns.stop - columns.start, "samples")
-        images = decode_pictures(vae, latent, tile_size)[:, :, rows, columns].movedim(1, -1)  # BCHW -> BHWC
+        images = decode_pictures(vae, latent, tile_size, clamp)[:, :, rows, columns].movedim(1, -1)  # BCHW -> BHWC
         images = require_finite(images, "VAE Decode (Few-Step SR)", "--fp32-vae or --bf16-vae")
         return io.NodeOutput(images.to(comfy.model_management.intermediate_device()))

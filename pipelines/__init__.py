@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .noise_predictor import InvSRNoisePredictor
     from .osediff import OSEDiffPipeline
     from .pisasr import PiSASRPipeline
+    from .s3diff import S3DiffPipeline
 
-__all__ = ["HYPIRPipeline", "InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline", "PiSASRPipeline", "pipeline_class"]
+__all__ = ["HYPIRPipeline", "InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline", "PiSASRPipeline", "S3DiffPipeline", "pipeline_class"]
 
 
 def pipeline_class(method: "Method") -> "type[FewStepSRPipeline]":

@@ -11,7 +11,7 @@ from fewstep_sr.image.sizes import size_of
 from fewstep_sr.methods import load_weights
 from fewstep_sr.weights.lora import Adapter, LowRank
 
-from .adapter import put_on, require_layers
+from .adapter import put_on, require_layers, require_replaced
 from .base import FewStepSRPipeline, Generators, Pictures
 
 
@@ -78,6 +78,7 @@ class AdapterPipeline(FewStepSRPipeline):
         for layers in self._sets(adapter).values():
             require_layers(self.unet, layers, "unet", self.method.base.what)
         require_layers(self.vae, adapter.vae, "vae", self.method.base.what)
+        require_replaced(self.unet, adapter.unet_replaced, "unet", self.method.base.what)
         self._unload()
         self._put_on(adapter, strength_model, strength_vae)
 

@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from peft import LoraConfig
 
 from fewstep_sr.weights.lora import LowRank
@@ -12,11 +13,23 @@ def require_layers(model, layers: dict[str, LowRank], what: str, base: str = "St
     modules = dict(model.named_modules())
     for layer, low_rank in layers.items():
         found = tuple(modules[layer].weight.shape) if layer in modules else None
-        if found != low_rank.weight_shape:
-            raise ValueError(
-                f"{what}: layer {layer} has shape {found}, but the adapter's is {low_rank.weight_shape}. "
-                f"It is not the base that the adapter was trained on: load {base} (512 pixels)."
-            )
+        _require_shape(found, low_rank.weight_shape, layer, what, base)
+
+
+def require_replaced(model, replaced: dict[str, torch.Tensor], what: str, base: str) -> None:
+    """Refuse a base that has not the weights, in the shapes, that the adapter replaces as a whole."""
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    layers = {name.replace(".base_layer.", "."): shape for name, shape in found.items()}  # an adapter that is on already
+    for name, tensor in replaced.items():
+        _require_shape(layers.get(name), tuple(tensor.shape), name, what, base)
+
+
+def _require_shape(found: tuple[int, ...] | None, expected: tuple[int, ...], layer: str, what: str, base: str) -> None:
+    if found != expected:
+        raise ValueError(
+            f"{what}: layer {layer} has shape {found}, but the adapter's is {expected}. "
+            f"It is not the base that the adapter was trained on: load {base} (512 pixels)."
+        )
 
 
 def put_on(model, layers: dict[str, LowRank], groups: dict[str, str], strength: float) -> None:

@@ -16,8 +16,10 @@ from fewstep_sr.image.color import fix_color, is_gray, to_gray
 from fewstep_sr.image.sizes import VAE_MULTIPLE
 from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
+from fewstep_sr.tiling.unet import take
 
 from .checks import require_finite, require_stable_diffusion
+from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
 from .runtime import PipelineRuntime
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
@@ -29,7 +31,7 @@ _OWN_MODULE = re.compile(r"(?:fewstep_sr\.)?pipelines\.(\w+)")
 """A module of this package, by whichever name it was when a pipeline was saved."""
 
 
-class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
+class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     """Base of :class:`OSEDiffPipeline` and :class:`InvSRPipeline`.
 
     Between the stages pictures are (B, 3, H, W), RGB in [0, 1], and latents (B, 4, h, w), multiplied by the VAE's scaling factor,
@@ -42,6 +44,9 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
 
     clamps_decoded: ClassVar[bool] = True
     """Whether decoded images are clamped to [0, 1] before the colour fix; they are after it."""
+
+    upsampling: ClassVar[str] = "bicubic"
+    """How images are upscaled before the networks see them, as the published program does: ``"bicubic"`` or ``"bilinear"``."""
 
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
@@ -93,6 +98,10 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         """The method's own options as arguments of a call."""
         return {}
 
+    def notes(self) -> tuple[str, ...]:
+        """What the last call found out about its image, for the command line to say."""
+        return ()
+
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Text embeddings (B, 77, width) of the base's own text encoder."""
         if self.text_encoder is None or self.tokenizer is None:
@@ -124,14 +133,14 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
         return positive, embed(negative_prompt, negative_prompt_embeds, "negative_prompt")
 
     def preprocess(self, image: Pictures, scale: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pictures as (B, 3, h, w), and enlarged by ``scale`` (bicubic, without antialiasing, as 'Upscale Image By' does)."""
+        """The pictures as (B, 3, h, w), and enlarged by ``scale`` (without antialiasing, as 'Upscale Image By' does; :attr:`upsampling`)."""
         if not 0 < scale < math.inf:
             raise ValueError(f"scale: found {scale}, expected a finite number above 0.")
         image = to_batch(image)
         size = [round(side * scale) for side in image.shape[-2:]]
         if min(size) < 1:
             raise ValueError(f"scale: found {scale}, which leaves nothing of a picture of {image.shape[-1]} x {image.shape[-2]} pixels.")
-        return image, F.interpolate(image, size=size, mode="bicubic", align_corners=False)
+        return image, F.interpolate(image, size=size, mode=self.upsampling, align_corners=False)
 
     @torch.no_grad()
     def encode(self, image: torch.Tensor, posterior: str = "mean", generator: Generators = None) -> torch.Tensor:
@@ -171,9 +180,10 @@ class FewStepSRPipeline(DiffusionPipeline, FromSingleFileMixin):
     def _unet(self, latents, timestep, prompt_embeds) -> torch.Tensor:
         device, dtype = self._execution_device, self.unet.dtype
         embeds = prompt_embeds.to(device, dtype).expand(len(latents), -1, -1)
+        timestep = torch.as_tensor(timestep, device=device)  # once: a number would be copied there at each call
 
         def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
-            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds[pictures]).sample
+            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=take(embeds, pictures)).sample
 
         return require_finite(self._tiling.predict(network, latents.to(device), self._runtime), "the UNet")
 

@@ -108,7 +108,8 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
     method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
     method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
-    method.add_argument("--cfg", type=float, default=1.0, help="guidance; 1 is the published methods' and twice as fast (default: %(default)g)")
+    guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
+    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
     method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
 
@@ -128,6 +129,9 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument(
+        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
+    )
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
 
@@ -150,10 +154,13 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="INPUT",
-        help="OSEDiff's adapter (osediff.pkl), InvSR's noise predictor (.pth), or RAM's tagger (.pth)",
+        help="a method's weights (osediff.pkl, noise_predictor.pth, s3diff.pkl, de_net.pth and so on), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
+    command.add_argument(
+        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, a file, a whole checkpoint or a diffusers folder"
+    )
     command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
 
 
@@ -179,7 +186,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     files = arguments.input
     if arguments.output and len(files) > 1:
         raise ValueError(f"-o: found one name for {len(files)} files. Convert one at a time, or leave it out: each result then lies beside its file.")
-    return _each(files, lambda path: convert(path, arguments.output, arguments.overwrite, arguments.dape), arguments.verbose)
+    return _each(files, lambda path: convert(path, arguments.output, arguments.overwrite, arguments.dape, arguments.vae), arguments.verbose)
 
 
 def _info(arguments: argparse.Namespace) -> int:

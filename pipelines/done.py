@@ -87,6 +87,7 @@ def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:
         "demo": settings.demo or None,
         "base": _name(settings.base),
         "weights": _name(settings.weights),
+        "decoder": _name(settings.decoder),
         "quality": settings.quality if target.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif", ".webp") else None,
         **{name: _name(value) for name, value in settings.options.items()},
     }

@@ -1,7 +1,9 @@
 """Where weights are: given by name, in a ComfyUI's models folder, in the cache; fetched only when the user says so."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -17,6 +19,16 @@ def find_base(method: Method, given: str | None, comfyui: Path | None, download:
 def find_weights(method: Method, given: str | None, comfyui: Path | None, download: bool) -> str:
     """:func:`find` for a method's own weights."""
     return find(method.weights, "--weights", given, comfyui, download)
+
+
+def find_companions(method: Method, options: Mapping[str, Any], comfyui: Path | None, download: bool) -> dict[str, Path | None]:
+    """:func:`find` for the files that a method needs beside its weights, by their options' names; None where other options replace one."""
+    found: dict[str, Path | None] = {}
+    for companion in method.companions:
+        given = options.get(companion.option)
+        needed = companion.is_needed(options)
+        found[companion.option] = Path(find(companion.weights, f"--{companion.option}", given and str(given), comfyui, download)) if needed else None
+    return found
 
 
 def find(source: Source, option: str, given: str | None, comfyui: Path | None, download: bool) -> str:

@@ -97,7 +97,7 @@ class InvSRPipeline(FewStepSRPipeline):
         def call(windows: torch.Tensor) -> Posterior:
             return self.noise_predictor(windows.to(device, dtype), timestep)
 
-        return predict_noise_map(call, picture, self.noise_predictor.dimensions, lambda height, width: MAX_WINDOWS, self._runtime)
+        return predict_noise_map(call, picture, self.noise_predictor.dimensions, lambda height, width: MAX_WINDOWS, self._runtime, device)
 
     @torch.no_grad()
     def denoise(

@@ -55,6 +55,10 @@ def say_ignored(settings: "Settings") -> None:
         print("--negative-prompt is passed over: it counts where --cfg is not 1.", file=sys.stderr)
     if settings.options.get("dape") is not None and settings.options.get("tagger") is None:
         print("--dape is passed over: it goes with --tagger.", file=sys.stderr)
+    for companion in settings.method.companions:
+        if settings.options.get(companion.option) is not None and not companion.is_needed(settings.options):
+            saying = " and ".join(f"--{name}" for name in companion.replaced_by)
+            print(f"--{companion.option} is passed over: {saying} say what it would.", file=sys.stderr)
     if settings.demo and settings.dtype not in (None, "float32"):
         print("--dtype is passed over: the miniature computes in float32.", file=sys.stderr)
     if settings.demo and settings.download:

@@ -14,6 +14,20 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
+MAX_CANVAS = 0.2
+"""Share of a device's free memory that one canvas may take."""
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """Whether a canvas of ``size`` bytes may lie on ``device``: on those whose free memory PyTorch knows, and where memory is the CPU's own."""
+    if device.type in ("cpu", "mps"):
+        return True
+    if device.type in ("cuda", "xpu"):
+        free, _ = getattr(torch, device.type).mem_get_info(device)
+        return size <= MAX_CANVAS * free
+    return False
+
+
 class PipelineRuntime(Runtime):
     """``progress_bar(total=n)`` makes the bar for n tiles, which is gone when they are done; a single one has none."""
 
@@ -25,6 +39,9 @@ class PipelineRuntime(Runtime):
 
     def free_memory(self) -> None:
         clear_device_cache()
+
+    def fits(self, size: int, device: torch.device) -> bool:
+        return fits(size, device)
 
     def progress(self, total: int) -> Callable[[int], object]:
         if self.progress_bar is None or total == 1:

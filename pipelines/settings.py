@@ -28,6 +28,7 @@ class Settings:
         prompt, negative_prompt: None for the method's own.
         color_fix: None for none.
         base, weights: paths, names or hub ids; None for the published ones.
+        decoder: a file with another decoder; None for the base's own.
         suffix: of the results, such as ``".png"``; None for each image's own.
         device, dtype: names; None for what suits the machine.
         tile: side of tiles in pixels of the result; 0 for whole images.
@@ -46,6 +47,7 @@ class Settings:
     demo: bool = False
     base: str | None = None
     weights: str | None = None
+    decoder: Path | None = None
     comfyui: Path | None = None
     download: bool = False
     device: str | None = None
@@ -60,6 +62,8 @@ class Settings:
         require_ranges(self)
         if self.demo:
             self._require_demo()
+        if self.decoder and not self.decoder.is_file():
+            raise FileNotFoundError(f"--decoder: there is no file {self.decoder}. Give AdcSR's or VOSR's decoder, or a VAE file.")
         if self.comfyui and not (self.comfyui / "models").is_dir():
             raise FileNotFoundError(f"--comfyui: there is no models folder in {self.comfyui}. Give the folder that ComfyUI's main.py is in.")
         if self.method.schedule and "timesteps" in self.options:
@@ -69,7 +73,13 @@ class Settings:
         if self.method.demo is None:
             demos = ", ".join(method.key for method in METHODS.values() if method.demo)
             raise ValueError(f"--demo: the miniature has no weights for {self.method.title}. Choose --method {demos}.")
-        refused = {"--base": self.base, "--weights": self.weights, "--prompt": self.prompt, "--tagger": self.options.get("tagger")}
+        refused = {
+            "--base": self.base,
+            "--weights": self.weights,
+            "--decoder": self.decoder,
+            "--prompt": self.prompt,
+            "--tagger": self.options.get("tagger"),
+        }
         if given := [option for option, value in refused.items() if value is not None]:
             raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
         if self.cfg != 1:
@@ -92,12 +102,13 @@ class Settings:
             scale=arguments.scale,
             prompt=arguments.prompt,
             negative_prompt=arguments.negative_prompt,
-            cfg=arguments.cfg,
+            cfg=method.cfg if arguments.cfg is None else arguments.cfg,
             seed=arguments.seed,
             color_fix=None if color_fix == "none" else color_fix,
             demo=arguments.demo,
             base=arguments.base,
             weights=arguments.weights,
+            decoder=arguments.decoder.expanduser() if arguments.decoder else None,
             comfyui=Path(arguments.comfyui).expanduser() if arguments.comfyui else None,
             download=arguments.download,
             device=arguments.device,

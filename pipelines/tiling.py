@@ -40,7 +40,7 @@ class Tiling:
 
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime)
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
@@ -51,7 +51,7 @@ class Tiling:
             return vae.decode(part.to(device, vae.dtype)).sample.float()
 
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime)
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime, device)
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 

@@ -16,7 +16,7 @@ from .batch import Outcome, Written, join, run, share
 from .demo import load_demo
 from .done import Results
 from .files import size_in_words
-from .find import find_base, find_weights
+from .find import find_base, find_companions, find_weights
 from .jobs import Job, beside, list_jobs
 from .pictures import read_picture, require_place, require_writable, write_picture
 from .processes import Peers
@@ -46,8 +46,8 @@ def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers
         return 0
     # Also where this process has nothing to do: one that fetches must fetch for those that wait.
     with peers.waiting(lambda: "Nothing was begun."):
-        base, weights = _find(settings, state)
-    outcome = run(mine, Upscaler(settings, base, weights, state, results.record).work if mine else None, state, peers)
+        found = _find(settings, state)
+    outcome = run(mine, Upscaler(settings, *found, state, results.record).work if mine else None, state, peers)
     if state.is_main_process:
         _report(outcome, len(jobs), output, time.monotonic() - began)
     with peers.waiting(lambda: "All work is done."):
@@ -69,18 +69,22 @@ def _report(outcome: Outcome, jobs: int, output: Path, seconds: float) -> None:
         print(f"{outcome.not_begun} were not begun: the last error would have met each. The same command goes on.", file=sys.stderr)
 
 
-def _find(settings: Settings, state: PartialState) -> tuple[str, str]:
+def _find(settings: Settings, state: PartialState) -> tuple[str, str, dict[str, Path | None]]:
+    """Where the base, the method's weights and the files beside them are."""
     if settings.demo:
-        return "", ""
+        return "", "", {}
     with state.local_main_process_first():  # the others of this machine find in the cache what it fetched
         base = find_base(settings.method, settings.base, settings.comfyui, settings.download)
-        return base, find_weights(settings.method, settings.weights, settings.comfyui, settings.download)
+        weights = find_weights(settings.method, settings.weights, settings.comfyui, settings.download)
+        return base, weights, find_companions(settings.method, settings.options, settings.comfyui, settings.download)
 
 
 class Upscaler:
     """A loaded pipeline and the settings of a run."""
 
-    def __init__(self, settings: Settings, base: str, weights: str, state: PartialState, record: Callable[[Job], str]):
+    def __init__(
+        self, settings: Settings, base: str, weights: str, companions: dict[str, Path | None], state: PartialState, record: Callable[[Job], str]
+    ):
         self.settings, self.record = settings, record
         device = torch.device(settings.device) if settings.device else state.device
         dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "float16"))
@@ -92,7 +96,9 @@ class Upscaler:
         else:
             self.pipeline = load_base(pipeline_class(settings.method), base, dtype, settings)
             self.pipeline.load_weights(weights)
-        self.pipeline.prepare(settings.options)
+            if settings.decoder:
+                self.pipeline.load_decoder(settings.decoder)
+        self.pipeline.prepare({**settings.options, **companions})
         self.pipeline.set_progress_bar_config(leave=False, dynamic_ncols=True, disable=state.num_processes > 1 or None)  # None: in a terminal alone
         if settings.tile:
             self.pipeline.enable_tiling(settings.tile)
@@ -119,7 +125,7 @@ class Upscaler:
             **self.pipeline.call_options(settings.options),
         ).images
         notes = write_picture(restored, picture, job.target, settings.quality, self.record(job))
-        return Written(job.target, (width, height), job.target.stat().st_size, (*picture.metadata.notes, *notes))
+        return Written(job.target, (width, height), job.target.stat().st_size, (*self.pipeline.notes(), *picture.metadata.notes, *notes))
 
 
 def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, settings: Settings) -> FewStepSRPipeline:

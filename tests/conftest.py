@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one of several processes; torch reads it when it is imported
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "weights"), str(ROOT / "tests")]
 
 
@@ -71,8 +73,9 @@ def comfy(comfyui_path, tmp_path_factory):
     import folder_paths
 
     import nodes
+    from fewstep_sr.methods import METHODS
 
-    for kind in ("osediff", "invsr", "dape"):
+    for kind in (*(method.weights.folder for method in METHODS.values()), "dape"):
         folder_paths.add_model_folder_path(kind, str(tmp_path_factory.mktemp(kind)), is_default=True)
     folder_paths.set_temp_directory(str(tmp_path_factory.mktemp("temp")))
     folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))

@@ -2,7 +2,7 @@
 
     python tools/mutate.py fewstep_sr/diffusion.py --tests "tests/methods tests/pipelines/test_pipelines_golden.py"
 
-Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after torch is imported. What survives is printed with its line and change.
+Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after the libraries are imported. What survives is printed with its line and change.
 Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the reason,
 with " | " between them; they do not count.
 
@@ -12,10 +12,14 @@ compares or looks up, returned values, deleted statements, and default arguments
 
 import argparse
 import ast
+import contextlib
 import copy
+import importlib
+import io
 import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -26,11 +30,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch  # noqa: F401 (once, for all the processes that are forked off)
 
 ROOT = Path(__file__).resolve().parent.parent
 EQUIVALENT = ROOT / "tools" / "equivalent_mutants.txt"
-SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "docs", "node_modules"}
+SKIPPED = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", ".mypy_cache", "node_modules"}
+
+WARM = ("torch", "einops", "numpy", "PIL.Image", "safetensors.torch")
+WARM_PIPELINES = (
+    "accelerate", "peft", "transformers.models.clip.modeling_clip", "diffusers.models.unets.unet_2d_condition", "diffusers.training_utils",
+    "diffusers.models.autoencoders.autoencoder_kl", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+)  # fmt: skip
+"""What tests import that takes long."""
 
 _BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.Pow: ast.Mult}
 _COMPARE = {
@@ -161,17 +171,18 @@ def equivalents() -> set[tuple[str, str, str]]:
     return {(row[0], row[1], row[2]) for row in rows}
 
 
-def start(mutant: Mutant, folder: Path, tests: list[str]) -> multiprocessing.Process:
-    """A process that runs the tests in ``folder`` with this mutant in place, and exits with 0 where they pass."""
+def start(mutant: Mutant, folder: Path, tests: list[str], limit: int) -> multiprocessing.Process:
+    """A process that runs the tests in ``folder`` with this mutant in place, and exits with 0 where they pass within ``limit`` seconds of the processor."""
     path = folder / mutant.file.relative_to(ROOT)
     path.write_text(mutant.source, encoding="utf-8")
-    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, tests))
+    process = multiprocessing.get_context("fork").Process(target=_run, args=(folder, tests, limit))
     process.start()
     return process
 
 
-def _run(folder: Path, tests: list[str]) -> None:
+def _run(folder: Path, tests: list[str], limit: int) -> None:
     os.setsid()  # its children go with it
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     os.chdir(folder)
     sys.path[:] = [str(folder) if entry in ("", str(ROOT), str(ROOT / "tools")) else entry for entry in sys.path]
     with open(os.devnull, "w") as silence:
@@ -181,15 +192,21 @@ def _run(folder: Path, tests: list[str]) -> None:
     os._exit(int(status))
 
 
-def survivors(found: list[Mutant], folders: list[Path], tests: list[str], timeout: float) -> list[bool]:
-    """For each mutant whether the tests pass with it. One at which they take longer than ``timeout`` seconds counts as noticed."""
+def _where(mutant: Mutant) -> str:
+    return f"{mutant.file.relative_to(ROOT)}:{mutant.line} | {mutant.text} | {mutant.change}"
+
+
+def survivors(found: list[Mutant], folders: list[Path], tests: list[str], limit: int) -> list[bool]:
+    """For each mutant whether the tests pass with it. One at which they take longer than ``limit`` seconds of the processor counts as noticed, and so does
+    one at which they wait ten times as long.
+    """
     alive = [False] * len(found)
     running: dict[Path, tuple[int, multiprocessing.Process, float]] = {}
     waiting, free = list(range(len(found)))[::-1], list(folders)
     while waiting or running:
         while waiting and free:
             index, folder = waiting.pop(), free.pop()
-            running[folder] = index, start(found[index], folder, tests), time.monotonic() + timeout
+            running[folder] = index, start(found[index], folder, tests, limit), time.monotonic() + 10 * limit
         time.sleep(0.02)
         for folder, (index, process, deadline) in list(running.items()):
             if process.is_alive() and time.monotonic() < deadline:
@@ -198,10 +215,22 @@ def survivors(found: list[Mutant], folders: list[Path], tests: list[str], timeou
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
             alive[index] = process.exitcode == 0
+            if alive[index] and found[index].change:
+                print(f"  survived {_where(found[index])}", flush=True)
             shutil.copy(found[index].file, folder / found[index].file.relative_to(ROOT))
             free.append(folder)
             del running[folder]
     return alive
+
+
+def _import_libraries(diffusers: bool) -> None:
+    """Before processes are forked off: what takes long to import, and pytest's own modules, which an empty folder makes it import."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    for module in (*WARM, *(WARM_PIPELINES if diffusers else ())):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["-q", "-p", "no:cacheprovider", empty])
 
 
 def main() -> int:
@@ -211,7 +240,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sample", type=int, help="so many mutants, drawn with --seed (default: all)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for the tests (default: %(default)g)")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds of the processor for the tests (default: %(default)s)")
     arguments = parser.parse_args()
     known = equivalents()
     found = [mutant for file in arguments.files for mutant in mutants(file.resolve())]
@@ -219,6 +248,7 @@ def main() -> int:
     if arguments.sample and arguments.sample < len(found):
         found = random.Random(arguments.seed).sample(found, arguments.sample)
     tests = arguments.tests.split()
+    _import_libraries(diffusers=any("pipelines" in file.parts for file in arguments.files))
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / str(i) for i in range(arguments.jobs)]
         for folder in folders:
@@ -230,9 +260,6 @@ def main() -> int:
     for file in sorted({mutant.file for mutant in found}):
         mine = [survived for mutant, survived in zip(found, alive, strict=True) if mutant.file == file]
         print(f"{file.relative_to(ROOT)}: {len(mine) - sum(mine)} of {len(mine)} dead")
-    for mutant, survived in zip(found, alive, strict=True):
-        if survived:
-            print(f"  survived {mutant.file.relative_to(ROOT)}:{mutant.line} | {mutant.text} | {mutant.change}")
     print(f"{len(found) - sum(alive)} of {len(found)} dead ({1 - sum(alive) / max(len(found), 1):.1%})")
     return 0
 

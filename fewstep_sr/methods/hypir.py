@@ -1,17 +1,17 @@
 """HYPIR (Lin et al., arXiv 2025) on Stable Diffusion 2.1: a LoRA fine-tuned adversarially from the diffusion prior, one step, one knob."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..bases import TEXT_WIDTHS
-from ..diffusion import NUM_TRAIN_TIMESTEPS, predict_x0
+from ..diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at, predict_x0
 from ..weights.kinds import FileKind
 from ..weights.lora import Adapter, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
-from .method import Method, Option, Paper, Source
+from .method import Method, OneStep, Option, Paper, Source
 from .osediff import OSEDIFF
 
 TIMESTEP = 200
@@ -25,6 +25,10 @@ def one_step(z_lq: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | to
     of the same prediction off.
     """
     return predict_x0(z_lq, noise_pred, alpha_bar)
+
+
+def _equation(z_lq: torch.Tensor, noise_preds: Sequence[torch.Tensor], timestep: int, coeff_t: int) -> torch.Tensor:
+    return one_step(z_lq, noise_preds[0], alpha_bar_at(coeff_t, z_lq))
 
 
 @dataclass(frozen=True)
@@ -96,5 +100,6 @@ HYPIR = Method(
     summary=_summary,
     pipeline="HYPIRPipeline",
     color_fix="wavelet",
+    one_step=OneStep(TIMESTEP, _equation, controls=("coeff_t",)),
     options=(Option("coeff_t", "strength as a timestep: smaller takes less off, 200 as released", _coeff_t, default=TIMESTEP),),
 )

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..weights.kinds import FileKind
 from .schedule import Schedule
 
@@ -61,6 +63,53 @@ class Option:
     needed: bool = False
 
 
+def _one_call(**controls: Any) -> tuple[tuple[str, ...], ...]:
+    return (("",),)
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """How a method restores latents in a single step, for a host that puts the adapter on and calls the network itself.
+
+    Args:
+        timestep: index of the noise schedule at which the network is called, unless the adapter was trained at another.
+        equation: ``equation(z_lq, noise_preds, timestep, **controls)``: the restored latents (B, 4, h, w) from the low-quality ones, times the scaling
+            factor, and from what the network predicts at them in each of ``calls``.
+        calls: ``calls(**controls)``: for each call of the network the LoRA sets that act in it, by the names in ``Adapter.sets``.
+        controls: the options of the method's that both take.
+    """
+
+    timestep: int
+    equation: Callable[..., torch.Tensor]
+    calls: Callable[..., tuple[tuple[str, ...], ...]] = _one_call
+    controls: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A file that a method needs beside its weights, with a record of the same kind.
+
+    Args:
+        option: name of the method's option that gives its path.
+        weights, kind, contents, source, parse, save, summary: as in :class:`Method`.
+        replaced_by: options that, all given, make the file unnecessary.
+    """
+
+    option: str
+    weights: Source
+    kind: FileKind
+    contents: str
+    source: str
+    parse: Callable[[Mapping[str, Any], Mapping[str, str], str], Any]
+    save: Callable[[Any, str | Path], None]
+    summary: Callable[[Any], list[str]]
+    replaced_by: tuple[str, ...] = ()
+
+    def is_needed(self, options: Mapping[str, Any]) -> bool:
+        """Whether options leave something for the file to say."""
+        return not self.replaced_by or any(options.get(name) is None for name in self.replaced_by)
+
+
 @dataclass(frozen=True)
 class Demo:
     """How a method runs on the miniature: its file there, and what differs from the published settings."""
@@ -84,9 +133,11 @@ class Method:
         save: ``save(weights, path)`` writes them as safetensors.
         summary: a few lines on them for ``info``.
         pipeline: name of the class in ``pipelines/<key>.py``.
-        color_fix, prompt, negative_prompt: as published, where nothing else is said; None where the method has none.
+        color_fix, prompt, negative_prompt, cfg: as published, where nothing else is said; a colour fix of None and a cfg of 1 where the method has none.
         schedule: for samplers; None for methods whose step no sampler takes.
+        one_step: None for methods that are no adapter with a single step.
         options: of its own, beside those that all methods have.
+        companions: files beside the weights.
         demo: None where the miniature has no weights for it.
     """
 
@@ -105,8 +156,11 @@ class Method:
     color_fix: str | None
     prompt: str = ""
     negative_prompt: str = ""
+    cfg: float = 1.0
     schedule: Schedule | None = None
+    one_step: OneStep | None = None
     options: tuple[Option, ...] = ()
+    companions: tuple[Companion, ...] = ()
     demo: Demo | None = None
 
     @property

@@ -1,18 +1,18 @@
 """OSEDiff (Wu et al., NeurIPS 2024): the low-quality latent is the start of a single diffusion step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..bases import TEXT_WIDTHS
-from ..diffusion import NUM_TRAIN_TIMESTEPS, predict_x0
+from ..diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at, predict_x0
 from ..weights.kinds import FileKind, is_pisasr, strip_wrappers, without_wrappers
 from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
-from .method import Demo, Method, Option, Paper, Source
+from .method import Demo, Method, OneStep, Option, Paper, Source
 from .schedule import Schedule
 
 TIMESTEP = 999
@@ -23,6 +23,9 @@ NEGATIVE_PROMPT = (
     "low quality, frames, watermark, signature, jpeg artifacts, deformed, lowres, over-smooth"
 )
 """What the frozen base is led away from in the published training (OSEDiff's README). The restoration itself has no negative prompt."""
+
+BASES_OWN = "the base's"
+"""In a safetensors file's metadata under "conv_in", where the adapter does not replace it."""
 
 VAE_GROUP = "default_encoder"
 """PEFT's name of the adapter on the VAE's encoder."""
@@ -41,6 +44,10 @@ def one_step(z_lq: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | to
     return predict_x0(z_lq, noise_pred, alpha_bar)
 
 
+def _equation(z_lq: torch.Tensor, noise_preds: Sequence[torch.Tensor], timestep: int) -> torch.Tensor:
+    return one_step(z_lq, noise_preds[0], alpha_bar_at(timestep, z_lq))
+
+
 def prompt_of(tags: Iterable[str], text: str = "") -> str:
     """OSEDiff's prompt, "tag, tag, ..., text,", to the last comma as its authors write it, with or without a text."""
     return f"{', '.join(tags)}, {text},"
@@ -49,7 +56,7 @@ def prompt_of(tags: Iterable[str], text: str = "") -> str:
 @dataclass(frozen=True)
 class OSEDiffAdapter(Adapter):
     """OSEDiff's LoRA on the UNet and on the VAE's encoder with ``quant_conv``, and the UNet's new ``conv_in``, which training replaces as a whole
-    besides adapting it. ``timestep`` is that of the one step it was trained at.
+    besides adapting it; an adapter of another training (OMGSR-S) leaves it as it is. ``timestep`` is that of the one step it was trained at.
     """
 
     timestep: int = TIMESTEP
@@ -81,6 +88,17 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> OSEDiffAda
     if not isinstance(unet, Mapping) or not isinstance(vae, Mapping):
         raise ValueError(f"{name}: its UNet's or its VAE's part is no dictionary of tensors; the file is damaged.")
     unet, vae = without_wrappers(unet, f"{name}: UNet"), without_wrappers(vae, f"{name}: VAE")
+    replaced = {} if metadata.get("conv_in") == BASES_OWN else _conv_in(unet, name)
+    timestep, alpha = _timestep(metadata, name), metadata_alpha(metadata, name)
+    return OSEDiffAdapter(
+        unet=one_adapter(read_lora(unet, f"{name}: UNet", alpha), f"{name}: UNet"),
+        vae=one_adapter(read_lora(vae, f"{name}: VAE", alpha), f"{name}: VAE"),
+        unet_replaced=replaced,
+        timestep=timestep,
+    )
+
+
+def _conv_in(unet: Mapping, name: str) -> dict[str, torch.Tensor]:
     weight, bias = (unet.get(f"conv_in.base_layer.{kind}") for kind in ("weight", "bias"))
     if not isinstance(weight, torch.Tensor) or not isinstance(bias, torch.Tensor):
         missing = "bias" if isinstance(weight, torch.Tensor) else "weight"
@@ -88,18 +106,16 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> OSEDiffAda
     if weight.ndim < 2 or bias.shape != weight.shape[:1]:
         shapes = f"{tuple(weight.shape[:8])} and {tuple(bias.shape[:8])}"
         raise ValueError(f"{name}: UNet: conv_in.base_layer has weight and bias of shapes {shapes}, expected (out, in, h, w) and (out,).")
+    return own_copies({"conv_in.weight": weight, "conv_in.bias": bias}, f"{name}: UNet")
+
+
+def _timestep(metadata: Mapping[str, str], name: str) -> int:
     timestep = metadata.get("timestep", str(TIMESTEP))
     if not (timestep.isascii() and timestep.isdecimal()) or len(timestep) > 4 or int(timestep) >= NUM_TRAIN_TIMESTEPS:
         raise ValueError(
             f"{name}: found the timestep {timestep[:40]!r} in its metadata, expected 0 to {NUM_TRAIN_TIMESTEPS - 1}; the file is damaged."
         )
-    alpha = metadata_alpha(metadata, name)
-    return OSEDiffAdapter(
-        unet=one_adapter(read_lora(unet, f"{name}: UNet", alpha), f"{name}: UNet"),
-        vae=one_adapter(read_lora(vae, f"{name}: VAE", alpha), f"{name}: VAE"),
-        unet_replaced=own_copies({"conv_in.weight": weight, "conv_in.bias": bias}, f"{name}: UNet"),
-        timestep=int(timestep),
-    )
+    return int(timestep)
 
 
 def save_adapter(adapter: OSEDiffAdapter, path: str | Path) -> None:
@@ -111,7 +127,8 @@ def save_adapter(adapter: OSEDiffAdapter, path: str | Path) -> None:
         tensors |= _halves(f"vae.{layer}", low_rank, VAE_GROUP)
     ranks = {"rank_unet": str(adapter.rank_unet), "rank_vae": str(adapter.rank_vae)}
     alpha = next(iter(adapter.unet.values())).alpha if adapter.unet else PEFT_ALPHA
-    save_safetensors(tensors, path, {"family": "OSEDiff adapter", **ranks, "lora_alpha": f"{alpha:g}", "timestep": str(adapter.timestep)})
+    notes = {"family": "OSEDiff adapter", **ranks, "lora_alpha": f"{alpha:g}", "timestep": str(adapter.timestep)}
+    save_safetensors(tensors, path, notes if adapter.unet_replaced else notes | {"conv_in": BASES_OWN})
 
 
 def _halves(layer: str, low_rank: LowRank, group: str) -> dict[str, torch.Tensor]:
@@ -123,7 +140,7 @@ def _summary(adapter: OSEDiffAdapter) -> list[str]:
     width = adapter.context_dim
     return [
         f"  rank: {ranks}; scale {next(iter(adapter.unet.values())).scale:g}",
-        "  replaces: the UNet's conv_in",
+        "  replaces: " + ("the UNet's conv_in" if adapter.unet_replaced else "nothing"),
         f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, text width {width}",
     ]
 
@@ -173,6 +190,7 @@ OSEDIFF = Method(
         reason="OSEDiff's timesteps are indices of Stable Diffusion's noise table",
         fixed_start="OSEDiff's start state is exact only at the end of the noise table. For another single timestep use the 'OSEDiff One Step' node.",
     ),
+    one_step=OneStep(TIMESTEP, _equation),
     options=(
         Option("tagger", "a tagger that reads each picture's prompt off it; --prompt is added at its end", Path, needed=True),
         Option("dape", "DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)", Path),

@@ -1,16 +1,17 @@
 """PiSA-SR (Sun et al., CVPR 2025): two LoRA sets on one UNet, one for the pixels' fidelity and one for semantic detail, each with a knob."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..bases import TEXT_WIDTHS
+from ..files import written_whole
 from ..weights.kinds import FileKind, is_pisasr
-from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
+from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
-from .method import Method, Option, Paper, Source
+from .method import Method, OneStep, Option, Paper, Source
 from .osediff import OSEDIFF, unet_group
 
 TIMESTEP = 1
@@ -33,6 +34,20 @@ def residual_step(z_lq: torch.Tensor, eps_pix: torch.Tensor, eps_full: torch.Ten
     return z_lq - (pixel * eps_pix + semantic * (eps_full - eps_pix))
 
 
+def calls(pixel: float, semantic: float) -> tuple[tuple[str, ...], ...]:
+    """The LoRA sets that act in each call of the network that :func:`residual_step` needs at these knobs.
+
+    One prediction is left where the weight of the other, ``pixel - semantic`` of ``eps_pix`` or ``semantic`` of ``eps_full``, is 0.
+    """
+    if pixel == semantic:
+        return (SETS,)
+    return (SETS[:1],) if semantic == 0 else (SETS[:1], SETS)
+
+
+def _equation(z_lq: torch.Tensor, noise_preds: Sequence[torch.Tensor], timestep: int, pixel: float, semantic: float) -> torch.Tensor:
+    return residual_step(z_lq, noise_preds[0], noise_preds[-1], pixel, semantic)
+
+
 @dataclass(frozen=True)
 class PiSASRAdapter(Adapter):
     """Both sets: ``unet`` is the pixel set, ``semantic`` the semantic one on top of it. The VAE is the base's."""
@@ -42,6 +57,10 @@ class PiSASRAdapter(Adapter):
     def __post_init__(self):
         if not self.semantic:
             raise ValueError("semantic: found no second LoRA set, expected PiSA-SR's two.")
+
+    @property
+    def sets(self) -> dict[str, dict[str, LowRank]]:
+        return dict(zip(SETS, (self.unet, self.semantic or {}), strict=True))
 
 
 def peft_name(layer: str, which: str) -> str:
@@ -72,6 +91,25 @@ def save_adapter(adapter: PiSASRAdapter, path: str | Path) -> None:
     first = next(iter(adapter.unet.values()))
     ranks = {"lora_rank_unet_pix": str(adapter.rank_unet), "lora_rank_unet_sem": str(_rank_sem(adapter))}
     save_safetensors(tensors, path, {"family": "PiSA-SR adapter", **ranks, "lora_alpha": f"{first.alpha:g}"})
+
+
+def save_published(adapter: PiSASRAdapter, path: str | Path) -> None:
+    """Write both sets as the authors' training does, which their own program reads: one dictionary with the layers' names, ranks and tensors.
+
+    Raises:
+        ValueError: alpha is not PEFT's default, for which this layout has no place.
+    """
+    state: dict = {"lora_rank_unet_pix": adapter.rank_unet, "lora_rank_unet_sem": _rank_sem(adapter), "state_dict_unet": {}}
+    for which, layers in zip(SETS, (adapter.unet, adapter.semantic or {}), strict=True):
+        for group in ("encoder", "decoder", "others"):
+            state[f"unet_lora_{group}_modules_{which}"] = [layer for layer in layers if unet_group(layer) == f"default_{group}"]
+        for layer, low_rank in layers.items():
+            if low_rank.alpha != PEFT_ALPHA:
+                raise ValueError(f"lora_alpha: found {low_rank.alpha:g}, expected {PEFT_ALPHA:g} in the published layout. Save safetensors.")
+            for half, tensor in (("A", low_rank.down), ("B", low_rank.up)):
+                state["state_dict_unet"][f"{layer}.lora_{half}.{peft_name(layer, which)}.weight"] = tensor.contiguous()
+    with written_whole(path) as partial:
+        torch.save(state, partial)
 
 
 def _rank_sem(adapter: PiSASRAdapter) -> int:
@@ -121,6 +159,7 @@ PISASR = Method(
     summary=_summary,
     pipeline="PiSASRPipeline",
     color_fix="adain",
+    one_step=OneStep(TIMESTEP, _equation, calls, ("pixel", "semantic")),
     options=(
         Option("pixel", "weight of the pixel-level prediction: more takes more degradation off", _knob, default=1.0),
         Option("semantic", "weight of the semantic-level prediction: less keeps more of the image, more makes more detail", _knob, default=1.0),

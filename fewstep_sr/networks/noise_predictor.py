@@ -89,7 +89,9 @@ class NoisePredictor(nn.Module):
         cell = self.config.pixels_per_cell
         if image.shape[-2] % cell or image.shape[-1] % cell:
             raise ValueError(f"image: found {image.shape[-1]} x {image.shape[-2]} pixels, expected multiples of {cell}: {cell} for each latent cell.")
-        timestep = torch.as_tensor(timestep, device=image.device).reshape(-1).expand(image.shape[0])
+        if not isinstance(timestep, torch.Tensor):
+            timestep = torch.full((1,), timestep, device=image.device)  # filled there: no copy that waits for the device
+        timestep = timestep.to(image.device).reshape(-1).expand(image.shape[0])
         return Posterior.from_moments(self.encoder(image, timestep))
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
+
 Items = TypeVar("Items", bound=Sequence)
 
 
@@ -17,6 +19,10 @@ class Runtime:
 
     def free_memory(self) -> None:
         """Give back what is cached, after memory ran out."""
+
+    def fits(self, size: int, device: torch.device) -> bool:
+        """Whether a canvas of ``size`` bytes may lie on ``device`` beside a network at work; else it lies on the CPU."""
+        return device.type == "cpu"
 
     def progress(self, total: int) -> Callable[[int], object]:
         """A function that is told how many more of ``total`` are done."""

@@ -20,7 +20,7 @@ MAX_WINDOWS = 8
 
 
 class NoiseCanvas:
-    """The noise map's posterior for ``pictures`` pictures of ``height`` x ``width`` cells, blended from windows, float32 on the CPU.
+    """The noise map's posterior for ``pictures`` pictures of ``height`` x ``width`` cells, blended from windows, float32, where the predictions are.
 
     What is blended besides the means is the standard deviation: with one draw over the whole canvas, a sample of the blend then is the blend
     of the windows' samples. (The variance of a mixture would add the windows' disagreement as noise.)
@@ -38,15 +38,16 @@ class NoiseCanvas:
 
     def add(self, windows: Sequence[tuple[int, Tile]], predicted: Posterior) -> None:
         """Blend in the predictions (n, 4, h, w) for n windows."""
-        mean, std = predicted.mean.float().cpu(), torch.exp(0.5 * predicted.logvar.float()).cpu()
+        mean, std = predicted.mean.float(), torch.exp(0.5 * predicted.logvar.float())
+        self.mean, self.std = self.mean.to(mean.device), self.std.to(mean.device)
         for i, (picture, tile) in enumerate(windows):
-            weight = self.layout.window(tile)
+            weight = self.layout.window(tile, device=mean.device)
             tile.cut(self.mean[picture]).add_(mean[i] * weight)
             tile.cut(self.std[picture]).add_(std[i] * weight)
 
     @property
     def posterior(self) -> Posterior:
-        return Posterior(self.mean, 2 * self.std.log())
+        return Posterior(self.mean.cpu(), 2 * self.std.cpu().log())
 
 
 def predict_noise_map(
@@ -55,6 +56,7 @@ def predict_noise_map(
     config: NoisePredictorConfig,
     fitting: Callable[[int, int], int],
     runtime: Runtime,
+    device: torch.device | None = None,
 ) -> Posterior:
     """The noise map's posterior (B, 4, h, w), window by window as the predictor was trained, float32 on the CPU.
 
@@ -62,10 +64,12 @@ def predict_noise_map(
         call: what the predictor says of windows (n, 3, h, w) in [-1, 1], at the timestep that is asked for.
         picture: low-quality images (B, 3, H, W) in [-1, 1], at ``config.pixels_per_cell`` pixels for each latent pixel along a side.
         fitting: how many windows of (height, width) latent pixels go into one call.
+        device: where ``call`` takes its windows to; the images are taken there at once.
     """
     scale = config.pixels_per_cell
     canvas = NoiseCanvas(picture.shape[0], picture.shape[-2] // scale, picture.shape[-1] // scale, config.latent_channels)
     windows = canvas.windows
+    picture = picture.to(device)
 
     def predict(group: Sequence[tuple[int, Tile]]) -> None:
         canvas.add(group, call(torch.cat([tile.cut(picture[i : i + 1], scale) for i, tile in group])))

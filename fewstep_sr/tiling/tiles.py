@@ -69,14 +69,22 @@ class TileLayout:
         height, width = min(self.tile, self.height), min(self.tile, self.width)
         return [Tile(top, left, height, width) for top in self.tops for left in self.lefts]
 
-    def window(self, tile: Tile, scale: int = 1) -> torch.Tensor:
+    def window(self, tile: Tile, scale: int = 1, device: torch.device | None = None) -> torch.Tensor:
         """Weights (h, w) of a tile, float32, with ``scale`` elements for each cell along a side. The windows of all tiles add up to one.
 
         They fall to the borders that have a neighbour, as a squared sine over the overlap without its margins, and stay flat at the canvas's own borders.
+        Those of all tiles go to ``device`` together, at the first call.
         """
-        rows = _windows(tuple(self.tops), tile.height, scale, self.margin)[self.tops.index(tile.top)]
-        columns = _windows(tuple(self.lefts), tile.width, scale, self.margin)[self.lefts.index(tile.left)]
-        return rows[:, None] * columns
+        if (scale, device) not in self._axes:
+            axes = (_windows(tuple(starts), side, scale, self.margin) for starts, side in ((self.tops, tile.height), (self.lefts, tile.width)))
+            self._axes[scale, device] = tuple(axis.to(device) for axis in axes)
+        rows, columns = self._axes[scale, device]
+        return rows[self.tops.index(tile.top)][:, None] * columns[self.lefts.index(tile.left)]
+
+    @cached_property
+    def _axes(self) -> dict[tuple[int, torch.device | None], tuple[torch.Tensor, ...]]:
+        """Windows along both axes, by scale and device."""
+        return {}
 
     def share(self, tile: Tile) -> Tile:
         """The part of the canvas that is nearer to this tile's middle than to any neighbour's. The shares of all tiles cover the canvas once."""

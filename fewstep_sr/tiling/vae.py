@@ -12,6 +12,8 @@ from .batching import Runtime, run_in_groups
 from .tiles import Tile, TileLayout
 from .whole_picture import Part, WholePicture, mosaic, share_whole_picture
 
+CPU = torch.device("cpu")
+
 OVERLAP = 8
 """Cells that tiles share at least."""
 
@@ -35,6 +37,7 @@ class TiledCoder:
         attention: see :func:`fewstep_sr.tiling.whole_picture.share_whole_picture`.
         scale_in, scale_out: elements for each latent pixel along a side, of what goes in and of what comes out.
         fitting: how many tiles of (height, width) cells go through it in one call.
+        device: where ``call`` takes its parts to. A picture in tiles goes there and comes back as a whole where the runtime says that it fits.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
     """
 
@@ -45,6 +48,7 @@ class TiledCoder:
     scale_out: int
     fitting: Callable[[int, int], int]
     runtime: Runtime
+    device: torch.device = CPU
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -92,17 +96,18 @@ class TiledCoder:
         def call(part: torch.Tensor) -> torch.Tensor:
             return self.call(network, part)
 
-        for i, blended in enumerate(result):
-            canvas = source(i)
+        for i, whole_result in enumerate(result):
+            canvas = self._place(source(i))
+            blended = self._place(whole_result)
 
             def measure_tiles(tiles: list[Tile], canvas=canvas) -> None:
                 parts = [share_of(layout, tile, number) for number, tile in enumerate(tiles)]
                 whole.measure(call, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles]), parts, self.scale_in)
 
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
-                answers = call(torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(result)
+                answers = call(torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(blended)
                 for tile, answer in zip(tiles, answers, strict=True):
-                    tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out))
+                    tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
 
             reduced = mosaic(canvas, reduced_cells, self.scale_in)
             self.runtime.before_call()
@@ -113,6 +118,12 @@ class TiledCoder:
                 whole.correct(call, reduced, size, self.scale_in)
             del reduced
             group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
+            if blended is not whole_result:
+                whole_result.copy_(blended)
+
+    def _place(self, canvas: torch.Tensor) -> torch.Tensor:
+        """``canvas`` on the network's device, or itself where it does not fit there."""
+        return canvas.to(self.device) if self.runtime.fits(canvas.nbytes, self.device) else canvas
 
 
 def share_of(layout: TileLayout, tile: Tile, number: int) -> Part:

@@ -187,7 +187,8 @@ def _affine(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
     Of a probe with mean 0 and variance 1 the layer makes weight + bias where it is 1 and -weight + bias where it is -1.
     """
-    probe = x.new_tensor([1.0, -1.0]).expand(1, x.shape[1], 1, 2).contiguous()
+    probe = x.new_ones(1, x.shape[1], 1, 2)
+    probe[..., 1] = -1
     plus, minus = norm(probe).float().flatten(1).view(-1, 2).unbind(1)
     return (plus - minus) / 2 * math.sqrt(1 + norm.eps), (plus + minus) / 2
 

@@ -7,17 +7,28 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..bases import TEXT_WIDTHS
 from .strict import printable
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of weight file. ``matches(state)`` recognises it by the keys, and is asked in the order of the list."""
+    """A kind of weight file. ``matches(state)`` recognises it by the keys, and is asked in the order of the list.
+
+    ``lacking`` is what running it would take, for files that are known and not read as they are.
+    """
 
     id: str
     phrase: str
     matches: Callable[[Mapping], bool]
+    lacking: str = ""
+
+    @property
+    def found(self) -> str:
+        """The phrase for an error, with what is lacking."""
+        return f"{self.phrase} ({self.lacking})" if self.lacking else self.phrase
 
 
 def strip_wrappers(key: str) -> str:
@@ -58,17 +69,54 @@ def is_pisasr(state: Mapping) -> bool:
     return any(re.search(r"_(pix|sem)($|\.)", key) for key in keys)
 
 
+def _holds(state: Mapping, wrapper: str, *keys: str) -> Mapping | None:
+    """The dictionary under ``wrapper`` where it has all these keys, else None."""
+    inner = state.get(wrapper)
+    return inner if isinstance(inner, Mapping) and {strip_wrappers(str(key)) for key in inner}.issuperset(keys) else None
+
+
+def _is_adcsr_decoder(state: Mapping) -> bool:
+    """A training checkpoint with a decoder under diffusers' names that is narrower than Stable Diffusion's, whose finest level is 128 wide."""
+    inner = _holds(state, "state_dict", "decoder.conv_in.weight", "decoder.up_blocks.0.resnets.0.conv1.weight", "decoder.conv_norm_out.weight")
+    width = inner and next((value for key, value in inner.items() if strip_wrappers(str(key)) == "decoder.conv_norm_out.weight"), None)
+    return isinstance(width, torch.Tensor) and width.ndim == 1 and width.shape[0] < 128
+
+
+def _is_vosr_decoder(state: Mapping) -> bool:
+    return _holds(state, "model_state_dict", "conv_in.weight", "up_blocks.0.resnets.0.conv1.weight", "conv_norm_out.weight") is not None
+
+
+def _has_light_decoder(state: Mapping) -> bool:
+    """Whether a whole VAE's decoder begins narrower than its encoder ends."""
+    narrow, wide = (state.get(key) for key in ("decoder.conv_in.weight", "encoder.conv_out.weight"))
+    if not isinstance(narrow, torch.Tensor) or not isinstance(wide, torch.Tensor) or {narrow.ndim, wide.ndim} != {4}:
+        return False
+    return narrow.shape[0] < wide.shape[1]
+
+
 def _is_merged_osediff(state: Mapping) -> bool:
     return isinstance(state.get("unet"), Mapping) and "vae" in state
 
 
 # The narrower kinds come first: those that a method's own kind could be taken for, then all others.
-LOOKALIKES = (FileKind("adcsr-osediff", "AdcSR's merged OSEDiff (a whole UNet and VAE under 'unet' and 'vae'), not an adapter", _is_merged_osediff),)
+ADCSR_DECODER = FileKind("adcsr-decoder", "AdcSR's half-width decoder for Stable Diffusion's VAE", _is_adcsr_decoder)
+VOSR_DECODER = FileKind("vosr-decoder", "VOSR's half-width decoder for Stable Diffusion's VAE", _is_vosr_decoder)
+
+LOOKALIKES = (
+    FileKind("adcsr-osediff", "AdcSR's merged OSEDiff (a whole UNet and VAE under 'unet' and 'vae'), not an adapter", _is_merged_osediff),
+    ADCSR_DECODER,
+    VOSR_DECODER,
+)
 
 TAGGER = FileKind("tagger", "an image tagger (RAM or DAPE)", has_key(r"^(visual_encoder\.patch_embed|tagging_head\.)"))
 DAPE = FileKind("dape", "DAPE's low-rank weights for the RAM tagger", has_key(r"^(visual_encoder|tagging_head)\..*\.lora_[AB]$"))
 LORA = FileKind("lora", "a LoRA", has_key(r"lora_unet_|lora_te|\.lora_(A|B|down|up)\b|\.lora\.(down|up)\.|\.lora_linear_layer\."))
 UNET = FileKind("unet", "a whole UNet", has_key(r"^(down_blocks\.0\.(attentions|resnets)\.|input_blocks\.0\.0\.)"))
+VAE = FileKind("vae", "a VAE", has_key(r"^(first_stage_model\.|encoder\.down\.0\.block\.|(decoder\.up|encoder\.down)_blocks\.0\.)"))
+LIGHT_VAE = FileKind("light-vae", "a VAE with a half-width decoder", _has_light_decoder)
+TAESD = FileKind(
+    "taesd", "TAESD, a tiny autoencoder for previews", has_key(r"^(taesd_(en|de)coder\.|(en|de)coder\.layers\.0\.weight|\d+\.conv\.0\.weight)")
+)
 CHECKPOINT = FileKind("checkpoint", "a whole checkpoint", has_key(r"^model\.diffusion_model\.(input_blocks|output_blocks)\."))
 UNKNOWN = FileKind("unknown", "an unknown file", lambda state: True)
 
@@ -93,7 +141,9 @@ OTHERS = (
     CHECKPOINT,
     FileKind("other-checkpoint", "a checkpoint of another diffusion model", has_key(r"^model\.diffusion_model\.")),
     UNET,
-    FileKind("vae", "a VAE", has_key(r"^(first_stage_model\.|encoder\.down\.0\.block\.|decoder\.up_blocks\.0\.)")),
+    LIGHT_VAE,
+    VAE,
+    TAESD,
     FileKind("lpips", "weights of a perceptual loss (LPIPS), which only training uses", has_key(r"^(lin0\.model\.|net\.slice1\.)")),
     TAGGER,
     FileKind(

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -48,6 +49,14 @@ class Adapter:
     unet: dict[str, LowRank]
     vae: dict[str, LowRank] = field(default_factory=dict)
     unet_replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    per_image: ClassVar[bool] = False
+    """Whether it is another one for each image: ``for_image(part, scores)`` gives that of the ``"unet"`` or the ``"vae"``, an adapter of this class."""
+
+    @property
+    def sets(self) -> dict[str, dict[str, LowRank]]:
+        """The low-rank updates of the UNet that act together or apart, by a name of each set; most methods have one, without a name."""
+        return {"": self.unet}
 
     @property
     def rank_unet(self) -> int:

@@ -33,7 +33,7 @@ def python_objects(name: str = "") -> Refused:
     )
 
 
-def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> set[str]:
+def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> tuple[set[str], set[str]]:
     """Go through a pickle's opcodes, to its end.
 
     Args:
@@ -41,13 +41,13 @@ def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> set[str
         magic: a number that must be in it.
 
     Returns:
-        The texts in it.
+        The texts in it, and the names of the classes and functions that it calls for.
 
     Raises:
         Refused: it calls for something that weights have no use for, or has too many opcodes.
         Exception: it is no pickle.
     """
-    texts, seen_magic, values = set(), magic is None, _Values()
+    texts, names, seen_magic, values = set(), set(), magic is None, _Values()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
         if count > MAX_OPCODES:
             raise Refused(f"its pickle has more than {MAX_OPCODES:,} steps; expected tensors, numbers and text. The file is damaged.")
@@ -59,13 +59,14 @@ def require_weights_alone(stream: BinaryIO, magic: int | None = None) -> set[str
                 raise python_objects()
             if found := next((words for pattern, words in _NOT_WEIGHTS if re.fullmatch(pattern, name)), None):
                 raise Refused(f"found {found} ({name[:100]}); expected dense tensors of floating-point numbers. Choose another file.")
+            names.add(name)
         elif isinstance(argument, str):
             texts.add(argument)
         seen_magic |= magic is not None and argument == magic
         values.follow(opcode, argument)
     if not seen_magic:
         raise Refused("this pickle was not written by torch.save; expected a file of torch.save, or safetensors.")
-    return texts
+    return texts, names
 
 
 _GLOBAL = -1

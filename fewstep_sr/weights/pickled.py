@@ -8,10 +8,10 @@ import io
 import pickle
 import re
 import zipfile
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -24,8 +24,24 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 MAX_PICKLE = MAX_DIRECTORY = 16 << 20
 
 
-def read_pickled(path: Path, zipped: bool) -> dict:
+MAX_PASSED_OVER = 100
+"""Kinds of Python objects in one file."""
+
+_OF_PYTORCH = re.compile(
+    r"torch\.\w+|torch\.(_utils\._rebuild\w+|storage\.\w+|serialization\.\w+|nn\.parameter\.Parameter)"
+    r"|collections\.(OrderedDict|Counter)|builtins\.(set|complex)"
+)
+
+
+def read_pickled(path: Path, zipped: bool, pass_over: bool = False) -> tuple[dict, list[str]]:
     """The dictionary in a file of ``torch.save``, its tensors on the CPU, memory-mapped where it is a zip archive.
+
+    Args:
+        pass_over: whether Python objects, such as those that a training framework leaves in its checkpoints, are passed over instead of refused:
+            none is imported or run, and a plain dictionary stands in the place of each.
+
+    Returns:
+        The dictionary, and the names of the classes that were passed over.
 
     Raises:
         Refused: the file is damaged, holds something else than tensors, numbers and text, or claims more than it stores.
@@ -33,8 +49,10 @@ def read_pickled(path: Path, zipped: bool) -> dict:
     """
     with path.open("rb") as file:
         storages = _ZipStorages(file) if zipped else _LegacyStorages(file)
+    foreign = sorted(name for name in storages.names if not _OF_PYTORCH.fullmatch(name)) if pass_over else []
     try:
-        content = torch.load(path, map_location=storages.place, weights_only=True, mmap=zipped)
+        with torch.serialization.safe_globals(_stand_ins(foreign)):
+            content = torch.load(path, map_location=storages.place, weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         if culprit := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise python_objects(culprit.group(1)) from None
@@ -42,7 +60,25 @@ def read_pickled(path: Path, zipped: bool) -> dict:
     storages.require_all()
     if isinstance(content, torch.Tensor) or not isinstance(content, Mapping):
         raise Refused(f"found a single {type(content).__name__}, expected a dictionary of tensors.")
-    return dict(content)
+    return dict(content), foreign
+
+
+class _PassedOver:
+    """What stands for a class or function that is not to be imported: whatever it is called with, it makes an empty dictionary.
+
+    PyTorch's reader puts into it what the file says of the object, so that a class of a framework's own for dictionaries is one here too.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return OrderedDict()
+
+
+def _stand_ins(names: Collection[str]) -> list[Any]:
+    """A class by each of the names, by which PyTorch's reader looks for what it may call."""
+    if len(names) > MAX_PASSED_OVER:
+        raise Refused(f"its pickle holds {len(names):,} kinds of Python objects, expected at most {MAX_PASSED_OVER:,}; the file is damaged.")
+    parts = [name.rpartition(".") for name in names]
+    return [type(name or "_", (_PassedOver,), {"__module__": module, "__qualname__": name}) for module, _, name in parts]
 
 
 class _ZipStorages:
@@ -58,11 +94,12 @@ class _ZipStorages:
                 raise Refused("its entries are compressed, which torch.save never does; expected a file of torch.save, or safetensors.")
             if sum(entry.file_size for entry in entries) > _size(file) or max(names.values(), default=0) > 1:
                 raise Refused("the archive's entries overlap or have the same name; the file is damaged. Download it again.")
+            self.names: set[str] = set()
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             for entry in pickles[:1]:  # without one, PyTorch's reader says what is missing
                 if entry.file_size > MAX_PICKLE:
                     raise Refused(_too_long(entry.file_size))
-                require_weights_alone(io.BytesIO(archive.read(entry)))
+                _, self.names = require_weights_alone(io.BytesIO(archive.read(entry)))
         self.left = Counter(entry.file_size for entry in entries if "/data/" in entry.filename)
 
     def place(self, storage, location: str):
@@ -82,8 +119,9 @@ class _LegacyStorages:
 
     def __init__(self, file: BinaryIO):
         reader = cast(BinaryIO, _Bounded(file, MAX_PICKLE))
-        texts = [require_weights_alone(reader, magic=torch.serialization.MAGIC_NUMBER if i == 0 else None) for i in range(5)]
-        self.named, self.stored = len(texts[4]), _size(file) - file.tell()
+        found = [require_weights_alone(reader, magic=torch.serialization.MAGIC_NUMBER if i == 0 else None) for i in range(5)]
+        self.names = set().union(*(names for _, names in found))
+        self.named, self.stored = len(found[4][0]), _size(file) - file.tell()
         self.placed = self.claimed = 0
 
     def place(self, storage, location: str):

@@ -21,11 +21,13 @@ MAX_TENSORS = 20_000
 """A checkpoint of Stable Diffusion XL has 2,500; each takes a tenth of a millisecond, whatever its size."""
 
 
-def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
+def read_weights(path: str | Path, pass_over: bool = False) -> tuple[dict, dict[str, str]]:
     """Read a weight file on the CPU, by what it holds and not by its extension.
 
     Args:
         path: a safetensors file, or one that ``torch.save`` wrote (zip or the older format).
+        pass_over: whether Python objects in a pickle are passed over, unrun, instead of refused: for training checkpoints, which hold such things
+            beside the weights. Their names are in the metadata then, under "passed over".
 
     Returns:
         The file's dictionary (tensors memory-mapped where the format allows) and its metadata (safetensors only, else empty). Every tensor is
@@ -47,7 +49,8 @@ def read_weights(path: str | Path) -> tuple[dict, dict[str, str]]:
         if head[8:9] == b"{":
             state, metadata = _read_safetensors(path, int.from_bytes(head[:8], "little"), size)
         elif head.startswith((ZIP, PICKLE)):
-            state, metadata = read_pickled(path, zipped=head.startswith(ZIP)), {}
+            state, foreign = read_pickled(path, head.startswith(ZIP), pass_over)
+            metadata = {"passed over": f"{', '.join(foreign)[:150]} (Python objects, not run)"} if foreign else {}
         else:
             raise Refused(f"not a weight file (it starts with {head[:8]!r}); expected safetensors or a file written by torch.save.")
         require_plain(state)

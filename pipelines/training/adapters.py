@@ -1,6 +1,7 @@
-"""OSEDiff's trainable low-rank updates on diffusers' networks (peft), and back into the published form."""
+"""Trainable low-rank updates on diffusers' networks (peft), as OSEDiff's and PiSA-SR's trainings make them, and back into the published form."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -8,6 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from fewstep_sr.methods.osediff import TIMESTEP, VAE_GROUP, OSEDiffAdapter, unet_group
+from fewstep_sr.methods.pisasr import PiSASRAdapter, peft_name
 from fewstep_sr.weights.lora import PEFT_ALPHA, LowRank
 
 # The layers that OSEDiff's training adapts are those whose names hold one of these (train_osediff.py), and no "norm".
@@ -30,11 +32,30 @@ def adapt_regulariser(unet: UNet2DConditionModel, rank: int, everywhere: bool = 
     _adapt(unet, groups if everywhere else {"default_others": groups["default_others"]}, rank)
 
 
-def _groups(unet: UNet2DConditionModel) -> dict[str, list[str]]:
+def _groups(unet: UNet2DConditionModel, name: Callable[[str], str] = unet_group) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for layer in _layers(unet, UNET_LAYERS):
-        groups.setdefault(unet_group(layer), []).append(layer)
+        groups.setdefault(name(layer), []).append(layer)
     return groups
+
+
+def adapt_set(unet: UNet2DConditionModel, which: str, rank: int) -> None:
+    """Freeze the UNet but for a new set, ``"pix"`` or ``"sem"``, of PiSA-SR's low-rank updates. A set that is on already acts and stays as it is."""
+    others = list(getattr(unet, "peft_config", {}))
+    _adapt(unet, _groups(unet, lambda layer: peft_name(layer, which)), rank)
+    unet.set_adapter(list(unet.peft_config))
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".lora_" in name and not any(f".{other}." in name for other in others))
+
+
+def extract_sets(unet: UNet2DConditionModel) -> PiSASRAdapter:
+    """Both of PiSA-SR's sets, copied to the CPU. Where the semantic one is not on yet, it is one that changes nothing, as the published training
+    writes it at the end of its first stage.
+    """
+    pix = _low_rank(unet, "_pix")
+    idle = {layer: LowRank(down=low_rank.down.clone(), up=torch.zeros_like(low_rank.up)) for layer, low_rank in pix.items()}
+    sem = _low_rank(unet, "_sem") or idle
+    return PiSASRAdapter(unet=pix, semantic=sem)
 
 
 def adapt_vae(vae: AutoencoderKL, rank: int) -> None:
@@ -43,10 +64,11 @@ def adapt_vae(vae: AutoencoderKL, rank: int) -> None:
 
 
 def _layers(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
+    """The base's own layers that are to be adapted, whether or not they have updates on already."""
     return [
-        name
+        name.removesuffix(".base_layer")
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and "norm" not in name and any(part in name for part in parts)
+        if isinstance(module, nn.Linear | nn.Conv2d) and "norm" not in name and ".lora_" not in name and any(part in name for part in parts)
     ]
 
 
@@ -68,11 +90,13 @@ def extract_adapter(unet: UNet2DConditionModel, vae: AutoencoderKL, timestep: in
     return OSEDiffAdapter(unet=_low_rank(unet), vae=_low_rank(vae), unet_replaced=replaced, timestep=timestep)
 
 
-def _low_rank(model: nn.Module) -> dict[str, LowRank]:
+def _low_rank(model: nn.Module, which: str = "") -> dict[str, LowRank]:
+    """The updates of the adapters whose names end in ``which``."""
     updates = {}
     for layer, module in model.named_modules():
         for group in getattr(module, "lora_A", ()):
-            updates[layer] = LowRank(down=_copy(module.lora_A[group].weight), up=_copy(module.lora_B[group].weight))
+            if group.endswith(which):
+                updates[layer] = LowRank(down=_copy(module.lora_A[group].weight), up=_copy(module.lora_B[group].weight))
     return updates
 
 

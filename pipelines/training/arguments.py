@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from .ranges import WEIGHT, real, whole
 
 if TYPE_CHECKING:
+    from .data import TrainingPictures
+    from .degradation import Degradation
     from .options import LoopOptions
+    from .settings import DataSettings
 
 RAW = {"formatter_class": argparse.RawDescriptionHelpFormatter}
 
@@ -52,17 +55,14 @@ def add_common(command: argparse.ArgumentParser, lr: float, patch_multiple: int 
     command.set_defaults(stopped="With --resume the same command goes on from the last checkpoint.")
 
 
-def loop_options(arguments: argparse.Namespace):
-    """The part of the command line that the loop reads; seeds what draws from torch's own generator."""
+def begin(settings: "DataSettings") -> None:
+    """Seed what draws from torch's own generator, and take as many threads as asked for."""
     import torch
     from accelerate.utils import set_seed
 
-    from .loop import LoopOptions
-
-    set_seed(arguments.seed)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    return LoopOptions(**{name: getattr(arguments, name) for name in LoopOptions.__dataclass_fields__ if hasattr(arguments, name)})
+    set_seed(settings.loop.seed)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
 
 
 def report(loop: "LoopOptions", result: str) -> None:
@@ -78,10 +78,10 @@ def report(loop: "LoopOptions", result: str) -> None:
         print(f"{loop.output / result}: after {step} of {loop.steps} steps" + (". --resume goes on" if step < loop.steps else ""))
 
 
-def training_pictures(arguments: argparse.Namespace, degradation=None):
+def training_pictures(settings: "DataSettings", degradation: "Degradation | None" = None) -> "TrainingPictures":
     """The data sets of ``--data``, as one."""
     from .data import TrainingPictures
     from .sources import find_training_set
 
-    paths, weights = find_training_set(arguments.data, arguments.output)
-    return TrainingPictures(paths, arguments.patch, 0, arguments.seed, degradation, weights, arguments.crops)
+    paths, weights = find_training_set(settings.data, settings.loop.output)
+    return TrainingPictures(paths, settings.patch, 0, settings.loop.seed, degradation, weights, settings.crops)

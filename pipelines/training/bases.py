@@ -17,7 +17,7 @@ from ..single_file import find_tokenizer
 from ..tagger import PromptTagger
 
 PROMPT_FILE = "prompt_embeds.safetensors"
-"""Beside a base without a text encoder: ``prompt_embeds`` (1, n, width), and ``negative_prompt_embeds`` where it has one."""
+"""Beside a base without a text encoder: ``prompt_embeds`` (1, n, width), and ``negative_prompt_embeds`` and ``empty_prompt_embeds`` where it has them."""
 
 _log = logging.getLogger(__name__)
 
@@ -77,12 +77,13 @@ class Prompts:
         self.networks: list[torch.nn.Module] = []
         self._fixed: torch.Tensor | None = None
         self._negative: torch.Tensor | None = None
+        self._empty: torch.Tensor | None = None
         if file:
             self._read(file)
         elif base.text_encoder is None:
             raise ValueError(f"prompt: the base has no text encoder and no {PROMPT_FILE}. Give embeddings with --prompt-embeds, or another base.")
         else:
-            self._negative = self._encode([negative])
+            self._negative, self._empty = self._encode([negative]), self._encode([""])
             self._fixed = None if tagger else self._encode([text])
             self.networks = [base.text_encoder, tagger.network] if tagger else []
 
@@ -94,7 +95,7 @@ class Prompts:
             raise ValueError(f"{file.name}: found prompt_embeds of shape {tuple(found.shape)}, expected (1, tokens, {width}), as the base has it.")
         if self._tagger:
             raise ValueError("tagger: a tagger's tags need a text encoder, but the prompt is given as embeddings. Give one or the other.")
-        self._fixed, self._negative = found.float(), tensors.get("negative_prompt_embeds")
+        self._fixed, self._negative, self._empty = found.float(), tensors.get("negative_prompt_embeds"), tensors.get("empty_prompt_embeds")
 
     def settings(self) -> dict[str, Any]:
         """What a run keeps of them: texts, or a file's contents."""
@@ -123,6 +124,10 @@ class Prompts:
         if self._negative is None:
             raise ValueError("negative prompt: found none beside the prompt's embeddings. Give it, or guidance 1.")
         return self._negative.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
+
+    def empty(self, pictures: torch.Tensor) -> torch.Tensor | None:
+        """Embeddings of the empty text, as many as pictures; None where prompts are given as embeddings without it."""
+        return None if self._empty is None else self._empty.to(pictures.device, non_blocking=True).expand(len(pictures), -1, -1)
 
     @property
     def has_negative(self) -> bool:

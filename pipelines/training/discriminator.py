@@ -4,7 +4,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-CHANNELS = (128, 256, 512)
+from .options import DISCRIMINATOR_CHANNELS
 
 
 class LatentDiscriminator(nn.Module):
@@ -15,7 +15,7 @@ class LatentDiscriminator(nn.Module):
         channels: of the levels, multiples of 32; the first level has no attention.
     """
 
-    def __init__(self, text_width: int, channels: tuple[int, ...] = CHANNELS):
+    def __init__(self, text_width: int, channels: tuple[int, ...] = DISCRIMINATOR_CHANNELS):
         super().__init__()
         attention = len(channels) - 1
         self.unet = UNet2DConditionModel(

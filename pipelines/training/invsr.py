@@ -1,6 +1,6 @@
 """Training of InvSR's noise predictor (Yue et al., CVPR 2025) against a frozen diffusion model."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,40 +15,14 @@ from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorCo
 
 from .bases import Base, Prompts
 from .common import cells, denoiser, draw, enlarge, sample_grid
-from .discriminator import CHANNELS, LatentDiscriminator
+from .discriminator import LatentDiscriminator
 from .latents import Encoder
 from .losses import LATENT_BOUND, adversarial_loss, gaussian_constraint, gradient_similarity, hinge_loss, variance_constraint
+from .options import TIMESTEPS, InvSROptions
 from .records import fingerprint
 from .task import Task
 
-TIMESTEPS = (250, 200, 150, 100)
-"""Counted from 1, as InvSR publishes them."""
-
 PREDICTOR_FILE = "noise_predictor.safetensors"
-
-
-@dataclass(frozen=True)
-class InvSROptions:
-    """Mode and weights of the losses, those of the published training where nothing is said.
-
-    ``start`` trains on states of the low-quality picture (eq. 8); otherwise on states of the high-quality one (eq. 10), with the Gaussian constraint.
-    ``adversarial_from`` is the number of steps in which the discriminator learns alone. Not part of the method, and cheap where there is no time for a
-    discriminator: ``variance`` is of the constraint's part that the variance has, ``structure`` of the decoded pictures' gradient magnitudes'
-    dissimilarity. With ``variance_alone`` the mean stays as it is and the variance alone learns: after L2 alone, which takes the noise away, the diffusion
-    model sees states that are cleaner than their timestep says, and smooths them.
-    """
-
-    start: bool = True
-    timesteps: tuple[int, ...] = TIMESTEPS
-    latent: float = 1.0
-    perceptual: float = 2.0
-    gaussian: float = 0.0
-    variance: float = 0.0
-    variance_alone: bool = False
-    structure: float = 0.0
-    adversarial: float = 0.0
-    adversarial_from: int = 10_000
-    discriminator_channels: tuple[int, ...] = CHANNELS
 
 
 class InvSRTask(Task):

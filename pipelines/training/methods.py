@@ -1,11 +1,17 @@
-"""``train osediff`` and ``train invsr`` of the command line."""
+"""``train osediff``, ``train pisasr`` and ``train invsr`` of the command line."""
 
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .arguments import RAW, add_common, loop_options, report, training_pictures
+from .arguments import RAW, add_common, begin, report, training_pictures
 from .ranges import WEIGHT, real, whole
+
+if TYPE_CHECKING:
+    from .bases import Base
+    from .data import TrainingPictures
+    from .settings import BaseSettings, DataSettings, InvSRSettings, OSEDiffSettings, PiSASRSettings
 
 _PACKAGE = __package__.rpartition(".")[0]
 _OSEDIFF = f"""\
@@ -14,6 +20,13 @@ examples:
   accelerate launch --multi_gpu --num_processes 4 -m {_PACKAGE} train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
 
 The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'OSEDiff Loader' read.
+"""
+_PISASR = """\
+examples:
+  %(prog)s --base sd-2-1-base --data photos -o pixel --steps 4000 --mixed-precision bf16 --gradient-checkpointing
+  %(prog)s --base sd-2-1-base --data photos -o semantic --stage semantic --weights pixel --steps 8000 --mixed-precision bf16
+
+The result, in the output folder, is pisa_sr.safetensors, which upscale --weights reads, and pisa_sr.pkl, which the authors' own program reads.
 """
 _INVSR = """\
 examples:
@@ -46,9 +59,30 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--gradient-weight", type=WEIGHT, default=0.0, help="not in the paper: of the edges' distance (default: %(default)g)")
     _add_structure(command)
     command.add_argument("--vae-lr", type=real(0, 10), help="learning rate of the encoder's updates (default: --lr)")
-    command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
-    command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
+    _add_tagger(command)
     command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
+
+    command = trainings.add_parser(
+        "pisasr", parents=[common], help="PiSA-SR: two sets of weights for Stable Diffusion 2.1-base", epilog=_PISASR, **RAW
+    )
+    add_common(command, lr=5e-5, patch_multiple=1)
+    _add_base(command, prompt="none")
+    command.add_argument(
+        "--stage", choices=["pixel", "semantic"], default="pixel", help="which set learns; the semantic one on top of the pixel one (default: pixel)"
+    )
+    command.add_argument("--weights", type=Path, metavar="RUN", help="for the semantic stage: the pixel stage's output folder, or its file")
+    command.add_argument("--negative-prompt", help="of the distillation (default: the published one)")
+    command.add_argument("--rank-pixel", type=whole(1, 4096), default=4, help="of the pixel set, in its own stage (default: %(default)s)")
+    command.add_argument("--rank-semantic", type=whole(1, 4096), default=4, help="of the semantic set (default: %(default)s)")
+    command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
+    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="semantic: of LPIPS, where its weights are at hand (default: %(default)g)")
+    command.add_argument("--csd-weight", type=WEIGHT, default=1.0, help="semantic: of score distillation; 0 also saves a UNet (default: %(default)g)")
+    command.add_argument("--guidance", type=real(0), default=7.5, help="of the distillation (default: %(default)g)")
+    command.add_argument(
+        "--null-prompt", type=real(0, 1), default=0.5, help="share of batches that are restored with the empty prompt (default: %(default)g)"
+    )
+    _add_tagger(command)
+    command.set_defaults(run=_pisasr, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
@@ -97,6 +131,11 @@ def _add_structure(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_tagger(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--tagger", type=Path, help="prompts are tags that it reads off the pictures, as published, with --prompt at their end")
+    command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
+
+
 def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
     command.add_argument(
         "--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id (default: the published one)"
@@ -115,105 +154,98 @@ def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
     command.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
 
 
-def _base(arguments: argparse.Namespace, method: str):
+def _base(settings: "BaseSettings", method: str) -> "Base":
     from fewstep_sr.methods import METHODS
 
     from ..find import find_base
     from .bases import load_base
 
-    comfyui = Path(arguments.comfyui).expanduser() if arguments.comfyui else None
-    return load_base(find_base(METHODS[method], arguments.base, comfyui, arguments.download), arguments.download, comfyui)
+    name = find_base(METHODS[method], settings.base, settings.comfyui, settings.download)
+    return load_base(name, settings.download, settings.comfyui)
 
 
-def _pairs(arguments: argparse.Namespace):
+def _pairs(settings: "DataSettings") -> "TrainingPictures":
     from .degradation import Degradation
 
-    if arguments.patch % 64:
-        raise ValueError(f"--patch: found {arguments.patch}, expected a multiple of 64, the UNet's coarsest cell.")
-    return training_pictures(arguments, Degradation())
+    return training_pictures(settings, Degradation())
 
 
 def _osediff(arguments: argparse.Namespace) -> int:
+    from .settings import OSEDiffSettings
+
+    return _train_osediff(OSEDiffSettings.from_arguments(arguments))
+
+
+def _train_osediff(settings: "OSEDiffSettings") -> int:
     from fewstep_sr.methods.osediff import NEGATIVE_PROMPT
 
     from ..tagger import PromptTagger
     from .bases import Prompts
     from .loop import train
-    from .osediff import ADAPTER_FILE, OSEDiffOptions, OSEDiffTask
+    from .osediff import ADAPTER_FILE, OSEDiffTask
     from .perceptual import load_lpips
 
-    loop, pictures = loop_options(arguments), _pairs(arguments)
-    base = _base(arguments, "osediff")
-    tagger = PromptTagger.from_files(arguments.tagger, arguments.dape) if arguments.tagger else None
-    negative = NEGATIVE_PROMPT if arguments.negative_prompt is None else arguments.negative_prompt
-    prompts = Prompts(base, arguments.prompt or "", negative, tagger, arguments.prompt_embeds)
-    options = OSEDiffOptions(
-        rank=arguments.rank,
-        mse=arguments.mse_weight,
-        lpips=arguments.lpips_weight,
-        vsd=arguments.vsd_weight,
-        regulariser=arguments.regulariser_weight,
-        regulariser_everywhere=arguments.regulariser_everywhere,
-        guidance=arguments.guidance,
-        latent=arguments.latent_weight,
-        latent_l1=arguments.latent_loss == "l1",
-        gradients=arguments.gradient_weight,
-        structure=arguments.structure_weight,
-        timestep=arguments.timestep,
-        vae_lr=arguments.vae_lr,
-    )
-    lpips = load_lpips() if arguments.lpips_weight else None
-    train(OSEDiffTask(base, prompts, options, lpips, arguments.gradient_checkpointing), pictures, loop)
-    report(loop, ADAPTER_FILE)
+    begin(settings.data)
+    pictures, base = _pairs(settings.data), _base(settings.base, "osediff")
+    tagger = PromptTagger.from_files(settings.tagger, settings.dape) if settings.tagger else None
+    negative = NEGATIVE_PROMPT if settings.negative_prompt is None else settings.negative_prompt
+    prompts = Prompts(base, settings.base.prompt or "", negative, tagger, settings.base.prompt_embeds)
+    lpips = load_lpips() if settings.options.lpips else None
+    train(OSEDiffTask(base, prompts, settings.options, lpips, settings.base.gradient_checkpointing), pictures, settings.data.loop)
+    report(settings.data.loop, ADAPTER_FILE)
+    return 0
+
+
+def _pisasr(arguments: argparse.Namespace) -> int:
+    from .settings import PiSASRSettings
+
+    return _train_pisasr(PiSASRSettings.from_arguments(arguments))
+
+
+def _train_pisasr(settings: "PiSASRSettings") -> int:
+    from fewstep_sr.methods.osediff import NEGATIVE_PROMPT
+
+    from ..tagger import PromptTagger
+    from .bases import Prompts
+    from .loop import train
+    from .perceptual import load_lpips
+    from .pisasr import ADAPTER_FILE, PiSASRTask, read_pixel_set
+
+    begin(settings.data)
+    pixel = read_pixel_set(settings.weights) if settings.weights else None
+    pictures, base = _pairs(settings.data), _base(settings.base, "pisasr")
+    tagger = PromptTagger.from_files(settings.tagger, settings.dape) if settings.tagger else None
+    negative = NEGATIVE_PROMPT if settings.negative_prompt is None else settings.negative_prompt
+    prompts = Prompts(base, settings.base.prompt or "", negative, tagger, settings.base.prompt_embeds)
+    lpips = load_lpips() if settings.options.lpips and pixel else None
+    train(PiSASRTask(base, prompts, settings.options, pixel, lpips, settings.base.gradient_checkpointing), pictures, settings.data.loop)
+    report(settings.data.loop, ADAPTER_FILE)
     return 0
 
 
 def _invsr(arguments: argparse.Namespace) -> int:
+    from .settings import InvSRSettings
+
+    return _train_invsr(InvSRSettings.from_arguments(arguments))
+
+
+def _train_invsr(settings: "InvSRSettings") -> int:
     from fewstep_sr.methods import INVSR, load_weights
-    from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
     from .bases import Prompts
-    from .invsr import PREDICTOR_FILE, TIMESTEPS, InvSROptions, InvSRTask
+    from .invsr import PREDICTOR_FILE, InvSRTask
     from .loop import train
     from .perceptual import LatentLPIPS
 
-    if arguments.variance_alone and (arguments.weight_decay or not arguments.init or not arguments.variance_weight):
-        raise ValueError("--variance-alone: expected --init with a trained predictor, --variance-weight above 0, and no --weight-decay.")
-    if len(arguments.predictor_channels) != len(arguments.predictor_layers):
-        found = f"{len(arguments.predictor_channels)} and {len(arguments.predictor_layers)}"
-        raise ValueError(f"--predictor-channels, --predictor-layers: found {found} numbers, expected as many of one as of the other, one a level.")
-    loop, pictures = loop_options(arguments), _pairs(arguments)
-    base = _base(arguments, "invsr")
-    prompts = Prompts(base, INVSR.prompt if arguments.prompt is None else arguments.prompt, file=arguments.prompt_embeds)
-    start = arguments.mode == "start"
-    options = InvSROptions(
-        start=start,
-        timesteps=tuple(arguments.timesteps or (TIMESTEPS if start else TIMESTEPS[1:])),
-        latent=arguments.latent_weight,
-        perceptual=arguments.perceptual_weight,
-        gaussian=arguments.gaussian_weight if arguments.gaussian_weight is not None else (0.0 if start else 0.1),
-        variance=arguments.variance_weight,
-        variance_alone=arguments.variance_alone,
-        structure=arguments.structure_weight,
-        adversarial=arguments.adversarial_weight,
-        adversarial_from=arguments.adversarial_from,
-        discriminator_channels=tuple(arguments.discriminator_channels),
-    )
-    weights = load_weights(INVSR, arguments.init) if arguments.init else None
-    config = (
-        weights.config
-        if weights
-        else NoisePredictorConfig(
-            block_out_channels=tuple(arguments.predictor_channels),
-            layers_per_block=tuple(arguments.predictor_layers),
-            time_channels=arguments.predictor_time[0],
-            temb_channels=arguments.predictor_time[1],
-        )
-    )
-    perceptual = LatentLPIPS.from_file(arguments.perceptual) if arguments.perceptual else None
-    task = InvSRTask(base, prompts, options, config, perceptual, arguments.gradient_checkpointing)
+    begin(settings.data)
+    pictures, base = _pairs(settings.data), _base(settings.base, "invsr")
+    prompts = Prompts(base, INVSR.prompt if settings.base.prompt is None else settings.base.prompt, file=settings.base.prompt_embeds)
+    weights = load_weights(INVSR, settings.init) if settings.init else None
+    perceptual = LatentLPIPS.from_file(settings.perceptual) if settings.perceptual else None
+    config = weights.config if weights else settings.predictor
+    task = InvSRTask(base, prompts, settings.options, config, perceptual, settings.base.gradient_checkpointing)
     if weights:
         task.predictor.load_state_dict(weights.state_dict)
-    train(task, pictures, loop)
-    report(loop, PREDICTOR_FILE)
+    train(task, pictures, settings.data.loop)
+    report(settings.data.loop, PREDICTOR_FILE)
     return 0

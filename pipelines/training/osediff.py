@@ -1,7 +1,7 @@
 """Training of OSEDiff (Wu et al., NeurIPS 2024): a base becomes a one-step restorer, held to pictures by score distillation."""
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,33 +19,9 @@ from .bases import Base, Prompts
 from .common import denoiser, draw, enlarge, sample_grid
 from .latents import Encoder
 from .losses import gradient_loss, gradient_similarity
+from .options import OSEDiffOptions
 from .records import fingerprint
 from .task import Task
-
-
-@dataclass(frozen=True)
-class OSEDiffOptions:
-    """``rank`` and weights of the losses, those of the published training where nothing is said.
-
-    ``latent`` is of a distance (L2, or L1) to the high-quality picture's latents, and ``gradients`` of one between the pictures' differences at
-    three scales, ``structure`` of the gradient magnitudes' dissimilarity: none is part of the method; they are cheap where there is no GPU, or no
-    LPIPS. ``regulariser_everywhere`` lets the regulariser learn in all its layers, as the paper has it, and not in the middle alone, as the published
-    program has it. ``timestep`` is that of the one step; ``vae_lr`` the learning rate of the encoder's updates, where it is not that of all others.
-    """
-
-    rank: int = 4
-    mse: float = 1.0
-    lpips: float = 2.0
-    vsd: float = 1.0
-    regulariser: float = 1.0
-    regulariser_everywhere: bool = False
-    guidance: float = distillation.GUIDANCE
-    latent: float = 0.0
-    latent_l1: bool = False
-    gradients: float = 0.0
-    structure: float = 0.0
-    timestep: int = TIMESTEP
-    vae_lr: float | None = None
 
 
 class Generator(nn.Module):

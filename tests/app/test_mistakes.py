@@ -38,7 +38,7 @@ class Mistake:
     added: dict[str, dict] = field(default_factory=dict)
 
     def prompt(self, server) -> dict:
-        prompt = to_prompt(load(self.template), server.get("/object_info"))
+        prompt = to_prompt(load(self.template), server.schemas)
         ids = {node["class_type"]: node_id for node_id, node in reversed(prompt.items())}
         changed = self.node if self.node in self.added else ids[self.node]
         for class_type, inputs in self.added.items():

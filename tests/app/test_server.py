@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def server(comfy, tmp_path_factory):
 
 def run(server: Server, workflow: dict) -> dict[str, list[dict]]:
     """Run a workflow as the page saved it. Returns what its nodes showed or saved, by node class and in the nodes' order."""
-    prompt = to_prompt(workflow, server.get("/object_info"))
+    prompt = to_prompt(workflow, server.schemas)
     outputs = server.run(prompt)["outputs"]
     by_class = defaultdict(list)
     for node in sorted(outputs, key=int):
@@ -83,6 +84,8 @@ PHOTO_X4 = [
     "osediff_lora_controlnet",
     "gan_then_osediff",
     "fidelity_and_detail",
+    "hypir_x4",
+    "s3diff_x4",
 ]
 
 
@@ -92,6 +95,9 @@ def test_template(server, name):
     check_saved(server, outputs)
     if name == "osediff_x4_tagged":
         assert outputs["DAPETagger"] == [{"text": [", ".join(tagger_toys.NAMES[:8])]}]
+    if name == "s3diff_x4":
+        [estimated], [acting] = outputs["S3DiffDegradation"], outputs["S3DiffAdapt"]
+        assert estimated == acting and re.fullmatch(r"blur [01]\.\d{3}, noise [01]\.\d{3}", estimated["text"][0])
     if "InvSRStartState" in outputs:
         check_noise_map(server, outputs, (25 * 13, 19 * 13))
     for comparison in outputs["ImageCompare"]:
@@ -109,6 +115,13 @@ def test_template_invsr_1_to_5_steps(server):
     """The server runs what five branches share once; every number of steps gives another picture."""
     pictures = check_saved(server, run(server, load("invsr_1_to_5_steps")))
     assert len(pictures) == len(set(pictures)) == 5
+
+
+@pytest.mark.parametrize(("name", "results"), [("pisasr_fidelity_and_detail", 3), ("all_methods_x4", 4)])
+def test_templates_that_compare(server, name, results):
+    """Every knob's and every method's picture is another."""
+    pictures = check_saved(server, run(server, load(name)))
+    assert len(pictures) == len(set(pictures)) == results
 
 
 def test_template_text_to_image(server):
@@ -163,7 +176,17 @@ def test_template_cutout(server):
 
 
 def test_every_template_is_run():
-    run_here = {*PHOTO_X4, "cutout_osediff_x4", "invsr_1_to_5_steps", "text_to_image_invsr_x4", "video_osediff_x2", "try_osediff", "try_invsr"}
+    compared = {"pisasr_fidelity_and_detail", "all_methods_x4"}
+    run_here = {
+        *PHOTO_X4,
+        *compared,
+        "cutout_osediff_x4",
+        "invsr_1_to_5_steps",
+        "text_to_image_invsr_x4",
+        "video_osediff_x2",
+        "try_osediff",
+        "try_invsr",
+    }
     assert run_here == {path.stem for path in WORKFLOWS}
 
 
@@ -175,7 +198,7 @@ def test_released_workflow(server, path):
 
 def test_a_wrong_file_is_named_to_the_user(server):
     (server.base / "models" / "osediff" / "page.pkl").write_text("<!DOCTYPE html><html>sign in</html>")
-    prompt = to_prompt(load("osediff_x4"), server.get("/object_info"))
+    prompt = to_prompt(load("osediff_x4"), server.schemas)
     [loader] = [n for n in prompt.values() if n["class_type"] == "OSEDiffLoader"]
     loader["inputs"]["osediff_name"] = "page.pkl"
     with pytest.raises(AssertionError, match=r"page\.pkl: this is a web page saved under a weight file's name"):

@@ -99,7 +99,7 @@ def test_invsr_by_hand():
 
 def test_what_is_published():
     """The records' constants, from the papers and the authors' programs."""
-    assert list(METHODS) == ["osediff", "invsr", "pisasr", "hypir"]
+    assert list(METHODS) == ["osediff", "invsr", "pisasr", "hypir", "s3diff"]
     assert (INVSR.schedule.start, INVSR.schedule.origin, invsr.MAX_START) == (250, 1, 250)
     assert INVSR.schedule.published == {1: (200,), 2: (200, 100), 3: (200, 100, 50), 4: (200, 150, 100, 50), 5: (250, 200, 150, 100, 50)}
     assert (OSEDIFF.schedule.start, OSEDIFF.schedule.origin) == (999, 0) and OSEDIFF.schedule.fixed_start and not INVSR.schedule.fixed_start
@@ -111,7 +111,8 @@ def test_what_is_published():
     assert (timesteps.name, timesteps.parse("250,100"), timesteps.default, timesteps.many) == ("timesteps", (250, 100), (), True)
     assert [(option.name, option.needed, option.default) for option in OSEDIFF.options] == [("tagger", True, None), ("dape", False, None)]
     assert not any(option.needed for option in INVSR.options)
-    assert [m.published_name for m in METHODS.values()] == ["osediff.pkl", "noise_predictor_sd_turbo_v5.pth", "pisa_sr.pkl", "HYPIR_sd2.pth"]
+    published = ["osediff.pkl", "noise_predictor_sd_turbo_v5.pth", "pisa_sr.pkl", "HYPIR_sd2.pth", "s3diff.pkl"]
+    assert [m.published_name for m in METHODS.values()] == published
     assert OSEDIFF.weights.page.endswith("/osediff.pkl") and INVSR.weights.page == "https://huggingface.co/OAOA/InvSR"
 
 
@@ -143,7 +144,7 @@ def test_timesteps_in_order_and_in_range(timesteps, message):
 
 def test_summaries():
     low_rank = osediff.LowRank(torch.zeros(4, 1024), torch.zeros(320, 4))
-    adapter = osediff.OSEDiffAdapter({"x.attn2.to_k": low_rank}, {"encoder.conv_in": low_rank}, {})
+    adapter = osediff.OSEDiffAdapter({"x.attn2.to_k": low_rank}, {"encoder.conv_in": low_rank}, {"conv_in.weight": torch.zeros(320, 4, 3, 3)})
     assert OSEDIFF.summary(adapter) == [
         "  rank: 4 on the UNet (1 layers), 4 on the VAE's encoder (1 layers); scale 2",
         "  replaces: the UNet's conv_in",

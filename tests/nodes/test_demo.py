@@ -87,7 +87,8 @@ def figures():
     spec = importlib.util.spec_from_file_location("quality", ROOT / "benchmarks" / "quality.py")
     quality = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(quality)
-    return quality.measure(sorted(PHOTOS.glob("*.png")), seeds=12)  # with fewer, chance decides about the third digit
+    names = {"bicubic", "OSEDiff", "InvSR"}
+    return quality.measure(sorted(PHOTOS.glob("*.png")), seeds=12, names=names)  # with fewer seeds, chance decides about the third digit
 
 
 @pytest.mark.slow
@@ -101,6 +102,7 @@ def test_restores_held_out_photos(figures, method):
     assert found["PSNR"] > bicubic["PSNR"] - 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [[], ["--method", "osediff"]], ids=["invsr", "osediff"])
 def test_command(tmp_path, method):
     from PIL import Image

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT
-from forked import Forked
+from forked import Forked, environment_of, free_port
 
 pytest.importorskip("diffusers")
 
@@ -61,17 +60,11 @@ def patience(tmp_path) -> float:
 @pytest.fixture
 def start(tmp_path, patience):
     """A function that starts processes by rank as a launcher does that takes no further care of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
+    port, started = free_port(), []
 
     def begin(works: dict, patience: float = patience) -> list[Forked]:
         for rank, work in works.items():
-            environment = {
-                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "FEWSTEP_SR_PATIENCE": str(patience), "CUDA_VISIBLE_DEVICES": "",
-            }  # fmt: skip
+            environment = environment_of(rank, 2, port) | {"FEWSTEP_SR_PATIENCE": str(patience)}
             started.append(Forked(work, tmp_path / f"log {rank}", environment))
         return started
 

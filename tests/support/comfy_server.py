@@ -7,6 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ class Server:
                 self.get("/system_stats")
                 return self
             except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.5)
+                time.sleep(0.1)
         raise TimeoutError(f"ComfyUI did not answer within 600 s:\n{self.log[-3000:]}")
 
     def __exit__(self, *_) -> None:
@@ -55,6 +56,11 @@ class Server:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self.process.kill()
+
+    @cached_property
+    def schemas(self) -> dict:
+        """Every node's inputs, as they were when first asked for: what a choice lists may be out of date."""
+        return self.get("/object_info")
 
     def get(self, path: str):
         with urllib.request.urlopen(self.url + path, timeout=60) as answer:
@@ -95,7 +101,7 @@ class Server:
             history = self.get(f"/history/{prompt_id}")
             if entry := history.get(prompt_id):
                 return entry
-            time.sleep(0.5)
+            time.sleep(0.1)
         raise TimeoutError(f"the prompt did not finish within {timeout} s:\n{self.log[-3000:]}")
 
     def image(self, output: dict):
@@ -144,7 +150,7 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
         for name, spec in [*info["input"].get("required", {}).items(), *info["input"].get("optional", {}).items()]:
             kind, options = spec[0], spec[1] if len(spec) > 1 else {}
             if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
-                inputs[name] = next(values)
+                inputs[name] = next(values, options.get("default"))  # a widget that came after the workflow was saved
                 if options.get("control_after_generate") or options.get("image_upload") or options.get("video_upload"):
                     next(values)
             if kind == "COMFY_DYNAMICCOMBO_V3":  # a choice, then the widgets that it brings, named "choice.widget"

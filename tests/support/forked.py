@@ -2,10 +2,23 @@
 
 import multiprocessing
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment_of(rank: int, number: int, port: int) -> dict[str, str]:
+    """What a launcher tells the process of this rank, of CPU processes on one machine."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
 
 
 class Forked:
@@ -25,6 +38,8 @@ class Forked:
         if accelerate := sys.modules.get("accelerate.state"):  # which remembers a run of this process as the only one there is
             accelerate.AcceleratorState._reset_state(reset_partial_state=True)
             accelerate.GradientState._reset_state()
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(1)  # OpenMP's other threads stayed behind, and would be waited for
         status = 1
         try:
             status = work() or 0
@@ -35,11 +50,17 @@ class Forked:
         sys.stdout.flush()
         os._exit(status)
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 600) -> int:
         """Its exit status, negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running after {timeout} seconds: {self.text}"
         return self.process.exitcode
+
+    @classmethod
+    def together(cls, work: Callable[[], int | None], number: int, folder: Path) -> list["Forked"]:
+        """So many processes that find each other, as a launcher starts them; their logs are ``log 0`` and so on in ``folder``."""
+        port = free_port()
+        return [cls(work, folder / f"log {rank}", environment_of(rank, number, port)) for rank in range(number)]
 
     @property
     def text(self) -> str:

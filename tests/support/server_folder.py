@@ -14,12 +14,15 @@ PHOTO = ROOT / "tests" / "data" / "chelsea.png"
 
 def write_models(models: Path, size: str) -> None:
     """Files under the names that the example workflows ask for."""
-    for folder in ("checkpoints", "osediff", "invsr", "dape", "loras", "controlnet", "upscale_models"):
+    for folder in ("checkpoints", "osediff", "pisasr", "hypir", "s3diff", "invsr", "dape", "loras", "controlnet", "upscale_models"):
         (models / folder).mkdir(parents=True)
     base = models / "checkpoints" / "v2-1_512-ema-pruned.safetensors"
     stable_diffusion.write_checkpoint(base, size)
     (models / "checkpoints" / "sd_turbo.safetensors").symlink_to(base)
     stable_diffusion.write_osediff(models / "osediff" / "osediff.pkl", size)
+    stable_diffusion.write_adapter(models / "pisasr" / "pisa_sr.pkl", "pisasr", size)
+    stable_diffusion.write_adapter(models / "hypir" / "HYPIR_sd2.pth", "hypir", size)
+    stable_diffusion.write_s3diff(models / "s3diff", size)
     stable_diffusion.write_predictor(models / "invsr" / "noise_predictor_sd_turbo_v5.pth", size)
     # A small tagger that always finds its first eight tags.
     tagger_toys.write_ram(models / "dape", thresholds=[0.0 if i < 8 else 2.0 for i in range(len(tagger_toys.NAMES))])

@@ -94,19 +94,47 @@ def write_checkpoint(path: Path, size: str) -> None:
 
 def write_osediff(path: Path, size: str, rank: int = 4) -> None:
     """An adapter in the published layout for :func:`write_checkpoint`'s networks."""
-    import comfy.diffusers_convert
-    import comfy.utils
+    torch.save(
+        toys.osediff_checkpoint(0, rank, {"unet": diffusers_unet_shapes(size), "vae": diffusers_encoder_shapes()}, random_weights=random_weights),
+        path,
+    )
 
-    config = UNETS[size] | {"transformer_depth_middle": 1}
-    unet = unet_shapes(size)
-    unet = {diffusers: unet[own] for diffusers, own in comfy.utils.unet_to_diffusers(config).items() if own in unet}
+
+def diffusers_encoder_shapes() -> dict[str, tuple]:
+    """Of the VAE's encoder and its quant_conv."""
+    import comfy.diffusers_convert
+
     own = vae_shapes()
     names = [k for k in _vae_encoder_names() if comfy.diffusers_convert.convert_vae_state_dict({k: torch.empty(0)}).popitem()[0] in own]
     vae = {}
     for name in names:
         shape = own[comfy.diffusers_convert.convert_vae_state_dict({name: torch.empty(0)}).popitem()[0]]
         vae[name] = shape[:2] if "attentions" in name else shape
-    torch.save(toys.osediff_checkpoint(0, rank, {"unet": unet, "vae": vae}, random_weights=random_weights), path)
+    return vae
+
+
+def write_adapter(path: Path, family: str, size: str) -> None:
+    """PiSA-SR's or HYPIR's adapter in the published layout for :func:`write_checkpoint`'s UNet."""
+    settings = toys.golden(f"{family}_square")[0]
+    torch.save(toys.adapter_checkpoint(settings, {"unet": diffusers_unet_shapes(size)}, random_weights), path)
+
+
+def write_s3diff(folder: Path, size: str) -> None:
+    """S3Diff's adapter and degradation estimator in the published layouts and dimensions, for :func:`write_checkpoint`'s networks."""
+    from fewstep_sr.networks.degradation import DegradationConfig, DegradationEstimator
+
+    rank_unet, rank_vae = (32, 16) if size == "full" else (8, 4)
+    shapes = {"unet": diffusers_unet_shapes(size), "vae": diffusers_encoder_shapes()}
+    torch.save(toys.s3diff_checkpoint(0, rank_unet, rank_vae, shapes, random_weights), folder / "s3diff.pkl")
+    estimator = DegradationEstimator(DegradationConfig(), device="meta")
+    torch.save(random_weights(_shapes(estimator), seed=2, dtype=torch.float32), folder / "de_net.pth")
+
+
+def diffusers_unet_shapes(size: str) -> dict[str, tuple]:
+    import comfy.utils
+
+    config, unet = UNETS[size] | {"transformer_depth_middle": 1}, unet_shapes(size)
+    return {diffusers: unet[own] for diffusers, own in comfy.utils.unet_to_diffusers(config).items() if own in unet}
 
 
 def _vae_encoder_names() -> list[str]:

@@ -107,12 +107,12 @@ def osediff_checkpoint(seed: int, rank: int, shapes: dict = SHAPES, random_weigh
     }
 
 
-def adapter_checkpoint(settings: dict) -> dict:
-    """PiSA-SR's or HYPIR's adapter in the released layout, with the procedural weights of a golden case."""
+def adapter_checkpoint(settings: dict, shapes: dict = SHAPES, random_weights=None) -> dict:
+    """PiSA-SR's or HYPIR's adapter in the released layout, with the procedural weights of a golden case; ``random_weights`` as above."""
     prefix, seed = settings["adapter_weight_prefix"], settings["seed"]
     hypir = prefix.startswith("hypir")
     unet: dict[str, tuple] = {}
-    for key, shape in SHAPES["unet"].items():
+    for key, shape in shapes["unet"].items():
         layer = key.removesuffix(".weight")
         if "bias" in key or "norm" in key or not any(t in key for t in (*UNET_TARGETS, "conv_out")) or (hypir and layer == "conv_in"):
             continue
@@ -122,10 +122,35 @@ def adapter_checkpoint(settings: dict) -> dict:
             group = "encoder" if "down_blocks" in key or "conv_in" in key else "decoder" if "up_blocks" in key or "conv_out" in key else "others"
             for which in ("pix", "sem"):
                 unet |= _low_rank(layer, shape, settings[f"rank_{which}"], f"default_{group}_{which}")
-    state = weights(seed, prefix, unet)
+    state = random_weights(unet, seed) if random_weights else weights(seed, prefix, unet)
     if hypir:
         return state
     return {"lora_rank_unet_pix": settings["rank_pix"], "lora_rank_unet_sem": settings["rank_sem"], "state_dict_unet": state}
+
+
+def s3diff_checkpoint(seed: int, rank_unet: int, rank_vae: int, shapes: dict, random_weights) -> dict:
+    """S3Diff's adapter in the released layout."""
+    unet: dict[str, tuple] = {f"conv_in.{kind}": shapes["unet"][f"conv_in.{kind}"] for kind in ("weight", "bias")}
+    for key, shape in shapes["unet"].items():
+        layer = key.removesuffix(".weight")
+        if "bias" not in key and "norm" not in key and layer != "conv_in" and any(t in key for t in (*UNET_TARGETS, "conv_out")):
+            unet |= _low_rank(layer, shape, rank_unet, "default")
+    vae: dict[str, tuple] = {}
+    for key, shape in shapes["vae"].items():
+        if key.startswith("encoder.") and key.endswith(".weight") and "norm" not in key:
+            vae |= _low_rank(key.removesuffix(".weight"), shape, rank_vae, "vae_skip")
+    state = {"rank_unet": rank_unet, "rank_vae": rank_vae, "w": torch.nn.Parameter(gaussian(seed, "s3diff.W", (64,)), requires_grad=False)}
+    embeddings = {}
+    for part, rank, blocks, layers in (("unet", rank_unet, 10, unet), ("vae", rank_vae, 6, vae)):
+        mlps = {
+            "de_mlp": {"0.weight": (256, 256), "0.bias": (256,)},
+            "block_mlp": {"0.weight": (64, 64), "0.bias": (64,)},
+            "fuse_mlp": {"weight": (rank**2, 320), "bias": (rank**2,)},
+        }
+        state |= {f"state_dict_{part}": random_weights(layers, seed)}
+        state |= {f"state_dict_{part}_{mlp}": random_weights(members, seed) for mlp, members in mlps.items()}
+        embeddings[f"state_dict_{part}_block"] = {"weight": gaussian(seed, f"s3diff.{part}", (blocks, 64))}
+    return state | {"state_embeddings": embeddings}
 
 
 def _low_rank(layer: str, shape, rank: int, adapter: str) -> dict[str, tuple]:

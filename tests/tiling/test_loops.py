@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from memory import Memory
 
 from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 from fewstep_sr.networks.posterior import Posterior
@@ -15,30 +16,6 @@ from fewstep_sr.tiling.predictor import MAX_WINDOWS, OVERLAP, WINDOW, NoiseCanva
 from fewstep_sr.tiling.tagging import tag_logits
 from fewstep_sr.tiling.tiles import Tile, TileLayout
 from fewstep_sr.tiling.unet import cut_items, list_items, predict_in_tiles
-
-
-class Memory(Runtime):
-    """A runtime with memory for ``fits`` items a call, which keeps what it is told."""
-
-    def __init__(self, fits: int = 1000):
-        self.fits, self.told, self.freed, self.calls, self.total = fits, [], 0, 0, None
-
-    def before_call(self):
-        self.calls += 1
-
-    def is_out_of_memory(self, error):
-        return isinstance(error, MemoryError)
-
-    def free_memory(self):
-        self.freed += 1
-
-    def progress(self, total):
-        self.total = total
-        return self.told.append
-
-    def use(self, n: int) -> None:
-        if n > self.fits:
-            raise MemoryError
 
 
 def test_groups():
@@ -95,6 +72,16 @@ def test_tiles_of_a_batch_are_blended_for_every_conditioning():
     assert list_items(2, layout) == [(0, Tile(0, 0, 12, 12)), (0, Tile(8, 0, 12, 12)), (1, Tile(0, 0, 12, 12)), (1, Tile(8, 0, 12, 12))]
 
 
+def test_every_conditioning_and_tile_has_its_prediction():
+    latents, layout = torch.randn(2, 4, 20, 12), TileLayout(20, 12, 12, 4)
+    blended = torch.zeros(2, 4, 20, 12)
+    predict_in_tiles(lambda items: [cut_items(latents, items)], [blended], layout, 4, Runtime())
+    assert torch.allclose(blended, latents, atol=1e-6)
+    for wrong in (lambda items: [cut_items(latents, items)] * 2, lambda items: [cut_items(latents, items)[1:]]):
+        with pytest.raises(ValueError, match="zip"):
+            predict_in_tiles(wrong, [torch.zeros(2, 4, 20, 12)], layout, 4, Runtime())
+
+
 def test_tile_geometry():
     canvas = torch.arange(30).reshape(5, 6)
     assert Tile(1, 2, 2, 3).cut(canvas).tolist() == [[8, 9, 10], [14, 15, 16]]
@@ -138,16 +125,16 @@ def test_noise_map_is_predicted_in_windows():
     assert shapes == [(3, 3, 128, 128), (1, 3, 128, 128)] and runtime.total == 4 and runtime.told == [3, 1]
 
 
-@pytest.mark.parametrize(("fits", "first"), [(0, 1), (5, 5), (100, MAX_WINDOWS)])
-def test_number_of_windows_in_a_call(fits, first):
+@pytest.mark.parametrize(("pictures", "fits", "first"), [(11, 0, 1), (11, 5, 5), (11, 100, MAX_WINDOWS), (1, 5, 1)])
+def test_number_of_windows_in_a_call(pictures, fits, first):
     sizes = []
 
     def call(windows):
         sizes.append(len(windows))
         return Posterior(torch.zeros(len(windows), 4, 8, 8), torch.zeros(len(windows), 4, 8, 8))
 
-    predict_noise_map(call, torch.zeros(11, 3, 16, 16), CONFIG, lambda height, width: fits, Runtime())
-    assert sizes[0] == first and sum(sizes) == 11
+    predict_noise_map(call, torch.zeros(pictures, 3, 16, 16), CONFIG, lambda height, width: fits, Runtime())
+    assert sizes[0] == first and sum(sizes) == pictures
 
 
 def test_windows_are_the_published_training_size():

@@ -12,7 +12,7 @@ from fewstep_sr.tiling.predictor import OVERLAP, WINDOW, NoiseCanvas
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.whole_picture import WholePicture, mosaic, share_whole_picture
 
-LAYOUTS = [(96, 96, 96, 24), (97, 200, 96, 24), (512, 509, 96, 24), (5, 300, 64, 8), (64, 65, 16, 8), (33, 33, 16, 0), (100, 10, 16, 15)]
+LAYOUTS = [(96, 96, 96, 24), (97, 200, 96, 24), (512, 509, 96, 24), (5, 300, 64, 8), (64, 65, 16, 8), (33, 33, 16, 0), (40, 10, 16, 15)]
 
 
 def blend(layout: TileLayout, canvas: torch.Tensor, network, scale: int = 1) -> torch.Tensor:

@@ -2,17 +2,14 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pipeline_toys
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import ROOT
 from diffusers import EulerDiscreteScheduler
+from forked import Forked
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tagger_toys import golden_picture, golden_tags, write_ram
@@ -413,10 +410,9 @@ def test_command(folder, tmp_path, mode, capfd):
     assert ("an OSEDiff adapter" if mode[0] == "osediff" else "an InvSR noise predictor") in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_resume_exactly(folder, tmp_path):
-    """Processes share each step's samples and its gradient; without a GPU what accelerate calls multi_gpu are CPU processes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    """Processes share each step's samples and its gradient."""
     words = [
         "train",
         "invsr",
@@ -434,9 +430,8 @@ def test_two_processes_resume_exactly(folder, tmp_path):
     ]
 
     def run(name, *more):
-        command = [sys.executable, "-m", *launch, "-m", "pipelines", *words, "-o", str(tmp_path / name), *more]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-        assert result.returncode == 0, result.stderr
+        for process in Forked.together(lambda: main([*words, "-o", str(tmp_path / name), *more]), 2, tmp_path):
+            assert process.wait() == 0, process.text
         return load_file(tmp_path / name / PREDICTOR_FILE)
 
     uncut, first = run("uncut"), run("cut", "--max-minutes", "0")

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from pipelines.cli import run_command
-from pipelines.training.arguments import RAW, add_common, loop_options, training_pictures
+from pipelines.training.arguments import RAW, add_common, begin, training_pictures
+from pipelines.training.settings import DataSettings
 
 _SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
 
@@ -66,11 +67,12 @@ def _vae(arguments: argparse.Namespace) -> int:
 
     from .autoencoder import AutoencoderTask, small_vae
 
-    options = loop_options(arguments)
+    settings = DataSettings.from_arguments(arguments)
+    begin(settings)
     vae = AutoencoderKL.from_pretrained(arguments.init) if arguments.init else small_vae(tuple(arguments.channels))
-    pictures = training_pictures(arguments)
+    pictures = training_pictures(settings)
     examples = torch.stack([pictures[i]["hq"] for i in range(256)])
-    train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, options)
+    train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, settings.loop)
     return 0
 
 
@@ -82,10 +84,11 @@ def _base(arguments: argparse.Namespace) -> int:
 
     from .base_unet import BaseUNetTask, small_unet
 
-    options = loop_options(arguments)
+    settings = DataSettings.from_arguments(arguments)
+    begin(settings)
     prompt_embeds = torch.randn(1, 8, arguments.width)
     task = BaseUNetTask(small_unet(tuple(arguments.channels), arguments.width), AutoencoderKL.from_pretrained(arguments.vae), prompt_embeds)
-    train(task, training_pictures(arguments), options)
+    train(task, training_pictures(settings), settings.loop)
     return 0
 
 

@@ -1,0 +1,144 @@
+"""Peak memory of every stage at the published networks' full size, computed without a GPU.
+
+    python benchmarks/footprint.py                          # Markdown tables; needs diffusers, no weights and no GPU
+    python benchmarks/footprint.py --sizes 512 4096 --tile 768 --dtype float32
+
+The networks run under PyTorch's fake tensors as if on a CUDA device: every operation is dispatched with its shapes and dtypes, and nothing is
+computed. What is counted are the bytes of all live tensors on the device, without the weights. Attention counts as a fused kernel, which keeps no
+attention matrix. Not counted are the workspaces of convolutions, what the allocator loses to fragmentation, and CUDA's own context.
+"""
+
+import argparse
+import json
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from full_size import METHODS, STAGES, Networks, stages
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GIB = 2**30
+DEVICE = torch.device("cuda")
+CARDS = (6, 8, 12, 24)
+CONTEXT = 0.8
+"""GiB of a card that are not for tensors: CUDA's context and the workspaces of convolutions. An assumption, not a measurement."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the tensors on ``device`` that operations make and that are still referenced. Views count as what they look at."""
+
+    def __init__(self, device: torch.device = DEVICE):
+        super().__init__()
+        self.device, self.now, self.peak = device, 0, 0
+        self._made: set[int] = set()
+        self._given: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._given |= {storage._cdata for storage in self._storages((args, kwargs))} - self._made
+        out = func(*args, **(kwargs or {}))
+        for storage in self._storages(out):
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._made and key not in self._given:
+                self._made.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._free, key, size)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self._made.discard(key)
+        self.now -= size
+
+    def _storages(self, tree) -> Iterator[torch.UntypedStorage]:
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device.type:
+                yield leaf.untyped_storage()
+
+
+class FusedAttention(TorchFunctionMode):
+    """Attention as a fused kernel has it in memory: the answer alone, no matrix of queries by keys."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Bytes that ``run`` has on the device at most, above what was there before."""
+    live = LiveBytes()
+    with torch.no_grad(), live, FusedAttention():
+        run()
+    return live.peak
+
+
+def measure(sizes: list[int], tile: int | None, dtype: torch.dtype) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
+    """Peak bytes of every stage for each size, and bytes of each network's weights."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        networks = Networks(dtype, DEVICE)
+        weights = {name: networks.weights(name) for name in dict.fromkeys(STAGES.values())}  # all are there before anything is counted
+        peaks = {}
+        for pixels in sizes:
+            peaks[pixels] = {}
+            for name, run in stages(networks, pixels, tile).items():
+                peaks[pixels][name] = peak_bytes(run)
+                print(f"{pixels}² {name}: {peaks[pixels][name] / GIB:.2f} GiB", file=sys.stderr, flush=True)
+        return peaks, weights
+
+
+def needed(peaks: dict[str, int], weights: dict[str, int], method: str, offload: bool) -> float:
+    """GiB of a method's hungriest stage with its weights: those of the stage's own network where others are offloaded, else all."""
+    used = METHODS[method]
+    resident = sum(weights[name] for name in {STAGES[stage] for stage in used})
+    return max(peaks[stage] + (weights[STAGES[stage]] if offload else resident) for stage in used) / GIB
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def report(tiled: dict[int, dict[str, int]], whole: dict[int, dict[str, int]], weights: dict[str, int]) -> str:
+    """The tables: peaks of stages, weights, and what fits into which card."""
+    peaks = [
+        [f"{pixels}² {how}", *(f"{found[stage] / GIB:.2f}" for stage in STAGES)]
+        for how, sizes in (("tiled", tiled), ("whole", whole))
+        for pixels, found in sizes.items()
+    ]
+    rows = []
+    for method in METHODS:
+        for offload in (False, True):
+            fits = []
+            for card in CARDS:
+                sizes = [pixels for pixels, found in tiled.items() if needed(found, weights, method, offload) <= card - CONTEXT]
+                fits.append(f"{max(sizes)}²" if sizes else "none")
+            rows.append([method, "one at a time" if offload else "all", *fits])
+    return "\n\n".join(
+        [
+            table(["output", *(f"{stage}, GiB" for stage in STAGES)], peaks),
+            table(["weights", *weights], [["GiB", *(f"{size / GIB:.2f}" for size in weights.values())]]),
+            table(["largest of the tiled outputs above", "weights on the card", *(f"{card} GB" for card in CARDS)], rows),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048, 4096, 8192], help="outputs in tiles, in pixels a side")
+    parser.add_argument("--whole", type=int, nargs="*", default=[512, 1024, 2048], help="outputs without tiles")
+    parser.add_argument("--tile", type=int, default=1024, help="side of the tiles in pixels (default: %(default)s)")
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="float16")
+    parser.add_argument("--json", type=Path, help="write the bytes here as well")
+    arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    tiled, weights = measure(arguments.sizes, arguments.tile, dtype)
+    whole, _ = measure(arguments.whole, None, dtype)
+    print(report(tiled, whole, weights))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"tiled": tiled, "whole": whole, "weights": weights}, indent=1) + "\n")

@@ -1,0 +1,186 @@
+"""One node for the single step of every method whose adapter the loader puts on: OSEDiff, PiSA-SR, HYPIR, S3Diff."""
+
+from functools import partial
+
+import comfy.model_management
+import torch
+from comfy_api.latest import io
+
+from ..fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS
+from ..fewstep_sr.methods import METHODS
+from .adapter import Mark, found_adapter, with_sets
+from .page import require_number, warn
+from .per_image import each_model
+from .sampling import USUAL, require_step, sample_step
+
+NODE = "Few-Step SR One Step"
+
+DEFAULTS = {
+    option.name: option.default
+    for method in METHODS.values()
+    if method.one_step
+    for option in method.options
+    if option.name in method.one_step.controls
+}
+"""Published values of all methods' controls."""
+
+
+class FewStepSROneStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="FewStepSROneStep",
+            display_name=NODE,
+            category="FewStepSR",
+            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: OSEDiff, PiSA-SR, "
+            "HYPIR or S3Diff. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
+            search_aliases=[
+                "osediff",
+                "pisa-sr",
+                "hypir",
+                "s3diff",
+                "one-step diffusion",
+                "sampler",
+                "restore",
+                "super resolution",
+                "fidelity",
+                "detail",
+            ],
+            inputs=[
+                io.Model.Input("model", tooltip="The model from Load Few-Step SR Adapter; LoRAs and other patches may follow it."),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The content as text, by the base's CLIP. OSEDiff: tags. PiSA-SR: empty, as published. HYPIR: a sentence, or empty. "
+                    "S3Diff: the prompt of its template.",
+                ),
+                io.Latent.Input("latent", tooltip="The upscaled low-quality image, encoded with the VAE from Load Few-Step SR Adapter."),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Only used where cfg is not 1. S3Diff: the negative prompt of its template. OSEDiff, PiSA-SR and HYPIR have none.",
+                ),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Classifier-free guidance. 0 takes the method's published value, which is 1.07 for S3Diff and 1 (none) for the others; other values "
+                    "than 1 need the negative input and run the model twice.",
+                ),
+                io.Float.Input(
+                    "pixel",
+                    default=DEFAULTS["pixel"],
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="PiSA-SR: weight of the pixel-level prediction. More removes more degradation.",
+                ),
+                io.Float.Input(
+                    "semantic",
+                    default=DEFAULTS["semantic"],
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="PiSA-SR: weight of the semantic-level prediction. Less keeps closer to the image, more adds detail. Values other than pixel's "
+                    "or 0 call the model twice.",
+                ),
+                io.Int.Input(
+                    "coeff_t",
+                    default=DEFAULTS["coeff_t"],
+                    min=0,
+                    max=NUM_TRAIN_TIMESTEPS - 1,
+                    tooltip="HYPIR: strength, as a timestep of the noise schedule. 200 is the published value; less keeps closer to the image.",
+                ),
+            ],
+            outputs=[io.Latent.Output(tooltip="The restored latent. Decode it with VAE Decode (Few-Step SR).")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        positive,
+        latent,
+        negative=None,
+        cfg=0.0,
+        pixel=DEFAULTS["pixel"],
+        semantic=DEFAULTS["semantic"],
+        coeff_t=DEFAULTS["coeff_t"],
+    ) -> io.NodeOutput:
+        mark, acts = found_adapter(model)
+        if mark is None:
+            raise ValueError(
+                "model: found no adapter of a few-step method on it, expected one. Put 'Load Few-Step SR Adapter' before. (For a checkpoint that has "
+                "OSEDiff merged in, take 'OSEDiff One Step'.)"
+            )
+        cfg = cfg or mark.method.cfg
+        if negative is None and cfg == mark.method.cfg != 1:
+            raise ValueError(
+                f"negative: found none, expected {mark.method.title}'s negative prompt, since its published cfg is {cfg:g}. Wire the prompt of its "
+                "template, or set cfg to 1."
+            )
+        conds = require_step(model, positive, latent, negative, cfg)
+        require_number(pixel, "pixel", -10.0, 10.0)
+        require_number(semantic, "semantic", -10.0, 10.0)
+        require_number(coeff_t, "coeff_t", 0, NUM_TRAIN_TIMESTEPS - 1)
+        controls = {"pixel": pixel, "semantic": semantic, "coeff_t": coeff_t}
+        warn(cls, _warnings(mark, acts, cfg, controls))
+        own = {name: controls[name] for name in mark.method.one_step.controls}
+        return io.NodeOutput({**latent, "samples": restore(model, mark, latent, conds, cfg, own)})
+
+
+def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: dict) -> torch.Tensor:
+    """The restored samples (B, 4, h, w) by the equation of the method that ``mark`` is of, not multiplied by the scaling factor.
+
+    Where calls of the network differ in their LoRA sets they differ in its weights, which ComfyUI patches in place: all pictures go through one call
+    before the next begins, so that the weights are patched once for each, whatever the number of pictures and tiles. So it is with adapters that are
+    another one for each picture.
+    """
+    samples = latent["samples"]
+    restored = torch.zeros_like(samples, dtype=torch.float32, device=comfy.model_management.intermediate_device())
+    for own, images in each_model(model, len(samples)):
+        answer = _restore(own, mark, latent, conds, cfg, controls, images)
+        if images is None:
+            return answer
+        restored[list(images)] = answer[list(images)].to(restored)
+    return restored
+
+
+def _restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: dict, images: tuple[int, ...] | None) -> torch.Tensor:
+    step = mark.method.one_step
+    calls = step.calls(**controls)
+    predicted: list[torch.Tensor] = []
+
+    def keep(z_lq, noise_pred):
+        predicted.append(noise_pred)
+        return z_lq
+
+    def equation(z_lq, noise_pred):
+        return step.equation(z_lq, [*predicted, noise_pred], mark.timestep, **controls)
+
+    for i, acting in enumerate(calls):
+        last = i == len(calls) - 1
+        run = partial(sample_step, with_sets(model, acting), latent, conds, cfg, mark.timestep, NODE, part=(i, len(calls)), images=images)
+        restored = run(equation if last else keep)
+    return restored
+
+
+def _warnings(mark: Mark, acts: bool, cfg: float, controls: dict) -> list[str]:
+    """What will probably spoil the result, or change nothing."""
+    method, warnings = mark.method, []
+    if not acts:
+        warnings.append(
+            f"model: the {method.title} adapter on it acts with strength 0, lost in a merge or by strength_model. Put the loader after the merge, with a "
+            "strength of 1."
+        )
+    if cfg > USUAL:
+        warnings.append(f"cfg: found {cfg:g}, expected {method.cfg:g} (to {USUAL:g}). Set it to {method.cfg:g}, or colours and edges overshoot.")
+    for name, value in controls.items():
+        if name not in method.one_step.controls:
+            if value != DEFAULTS[name]:
+                warnings.append(f"{name}: found {value:g}, but the adapter is {method.title}'s, which has no such setting. It changes nothing.")
+        elif name in ("pixel", "semantic") and not 0 <= value <= USUAL:
+            warnings.append(f"{name}: found {value:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart.")
+    return warnings

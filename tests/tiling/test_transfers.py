@@ -1,0 +1,74 @@
+"""Between the first tile of an image and the last nothing crosses between the device and the host: copies are per image, not per tile."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from transfers import DEVICE, count
+
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from benchmarks.full_size import Networks
+from pipelines import InvSRNoisePredictor, InvSRPipeline, base, invsr, runtime, tiling
+
+TILE = 256
+SMALL, LARGE = 384, 640
+"""Sides in pixels of images with 4 and with 9 tiles; in windows of 64 latent pixels one and 4."""
+
+
+@pytest.fixture(autouse=True)
+def tile_by_tile(monkeypatch):
+    """Every tile is a call of its own, canvases fit, and nobody looks for NaN, as fake tensors have no values."""
+    monkeypatch.setattr(tiling, "GROUP_CELLS", 1)
+    monkeypatch.setattr(invsr, "MAX_WINDOWS", 1)
+    monkeypatch.setattr(runtime, "fits", lambda size, device: True)
+    for module in (base, invsr):
+        monkeypatch.setattr(module, "require_finite", lambda tensor, what: tensor)
+
+
+def build(stage: str, pixels: int):
+    networks = Networks(torch.float32, DEVICE, reduced=True)
+    vae = networks.vae
+    with DEVICE:
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=8, cross_attention_dim=networks.context_dim, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), mid_block_type=None,
+        ).eval()  # fmt: skip
+        predictor = InvSRNoisePredictor(**vars(networks.predictor_config))
+    with unset_fake_temporarily():  # it looks at the scheduler's values
+        scheduler = diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+        pipeline = InvSRPipeline(vae=vae, text_encoder=None, tokenizer=None, unet=unet, scheduler=scheduler, noise_predictor=predictor)
+    pipeline.enable_tiling(TILE)
+    pipeline.set_progress_bar_config(disable=True)
+    image, latents = torch.rand(1, 3, pixels, pixels), torch.randn(1, 4, pixels // 8, pixels // 8)
+    return {
+        "encode": lambda: pipeline.encode(image),
+        "decode": lambda: pipeline.decode(latents),
+        "predict": lambda: pipeline.predict_noise(latents, 999, torch.randn(1, 77, networks.context_dim)),
+        "noise map": lambda: pipeline._predict(torch.rand(1, 3, pixels // 4, pixels // 4), 199),
+    }[stage]
+
+
+@pytest.mark.parametrize(
+    ("stage", "to_host"),
+    [pytest.param("encode", 1, marks=pytest.mark.slow), pytest.param("decode", 1, marks=pytest.mark.slow), ("predict", 0), ("noise map", 2)],
+)
+def test_copies_do_not_grow_with_the_number_of_tiles(stage, to_host):
+    small, large = (count(lambda pixels=pixels: build(stage, pixels)) for pixels in (SMALL, LARGE))
+    assert small == large
+    assert small.get("to host", 0) == to_host and small.get("waits", 0) == 0, small
+
+
+@pytest.mark.slow
+def test_a_canvas_that_does_not_fit_stays_on_the_host(monkeypatch):
+    monkeypatch.setattr(runtime, "fits", lambda size, device: False)
+    small, large = (count(lambda pixels=pixels: build("decode", pixels))["to host"] for pixels in (SMALL, LARGE))
+    assert (small, large) == (4, 9)
+
+
+def test_what_fits(monkeypatch):
+    monkeypatch.undo()
+    assert runtime.fits(2**60, torch.device("cpu")) and not runtime.fits(1, torch.device("meta"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
+    assert runtime.fits(200, DEVICE) and not runtime.fits(201, DEVICE)

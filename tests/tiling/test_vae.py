@@ -1,0 +1,151 @@
+"""The loop over a VAE's pictures and tiles with small networks of its shape: what is called with what, and what comes of it."""
+
+import logging
+import math
+
+import pytest
+import torch
+from memory import Memory
+from torch import nn
+
+from fewstep_sr.tiling import vae
+from fewstep_sr.tiling.batching import Runtime
+from fewstep_sr.tiling.tiles import TileLayout
+from fewstep_sr.tiling.vae import TiledCoder, even_tile
+from fewstep_sr.tiling.whole_picture import mosaic
+
+
+class Mean(nn.Module):
+    """Attention to all cells alike, in whole pictures."""
+
+    def forward(self, x):
+        return x.mean((-2, -1), keepdim=True).expand_as(x)
+
+
+class SharedMean(nn.Module):
+    """Likewise in tiles of a larger picture."""
+
+    def __init__(self, block, whole):
+        super().__init__()
+        self.block, self.whole = block, whole
+
+    def forward(self, x):
+        tokens = x.flatten(2).mT
+        return self.whole.attend(self.block, torch.zeros_like(tokens), torch.zeros_like(tokens), tokens).mT.reshape(x.shape)
+
+
+def share_mean(copied, block, whole):
+    copied._modules.update({name: SharedMean(child, whole) for name, child in block._modules.items() if isinstance(child, Mean)})
+
+
+class Coder:
+    """A coder of ``scale_in`` to ``scale_out`` that keeps what its network is called with, and has memory for ``most`` elements."""
+
+    def __init__(self, scale_in=1, scale_out=1, fits=1, most=math.inf, network=None, runtime=None):
+        self.calls, self.asked, self.pictures = [], [], []
+        self.network, self.runtime, self.most = network or nn.Sequential(nn.Identity()), runtime or Memory(), most
+        self.scale_in, self.scale_out = scale_in, scale_out
+        self.coder = TiledCoder(self.network, self.call, share_mean, scale_in, scale_out, lambda *size: self.asked.append(size) or fits, self.runtime)
+
+    def call(self, network, part):
+        self.calls.append((network is self.network, tuple(part.shape)))
+        if part.numel() > self.most:
+            raise MemoryError
+        part = part[..., :: self.scale_in, :: self.scale_in].double()
+        return network(part).repeat_interleave(self.scale_out, -1).repeat_interleave(self.scale_out, -2)
+
+    def run(self, pictures: torch.Tensor, tile: int) -> torch.Tensor:
+        sides = [side // self.scale_in * self.scale_out for side in pictures.shape[-2:]]
+        result = torch.zeros(len(pictures), pictures.shape[1], *sides)
+        self.coder.run(lambda i: self.pictures.append(i) or pictures[i : i + 1], result, tile)
+        return result
+
+
+def test_limits_in_latent_pixels():
+    assert (vae.OVERLAP, vae.MIN_TILE, vae.MIN_MOSAIC, vae.MAX_MOSAIC) == (8, 16, 1024, 16384)
+
+
+@pytest.mark.parametrize(("length", "tile", "expected"), [
+    (64, 64, 64), (63, 64, 63), (5, 64, 16), (65, 64, 37), (120, 64, 64), (121, 64, 46), (100, 32, 31), (17, 16, 16), (1000, 128, 119)
+])  # fmt: skip
+def test_even_tile(length, tile, expected):
+    """The smallest that gives no more tiles than the one asked for: (length + 8 (n - 1)) / n of n tiles."""
+    assert even_tile(length, tile) == expected
+    count = len(TileLayout(length, 1, tile, vae.OVERLAP).tops)
+    assert len(TileLayout(length, 1, expected, vae.OVERLAP).tops) == count
+    assert expected == vae.MIN_TILE or len(TileLayout(length, 1, expected - 1, vae.OVERLAP).tops) > count
+
+
+@pytest.mark.parametrize(("scale_in", "scale_out"), [(8, 1), (1, 8), (1, 1)])
+def test_pictures_that_are_whole_go_together(scale_in, scale_out):
+    coder, pictures = Coder(scale_in, scale_out, fits=2), torch.randn(5, 3, 20 * scale_in, 24 * scale_in)
+    expected = pictures[..., ::scale_in, ::scale_in].repeat_interleave(scale_out, -1).repeat_interleave(scale_out, -2)
+    assert torch.equal(coder.run(pictures, 24), expected)
+    assert coder.calls == [(True, (n, 3, 20 * scale_in, 24 * scale_in)) for n in (2, 2, 1)] and coder.asked == [(20, 24)]
+    assert coder.pictures == [0, 1, 2, 3, 4] and coder.runtime.total == 5 and coder.runtime.told == [2, 2, 1] and coder.runtime.freed == 0
+
+
+def test_where_nothing_fits_pictures_go_one_by_one():
+    coder = Coder(fits=0)
+    coder.run(torch.randn(2, 3, 20, 24), 24)
+    assert coder.calls == [(True, (1, 3, 20, 24))] * 2
+
+
+@pytest.mark.parametrize(("scale_in", "scale_out"), [(2, 1), (1, 2)])
+def test_tiles_of_pictures(scale_in, scale_out):
+    """A reduced pass for each picture, then its tiles in groups, through a copy of the network."""
+    coder, pictures = Coder(scale_in, scale_out, fits=2), torch.randn(2, 3, 60 * scale_in, 50 * scale_in)
+    expected = pictures[..., ::scale_in, ::scale_in].repeat_interleave(scale_out, -1).repeat_interleave(scale_out, -2)
+    assert torch.allclose(coder.run(pictures, 34), expected, atol=1e-6)
+    reduced = tuple(mosaic(pictures[:1], 34**2, scale_in).shape)
+    tiles = [(False, (2, 3, 34 * scale_in, 34 * scale_in))] * 2
+    assert coder.calls == [(False, reduced), *tiles, (False, reduced), *tiles] and coder.asked == [(34, 34)]
+    assert coder.pictures == [0, 1] and coder.runtime.total == 2 * 4 and coder.runtime.told == [2] * 4
+    assert coder.runtime.calls == 2 * (1 + 2)  # the user may stop before each
+
+
+@pytest.mark.parametrize(("height", "width", "tile", "fits", "cells"), [
+    (40, 40, 24, 9, 32**2),  # at least
+    (90, 80, 52, 9, 49**2),  # one tile's
+    (160, 120, 40, 9, 160 * 120 // 4),  # a quarter
+    (160, 120, 40, 2, 2 * 39**2),  # what fits
+    (400, 300, 64, 9, 128**2),  # at most
+])  # fmt: skip
+def test_size_of_the_reduced_pass(height, width, tile, fits, cells):
+    coder, picture = Coder(fits=fits), torch.randn(1, 1, height, width)
+    coder.run(picture, tile)
+    assert coder.calls[0] == (False, tuple(mosaic(picture, cells).shape))
+
+
+def test_attention_in_tiles_is_to_the_whole_picture():
+    """Where every cell is attended alike, a tile gets the whole picture's mean: what is outside it counts by its number, which the sample stands for."""
+    picture = torch.linspace(-1, 1, 48)[:, None].expand(48, 40)[None, None].contiguous() + torch.linspace(0, 3, 40)
+    assert torch.allclose(Coder(network=nn.Sequential(Mean())).run(picture, 48), picture.mean().expand_as(picture))
+    coder = Coder(network=nn.Sequential(Mean()), fits=4)
+    found = coder.run(picture, 28)
+    tiles = TileLayout(48, 40, 28, vae.OVERLAP)
+    sample = mosaic(picture, 32**2).mean().item()
+    expected = torch.zeros_like(picture)
+    for tile in tiles.tiles:
+        inside = tile.cut(picture)
+        tile.cut(expected).add_((inside.sum() + (48 * 40 - inside.numel()) * sample) / (48 * 40) * tiles.window(tile))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_smaller_tiles_where_memory_runs_out(caplog):
+    """Half as large, from the size that a tile really has, one at a time, from the beginning; at the smallest it ends."""
+    picture, runtime = torch.randn(1, 1, 60 * 2, 44 * 2), Memory()
+    coder = Coder(scale_in=2, fits=9, most=2 * 2 * 30 * 30, runtime=runtime)
+    with caplog.at_level(logging.WARNING):
+        found = coder.run(picture, 1000)
+    assert torch.allclose(found, picture[..., ::2, ::2], atol=1e-6)
+    assert "tiles of 60 pixels" in caplog.text and runtime.freed == 1
+    assert coder.calls[0] == (True, (1, 1, 120, 88)) and {shape[0] for _, shape in coder.calls} == {1} and coder.asked == [(60, 44)]
+    coder = Coder(most=16 * 16 - 1)
+    with pytest.raises(MemoryError):
+        coder.run(picture, 64)
+    assert coder.runtime.freed == 2 and coder.calls[-1] == (False, (1, 1, 16, 16))
+    coder = Coder(most=0, runtime=Runtime())
+    with pytest.raises(MemoryError):  # no lack of memory to this runtime
+        coder.run(picture, 64)
+    assert len(coder.calls) == 1
