@@ -25,7 +25,7 @@ class ComfyUI(Runtime):
     def free_memory(self) -> None:
         comfy.model_management.soft_empty_cache()
 
-    def fits(self, size: int, device: torch.device) -> bool:
+    def has_room(self, size: int, device: torch.device) -> bool:
         return size <= MAX_CANVAS * comfy.model_management.get_free_memory(device)
 
     def progress(self, total: int) -> Callable[[int], object]:

@@ -1,4 +1,4 @@
-"""ComfyUI's VAE on pictures of any size and number: whole where they fit into memory, else in one pass over tiles."""
+"""ComfyUI's VAE on pictures of any size and number: whole where they fit into memory, else in tiles."""
 
 import copy
 from collections.abc import Callable
@@ -80,8 +80,7 @@ def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], resul
     def fitting(height: int, width: int) -> int:
         return min(MAX_GROUP, int(vae.patcher.get_free_memory(vae.device) // memory_used(height, width)))
 
-    coder = TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device, measured=method == "encode")
-    coder.run(source, result, tile)
+    TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device).run(source, result, tile)
 
 
 def _share_attention(copied, block, whole: WholePicture) -> None:

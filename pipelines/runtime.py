@@ -18,7 +18,7 @@ MAX_CANVAS = 0.2
 """Share of a device's free memory that one canvas may take."""
 
 
-def fits(size: int, device: torch.device) -> bool:
+def has_room(size: int, device: torch.device) -> bool:
     """Whether a canvas of ``size`` bytes may lie on ``device``: on those whose free memory PyTorch knows, and where memory is the CPU's own."""
     if device.type in ("cpu", "mps"):
         return True
@@ -40,8 +40,8 @@ class PipelineRuntime(Runtime):
     def free_memory(self) -> None:
         clear_device_cache()
 
-    def fits(self, size: int, device: torch.device) -> bool:
-        return fits(size, device)
+    def has_room(self, size: int, device: torch.device) -> bool:
+        return has_room(size, device)
 
     def progress(self, total: int) -> Callable[[int], object]:
         if self.progress_bar is None or total == 1:

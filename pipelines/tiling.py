@@ -40,7 +40,7 @@ class Tiling:
 
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device, measured=True)
+        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 

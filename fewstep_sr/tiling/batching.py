@@ -20,7 +20,7 @@ class Runtime:
     def free_memory(self) -> None:
         """Give back what is cached, after memory ran out."""
 
-    def fits(self, size: int, device: torch.device) -> bool:
+    def has_room(self, size: int, device: torch.device) -> bool:
         """Whether a canvas of ``size`` bytes may lie on ``device`` beside a network at work; else it lies on the CPU."""
         return device.type == "cpu"
 

@@ -1,4 +1,4 @@
-"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in one pass over tiles."""
+"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in tiles, which run twice: to be measured, and to be blended."""
 
 import logging
 import math
@@ -39,7 +39,6 @@ class TiledCoder:
         fitting: how many tiles of (height, width) cells go through it in one call.
         device: where ``call`` takes its parts to. A picture in tiles goes there and comes back as a whole where the runtime says that it fits.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
-        measured: whether the tiles run once before, to correct the reduced pass's statistics, which takes the time again. An encoder wants it.
     """
 
     network: nn.Module
@@ -50,7 +49,6 @@ class TiledCoder:
     fitting: Callable[[int, int], int]
     runtime: Runtime
     device: torch.device = CPU
-    measured: bool = False
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -91,7 +89,7 @@ class TiledCoder:
         area, size = first.height * first.width, (layout.height, layout.width)
         quarter = min(max(MIN_MOSAIC, math.prod(size) // 4), MAX_MOSAIC)
         reduced_cells = max(area, min(quarter, group * area))
-        measured = self.measured and reduced_cells < math.prod(size)
+        measured = reduced_cells < math.prod(size)  # else the statistics are the picture's own
         update = self.runtime.progress(len(result) * len(layout.tiles) * (2 if measured else 1))
 
         def call(part: torch.Tensor) -> torch.Tensor:
@@ -124,7 +122,7 @@ class TiledCoder:
 
     def _place(self, canvas: torch.Tensor) -> torch.Tensor:
         """``canvas`` on the network's device, or itself where it does not fit there."""
-        return canvas.to(self.device) if self.runtime.fits(canvas.nbytes, self.device) else canvas
+        return canvas.to(self.device) if self.runtime.has_room(canvas.nbytes, self.device) else canvas
 
 
 def share_of(layout: TileLayout, tile: Tile, number: int) -> Part:

@@ -2,13 +2,11 @@
 
 Stable Diffusion's VAE looks at the whole picture in two places: group normalisation averages over it, and the attention in its middle sees
 all of it. A tile by itself has other averages than its neighbour, which shifts the tone. So a reduced pass comes first: a mosaic of small
-blocks from all over the picture, at full resolution and in their places, goes through the network and leaves its statistics. Every tile then is
-normalised with these, and attends to the mosaic's keys and values besides its own.
-
-Where that is not enough, the tiles run once before to be measured: they tell how far the mosaic's statistics are from the picture's at each layer.
-Putting the measured ones in their place would not do, since they change with the layers before, which were off as well. But what a layer's
-differ by is much the same then, so the mosaic goes through the network again and each layer's statistics are corrected by it in turn.
-docs/performance.md compares it with other ways.
+blocks from all over the picture, at full resolution and in their places, goes through the network and leaves its statistics. Normalised with these,
+the tiles are measured: they tell by how much the mosaic's statistics are off at each layer, and what the attention's keys and values are.
+Measured statistics by themselves would not do, since they change with the layers before, which were off as well. But by how much they are off is
+much the same then. So the mosaic goes through the network again, and each layer's statistics are corrected by that in turn. Now the tiles run
+for good. docs/performance.md compares it with other ways.
 
 The network is copied shallowly, so that its layers and weights are shared, wherever they are, and nobody else notices.
 """

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from benchmarks.networks import diffusers_vae, photo, smooth
 from fewstep_sr.tiling.batching import Runtime
 from fewstep_sr.tiling.tiles import TileLayout
-from fewstep_sr.tiling.vae import OVERLAP, TiledCoder, share_of
+from fewstep_sr.tiling.vae import MARGIN, OVERLAP, TiledCoder, share_of
 from fewstep_sr.tiling.whole_picture import WholePicture, mosaic, share_whole_picture
 from pipelines.runtime import PipelineRuntime
 from pipelines.tiling import Tiling, _share_attention
@@ -63,25 +63,24 @@ def test_decode_of_the_miniature(miniature):
 @torch.no_grad()
 def test_encode_of_another_vae():
     """Random weights, whose attention and far reach alone cost more than that: what statistics have to do with is gone."""
-    vae, image, layout = diffusers_vae(None), picture("coffee", 240), TileLayout(30, 30, 19, OVERLAP)
+    vae, image, layout = diffusers_vae(None), picture("coffee", 240), TileLayout(30, 30, 19, OVERLAP, MARGIN)
     whole = WholePicture()
     shared = share_whole_picture(vae, whole, _share_attention)
 
     def encode(vae, part):
         return vae.encode(part * 2 - 1).latent_dist.mean
 
-    whole.collect(partial(encode, shared), image, (30, 30), 8)
-    exact = torch.zeros(1, 4, 30, 30)
-    for tile in layout.tiles:
-        tile.cut(exact).add_(encode(shared, tile.cut(image, 8)) * layout.window(tile))
+    def in_tiles_with_statistics_of(reduced):
+        whole.collect(partial(encode, shared), reduced, (30, 30), 8)
+        tiled = torch.zeros(1, 4, 30, 30)
+        for tile in layout.tiles:
+            tile.cut(tiled).add_(encode(shared, tile.cut(image, 8)) * layout.window(tile))
+        return tiled
 
-    found = {}
-    for measured in (False, True):
-        found[measured] = torch.zeros(1, 4, 30, 30)
-        coder = TiledCoder(vae, encode, _share_attention, 8, 1, lambda height, width: 1, Runtime(), measured=measured)
-        coder.run(lambda i: image, found[measured], 19)
-    untiled = encode(vae, image)
-    of_tiles, of_mosaic, of_measured = (errors(tiled, untiled, 4)[0] for tiled in (exact, found[False], found[True]))
+    measured = torch.zeros(1, 4, 30, 30)
+    TiledCoder(vae, encode, _share_attention, 8, 1, lambda height, width: 1, Runtime()).run(lambda i: image, measured, 19)
+    results = in_tiles_with_statistics_of(image), in_tiles_with_statistics_of(mosaic(image, 19 * 19, 8)), measured
+    of_tiles, of_mosaic, of_measured = (errors(tiled, encode(vae, image), 4)[0] for tiled in results)
     assert of_measured < 1.05 * of_tiles and of_mosaic > 1.15 * of_tiles, (of_tiles, of_mosaic, of_measured)
 
 
@@ -142,7 +141,7 @@ def test_what_is_measured_twice_after_memory_ran_out_counts_once():
             return network[2:](middle)
 
         result = torch.zeros(2, 4, 56, 72)
-        coder = TiledCoder(network, call, lambda copied, block, whole: None, 1, 1, lambda height, width: 4, runtime, measured=True)
+        coder = TiledCoder(network, call, lambda copied, block, whole: None, 1, 1, lambda height, width: 4, runtime)
         coder.run(lambda i: image[i : i + 1], result, 32)
         assert runtime.done == runtime.total == 2 * 2 * len(TileLayout(56, 72, 32, OVERLAP).tiles)
         return result

@@ -22,7 +22,7 @@ def tile_by_tile(monkeypatch):
     """Every tile is a call of its own, canvases fit, and nobody looks for NaN, as fake tensors have no values."""
     monkeypatch.setattr(tiling, "GROUP_CELLS", 1)
     monkeypatch.setattr(invsr, "MAX_WINDOWS", 1)
-    monkeypatch.setattr(runtime, "fits", lambda size, device: True)
+    monkeypatch.setattr(runtime, "has_room", lambda size, device: True)
     for module in (base, invsr):
         monkeypatch.setattr(module, "require_finite", lambda tensor, what: tensor)
 
@@ -62,13 +62,13 @@ def test_copies_do_not_grow_with_the_number_of_tiles(stage, to_host):
 
 @pytest.mark.slow
 def test_a_canvas_that_does_not_fit_stays_on_the_host(monkeypatch):
-    monkeypatch.setattr(runtime, "fits", lambda size, device: False)
+    monkeypatch.setattr(runtime, "has_room", lambda size, device: False)
     small, large = (count(lambda pixels=pixels: build("decode", pixels))["to host"] for pixels in (SMALL, LARGE))
     assert (small, large) == (4, 9)
 
 
 def test_what_fits(monkeypatch):
     monkeypatch.undo()
-    assert runtime.fits(2**60, torch.device("cpu")) and not runtime.fits(1, torch.device("meta"))
+    assert runtime.has_room(2**60, torch.device("cpu")) and not runtime.has_room(1, torch.device("meta"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4000))
-    assert runtime.fits(200, DEVICE) and not runtime.fits(201, DEVICE)
+    assert runtime.has_room(200, DEVICE) and not runtime.has_room(201, DEVICE)
