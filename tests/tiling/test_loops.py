@@ -69,7 +69,7 @@ def test_tiles_of_a_batch_are_blended_for_every_conditioning():
     predict_in_tiles(predict, [sine, double], layout, 4, runtime)
     assert torch.allclose(sine, latents.sin(), atol=1e-6) and torch.allclose(double, latents * 2, atol=1e-6)
     assert runtime.total == 4 and sizes == [2, 2] and runtime.told == [2, 2]
-    assert list_items(2, layout) == [(0, Tile(0, 0, 12, 12)), (0, Tile(8, 0, 12, 12)), (1, Tile(0, 0, 12, 12)), (1, Tile(8, 0, 12, 12))]
+    assert list_items(range(2), layout) == [(0, Tile(0, 0, 12, 12)), (0, Tile(8, 0, 12, 12)), (1, Tile(0, 0, 12, 12)), (1, Tile(8, 0, 12, 12))]
 
 
 def test_every_conditioning_and_tile_has_its_prediction():

@@ -94,15 +94,15 @@ def test_where_nothing_fits_pictures_go_one_by_one():
 
 @pytest.mark.parametrize(("scale_in", "scale_out"), [(2, 1), (1, 2)])
 def test_tiles_of_pictures(scale_in, scale_out):
-    """A reduced pass for each picture, then its tiles in groups, through a copy of the network."""
+    """For each picture a reduced pass, its tiles in groups to be measured, the reduced pass again and the tiles, through a copy of the network."""
     coder, pictures = Coder(scale_in, scale_out, fits=2), torch.randn(2, 3, 60 * scale_in, 50 * scale_in)
     expected = pictures[..., ::scale_in, ::scale_in].repeat_interleave(scale_out, -1).repeat_interleave(scale_out, -2)
     assert torch.allclose(coder.run(pictures, 34), expected, atol=1e-6)
     reduced = tuple(mosaic(pictures[:1], 34**2, scale_in).shape)
     tiles = [(False, (2, 3, 34 * scale_in, 34 * scale_in))] * 2
-    assert coder.calls == [(False, reduced), *tiles, (False, reduced), *tiles] and coder.asked == [(34, 34)]
-    assert coder.pictures == [0, 1] and coder.runtime.total == 2 * 4 and coder.runtime.told == [2] * 4
-    assert coder.runtime.calls == 2 * (1 + 2)  # the user may stop before each
+    assert coder.calls == [(False, reduced), *tiles] * 4 and coder.asked == [(34, 34)]
+    assert coder.pictures == [0, 1] and coder.runtime.total == 2 * 2 * 4 and coder.runtime.told == [2] * 8
+    assert coder.runtime.calls == 2 * 2 * (1 + 2)  # the user may stop before each
 
 
 @pytest.mark.parametrize(("height", "width", "tile", "fits", "cells"), [
@@ -124,8 +124,8 @@ def test_attention_in_tiles_is_to_the_whole_picture():
     assert torch.allclose(Coder(network=nn.Sequential(Mean())).run(picture, 48), picture.mean().expand_as(picture))
     coder = Coder(network=nn.Sequential(Mean()), fits=4)
     found = coder.run(picture, 28)
-    tiles = TileLayout(48, 40, 28, vae.OVERLAP)
-    sample = mosaic(picture, 32**2).mean().item()
+    tiles = TileLayout(48, 40, 28, vae.OVERLAP, vae.MARGIN)
+    sample = picture.mean().item()  # of the measured tiles, which here are few enough to be attended to whole
     expected = torch.zeros_like(picture)
     for tile in tiles.tiles:
         inside = tile.cut(picture)
