@@ -61,14 +61,15 @@ def tera_macs(network: str, cells: int) -> float:
 
 
 def tiled(network: str, cells: int, side: int, overlap: int) -> tuple[float, int]:
-    """Multiply-adds in 10^12 and calls, of a square canvas; the VAE's with the mosaic's pass and the attention to it."""
+    """Multiply-adds in 10^12 and calls, of a square canvas; the VAE's with the mosaic's passes, its tiles once to be measured, and the attention to the rest."""
     tiles = len(TileLayout(cells, cells, side, overlap).tiles)
     work = tiles * tera_macs(network, min(side, cells))
-    if tiles > 1 and network in ("encode", "decode"):
-        mosaic = max(side**2, min(max(MIN_MOSAIC, cells**2 // 4), MAX_MOSAIC))
-        work += tera_macs(network, math.isqrt(mosaic)) + tiles * 2 * side**2 * min(MAX_KEYS, mosaic) * 512 / 1e12
-        tiles += 1
-    return work, tiles
+    if tiles == 1 or network not in ("encode", "decode"):
+        return work, tiles
+    mosaic = max(side**2, min(max(MIN_MOSAIC, cells**2 // 4), MAX_MOSAIC))
+    passes = 2 if mosaic < cells**2 else 1
+    once = work + tera_macs(network, math.isqrt(mosaic)) + tiles * 2 * side**2 * min(MAX_KEYS, mosaic) * 512 / 1e12
+    return passes * once, passes * (tiles + 1)
 
 
 def row(pixels: int) -> dict[str, float | int | str]:

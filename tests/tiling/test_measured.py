@@ -81,7 +81,7 @@ def test_encode_of_another_vae():
     TiledCoder(vae, encode, _share_attention, 8, 1, lambda height, width: 1, Runtime()).run(lambda i: image, measured, 19)
     results = in_tiles_with_statistics_of(image), in_tiles_with_statistics_of(mosaic(image, 19 * 19, 8)), measured
     of_tiles, of_mosaic, of_measured = (errors(tiled, encode(vae, image), 4)[0] for tiled in results)
-    assert of_measured < 1.05 * of_tiles and of_mosaic > 1.15 * of_tiles, (of_tiles, of_mosaic, of_measured)
+    assert of_measured < 1.1 * of_tiles and of_mosaic > 1.4 * of_tiles, (of_tiles, of_mosaic, of_measured)
 
 
 @torch.no_grad()
@@ -121,8 +121,8 @@ def test_what_is_measured_twice_after_memory_ran_out_counts_once():
     class Memory(Runtime):
         total = 0
 
-        def __init__(self, fits: int):
-            self.fits, self.done = fits, 0
+        def __init__(self, most: int):
+            self.most, self.done = most, 0
 
         def is_out_of_memory(self, error):
             return isinstance(error, MemoryError)
@@ -131,12 +131,12 @@ def test_what_is_measured_twice_after_memory_ran_out_counts_once():
             self.total = total
             return lambda done: setattr(self, "done", self.done + done)
 
-    def run(fits: int) -> torch.Tensor:
-        runtime = Memory(fits)
+    def run(most: int) -> torch.Tensor:
+        runtime = Memory(most)
 
         def call(network, part):
             middle = network[:2](part)  # statistics are taken here, and then there is no memory
-            if len(part) > runtime.fits:
+            if len(part) > runtime.most:
                 raise MemoryError
             return network[2:](middle)
 
