@@ -207,8 +207,11 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list, list[str]]:
     from fewstep_sr.methods import METHODS
 
     from ..find import find_base, find_companions, find_weights
+    from ..ranges import require_device
     from .subjects import NODE_METHODS, Subject
 
+    if arguments.device:
+        require_device(arguments.device)
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(arguments.device) if arguments.device else best or torch.device("cpu")
     chosen = [arguments.method] if arguments.method else list(NODE_METHODS)

@@ -13,6 +13,7 @@ from fewstep_sr.files import require_room
 
 from ..done import settings_to_record
 from ..pictures import read_pixels
+from ..ranges import require_device
 from ..settings import Settings
 from .journal import Journal, known, read_report
 from .machine import machine, sha256, versions
@@ -66,6 +67,8 @@ def evaluate(wanted: Evaluation) -> int:
     Raises:
         FileNotFoundError, FileExistsError, ValueError: nothing could be measured, or a place to write to is taken.
     """
+    if wanted.device:
+        require_device(wanted.device)
     lq, hq = find_folders(wanted.data, wanted.lq, wanted.hq)
     first = wanted.results or lq
     if first is None:

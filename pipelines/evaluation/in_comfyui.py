@@ -93,7 +93,8 @@ def main(request: dict) -> None:
             )
         keep("image", result.movedim(-1, 1), began)
     version = importlib.import_module("comfyui_version").__version__
-    save_file(stages, request["output"], {"seconds": json.dumps(seconds), "comfyui": version})
+    # A stage may be another one's tensor, and safetensors wants each to have its own memory.
+    save_file({name: stage.clone() for name, stage in stages.items()}, request["output"], {"seconds": json.dumps(seconds), "comfyui": version})
 
 
 if __name__ == "__main__":

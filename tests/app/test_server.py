@@ -99,6 +99,7 @@ def test_template(server, name):
         assert estimated == acting and re.fullmatch(r"blur [01]\.\d{3}, noise [01]\.\d{3}", estimated["text"][0])
     if "InvSRStartState" in outputs:
         check_noise_map(server, outputs, (25 * 13, 19 * 13))
+    assert len(outputs["ImageCompare"]) == sum(node["type"] == "ImageCompare" for node in load(name)["nodes"])
     for comparison in outputs["ImageCompare"]:
         a, b = (server.image(comparison[side][0]) for side in ("a_images", "b_images"))
         assert a.size == b.size == (200, 148) and a.tobytes() != b.tobytes()

@@ -43,7 +43,7 @@ def benchmark(tmp_path) -> Path:
 
 
 def run(*words) -> int:
-    return main(["evaluate", *map(str, words), "--device", "cpu"])
+    return main(["evaluate", "--device", "cpu", *map(str, words)])
 
 
 def measured(path: Path) -> dict:
@@ -143,6 +143,7 @@ def test_bad_images_are_named_and_the_others_measured(benchmark, capsys):
         (lambda data: image(1, (48, 32)).save(data / "results" / "Canon_000_LR4.jpg"), ["--data", ".", "--results", "results"], "could both be"),
         (lambda data: None, ["--data", ".", "--results", "results", "--metrics", "psrn"], "--metrics: found psrn, expected psnr"),
         (lambda data: None, ["--data", "."], "neither --method nor --results"),
+        (lambda data: None, ["--data", ".", "--results", "results", "--device", "warp"], "--device: found 'warp'"),
         (lambda data: None, ["--data", ".", "--results", "results", "--method", "invsr"], "expected one of them"),
         (lambda data: None, ["--results", "results"], "--data: found none"),
         (lambda data: None, ["--data", ".", "--results", "results", "--expect", "invsr", "--benchmark", "drealsr"], "but known are osediff on realsr"),

@@ -155,6 +155,8 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
                     next(values)
             if kind == "COMFY_DYNAMICCOMBO_V3":  # a choice, then the widgets that it brings, named "choice.widget"
                 inputs |= {socket: next(values) for socket in sockets if socket.split(".")[0] == name}
+            if kind == "IMAGECOMPARE":  # the page's slider, of which the node makes nothing
+                inputs[name] = ""
             if sockets.get(name) is not None:
                 _, source, slot, *_ = links[sockets[name]]
                 inputs[name] = [str(source), slot]
