@@ -1,5 +1,6 @@
 """Running something that may hang, die or take all memory, in a process of its own."""
 
+import ctypes
 import os
 import select
 import signal
@@ -44,6 +45,7 @@ def _report(work, pipe: int) -> None:
 
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + ADDRESSES, resource.RLIM_INFINITY))
+    ctypes.CDLL(None).malloc_trim(0)  # what this process has freed before would be used again, and nothing would grow
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     try:
