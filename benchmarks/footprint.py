@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from full_size import METHODS, STAGES, Networks, stages
+from gpu_report import GIB, table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GIB = 2**30
 DEVICE = torch.device("cuda")
 CARDS = (6, 8, 12, 24)
 CONTEXT = 0.8
@@ -98,10 +98,6 @@ def needed(peaks: dict[str, int], weights: dict[str, int], method: str, offload:
     used = METHODS[method]
     resident = sum(weights[name] for name in {STAGES[stage] for stage in used})
     return max(peaks[stage] + (weights[STAGES[stage]] if offload else resident) for stage in used) / GIB
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def report(tiled: dict[int, dict[str, int]], whole: dict[int, dict[str, int]], weights: dict[str, int]) -> str:
