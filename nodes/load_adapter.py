@@ -16,6 +16,7 @@ from .sampling import USUAL
 FAMILIES = {method.weights.folder: method for method in METHODS.values() if method.one_step}
 """Methods whose adapters are loaded here, by their model folders."""
 
+MAX_STRENGTH = 10.0
 
 NODE = "Load Few-Step SR Adapter"
 
@@ -41,21 +42,12 @@ class FewStepSRAdapterLoader(io.ComfyNode):
                     options=_list_adapters(),
                     tooltip=f"Adapter file in {_folders()}, such as pisasr/pisa_sr.pkl.",
                 ),
-                io.Float.Input(
+                strength_input(
                     "strength_model",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Adapter strength on the UNet. Use 1, the published method; PiSA-SR's and HYPIR's knobs are on Few-Step SR One Step.",
+                    "Adapter strength on the UNet. Use 1, the published method; PiSA-SR's and HYPIR's knobs are on Few-Step SR One Step.",
                 ),
-                io.Float.Input(
-                    "strength_vae",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Adapter strength on the VAE encoder. 1 is the published method. PiSA-SR and HYPIR leave the VAE as it is.",
+                strength_input(
+                    "strength_vae", "Adapter strength on the VAE encoder. 1 is the published method. PiSA-SR and HYPIR leave the VAE as it is."
                 ),
             ],
             outputs=[
@@ -99,13 +91,18 @@ class FewStepSRAdapterLoader(io.ComfyNode):
         return io.NodeOutput(adapt_model(model, method, adapter, strength_model), adapt_vae(vae, method, adapter, strength_vae))
 
 
+def strength_input(name: str, tooltip: str) -> io.Float.Input:
+    """A loader's LoRA strength, 1 as published."""
+    return io.Float.Input(name, default=1.0, min=-MAX_STRENGTH, max=MAX_STRENGTH, step=0.01, tooltip=tooltip)
+
+
 def check_base(model, vae, strength_model: float, strength_vae: float, node: str) -> list[str]:
     """Warnings on what an adapter is to be put on by a loader ``node``. Raises ValueError where it does not fit."""
     require_stable_diffusion(model)
     require_vae(vae)
     strengths = {"strength_model": strength_model, "strength_vae": strength_vae}
     for name, strength in strengths.items():
-        require_number(strength, name, -10.0, 10.0)
+        require_number(strength, name, -MAX_STRENGTH, MAX_STRENGTH)
     extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
     warnings = [
         f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()

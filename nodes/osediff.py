@@ -10,7 +10,7 @@ from ..fewstep_sr.methods import OSEDIFF, load_weights
 from ..fewstep_sr.methods.osediff import TIMESTEP
 from .adapter import adapt_model, adapt_vae
 from .checks import require_picture, require_stable_diffusion
-from .load_adapter import check_base
+from .load_adapter import check_base, strength_input
 from .marks import require_family
 from .noise import PredictedNoise, number_pictures
 from .page import find_listed, fingerprint, list_files, warn
@@ -37,21 +37,11 @@ class OSEDiffLoader(io.ComfyNode):
                     options=list_files(OSEDIFF.weights.folder),
                     tooltip="Adapter file in models/osediff, such as osediff.pkl. osediff_face.pkl is for portraits that are already large.",
                 ),
-                io.Float.Input(
-                    "strength_model",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="How much of the adapter the UNet gets. 1 is the published method; the UNet without it does not restore.",
+                strength_input(
+                    "strength_model", "How much of the adapter the UNet gets. 1 is the published method; the UNet without it does not restore."
                 ),
-                io.Float.Input(
-                    "strength_vae",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="How much of the adapter the VAE encoder gets. 1 is the published method; 0 is the base's own encoder.",
+                strength_input(
+                    "strength_vae", "How much of the adapter the VAE encoder gets. 1 is the published method; 0 is the base's own encoder."
                 ),
             ],
             outputs=[
