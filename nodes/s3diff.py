@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..fewstep_sr.methods import load_weights
-from ..fewstep_sr.methods.s3diff import ESTIMATOR
+from ..fewstep_sr.methods.s3diff_estimator import ESTIMATOR
 from ..fewstep_sr.networks.degradation import SCORES, STRIP, DegradationEstimator, overrule, require_scores
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
