@@ -10,6 +10,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 
@@ -23,6 +24,7 @@ examples:
   {PROG} upscale miniature/photo.png --demo
   {PROG} upscale photos -o restored --method invsr --download
   {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
+  {PROG} upscale clip.mp4 -o clip_x2.mp4 --scale 2
   accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
 
 A run that was cut goes on where it stopped: pictures whose results exist, made with the same settings, are not done again. One bad
@@ -94,12 +96,13 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     from fewstep_sr.image.formats import FORMATS
 
     from .options import add_machine, add_method, add_weights
+    from .video.formats import CODECS, PIXEL_FORMATS
 
     command.set_defaults(run=_upscale)
     command.epilog = _UPSCALE
-    command.add_argument("input", nargs="+", metavar="INPUT", help="pictures, folders (with their subfolders) and globs")
+    command.add_argument("input", nargs="+", metavar="INPUT", help="pictures, folders (with their subfolders) and globs; videos by their names")
     command.add_argument(
-        "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture (default: beside it, cat_x4.png)"
+        "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture or video (default: beside it, cat_x4.png)"
     )
 
     add_method(command)
@@ -110,6 +113,18 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="of the results (default: each picture's own)")
     files.add_argument("--quality", type=int, default=95, help="of JPEG and WebP (default: %(default)s)")
     files.add_argument("--overwrite", action="store_true", help="do pictures again whose results exist")
+
+    video = command.add_argument_group(
+        "video", "A video's file as INPUT, or one as OUT: frames one after another, sound and all else kept. Needs PyAV."
+    )
+    video.add_argument("--codec", choices=CODECS, help="default: h264; hevc for more than 8 bits; av1 for .webm")
+    defaults = ", ".join(f"{codec.crf[0]:g} with {name}" for name, codec in CODECS.items() if codec.crf)
+    video.add_argument("--crf", type=float, help=f"quality, a smaller number is better (default: {defaults})")
+    video.add_argument("--pixel-format", choices=PIXEL_FORMATS, help="default: yuv420p, or yuv420p10le for more than 8 bits")
+    video.add_argument(
+        "--fps", type=Fraction, default=Fraction(24), help="of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
+    )
+    video.add_argument("--segment", type=int, default=120, metavar="FRAMES", help="a run that was cut loses so many at most (default: %(default)s)")
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:

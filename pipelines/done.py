@@ -9,8 +9,9 @@ from typing import Any
 from fewstep_sr.files import require_room
 
 from .jobs import Job
-from .pictures.record import make_record, read_record, recorded_settings, same_result
+from .pictures.record import make_record, read_record, read_video_record, recorded_settings, same_result
 from .settings import Settings
+from .video.formats import CONTAINERS, is_video
 
 _LISTED = 5
 
@@ -30,14 +31,20 @@ class Results:
     """Results of other settings, which are done again, and what differs."""
 
     def record(self, job: Job) -> str:
-        return make_record(settings_to_record(self.settings, job.target), job.source)
+        return make_record(settings_to_record(self.settings, job.target) | self._frames(job), job.source)
+
+    def _frames(self, job: Job) -> dict[str, Any]:
+        """What a video made of pictures depends on beside."""
+        if not job.frames:
+            return {}
+        return {"fps": str(self.settings.fps), "frames": len(job.frames), "bytes": sum(path.stat().st_size for path in job.frames)}
 
     def __call__(self, job: Job) -> bool:
         """Raises OSError or ValueError where no result can be written there."""
         if self.settings.overwrite or not job.target.is_file() or job.target.stat().st_size == 0:
             self._require_room(job)
             return False
-        found, wanted = read_record(job.target), self.record(job)
+        found, wanted = (read_video_record if is_video(job.target) else read_record)(job.target), self.record(job)
         if len(self.jobs) == 1 and job.named:
             if found is None:
                 raise FileExistsError(f"{job.target} exists and is no result of this program. Give another name with -o, or --overwrite.")
@@ -91,6 +98,8 @@ def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:
         "quality": settings.quality if target.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif", ".webp") else None,
         **{name: _name(value) for name, value in settings.options.items()},
     }
+    if target.suffix.lower() in CONTAINERS:
+        record |= {"codec": settings.codec, "crf": settings.crf, "pixel_format": settings.pixel_format}
     return {name: value for name, value in record.items() if value not in (None, (), [])}
 
 

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,22 @@ from PIL import Image
 from fewstep_sr.image.formats import FORMATS, WRITTEN, readable, unreadable
 
 from .pictures import find_in_folder
+from .video.formats import CONTAINERS, OTHERWISE, is_pattern, is_video
 
 
 @dataclass(frozen=True)
 class Job:
-    """An image and its result. ``named``: the user named this one file, rather than a folder or pattern that it is in."""
+    """An image, or a video, and its result. ``named``: the user named this one file, rather than a folder or pattern that it is in."""
 
     source: Path
     target: Path
     named: bool = False
+    frames: tuple[Path, ...] = ()
+    """Pictures that become one video, ``source`` among them as the first."""
+
+    @property
+    def is_video(self) -> bool:
+        return bool(self.frames) or is_video(self.source)
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,12 @@ def list_jobs(inputs: Sequence[str], output: Path, suffix: str | None) -> list[J
     if not sources:
         raise FileNotFoundError(f"no images found in {', '.join(inputs)}; expected {', '.join(sorted(readable()))}.")
     found = list(sources.values())
-    if _is_file_name(output, suffix):
+    if _is_video_name(output, found):
+        files = tuple(source.path for source in sorted(found, key=lambda source: _natural(source.relative)) if not is_video(source.path))
+        return [Job(files[0], output, False, files)] if files else [Job(found[0].path, output, True)]
+    if is_pattern(output):
+        return [_to_frames(found, output)]
+    if _is_file_name(output, suffix, found):
         if len(found) > 1:
             raise ValueError(f"-o: found the file {output} for {len(found)} pictures, expected a folder.")
         jobs = [Job(source.path, output, source.named) for source in found]
@@ -87,7 +100,7 @@ def _sources(text: str, output: Path) -> Iterable[_Source]:
     matches = [Path(match) for match in _glob(path)]
     if not matches:
         raise FileNotFoundError(f"{text}: there is no such file or folder, and nothing matches it.")
-    return [_Source(p, Path(p.name)) for p in matches if p.is_file() and p.suffix.lower() in suffixes]
+    return [_Source(p, Path(p.name)) for p in matches if p.is_file() and (p.suffix.lower() in suffixes or is_video(p))]
 
 
 def _glob(path: Path) -> list[str]:
@@ -100,11 +113,47 @@ def _glob(path: Path) -> list[str]:
     return sorted(glob.glob(pattern, recursive=True))
 
 
-def _is_file_name(output: Path, suffix: str | None) -> bool:
+def _is_video_name(output: Path, found: Sequence[_Source]) -> bool:
+    """Whether ``-o`` names a video: of one video, or of pictures as its frames."""
+    own = output.suffix.lower()
+    if output.is_dir() or not is_video(output):
+        return False
+    if own not in CONTAINERS:
+        raise ValueError(f"-o: found {output.name}, but {own} is not written. Give a name that ends in {', '.join(CONTAINERS)}, or a folder.")
+    videos = [source for source in found if is_video(source.path)]
+    if videos and len(found) > 1:
+        others = f"{len(videos)} videos" if len(videos) == len(found) else "videos and pictures"
+        raise ValueError(f"-o: found the file {output} for {others}, expected a folder.")
+    if videos and videos[0].path.resolve() == output.resolve():
+        raise ValueError(f"{videos[0].path}: the result would replace the video itself. Give another name with -o.")
+    return True
+
+
+def _to_frames(found: Sequence[_Source], output: Path) -> Job:
+    """One video's job whose results are pictures, ``frames/%06d.png``."""
+    if len(found) != 1 or not is_video(found[0].path):
+        raise ValueError(f"-o: found the pattern {output.name}, expected one video as INPUT, whose frames it names.")
+    try:
+        names = {output.name % 1, output.name % 2}
+    except (TypeError, ValueError):
+        names = set()
+    if len(names) != 2 or output.suffix.lower() not in WRITTEN:
+        raise ValueError(f"-o: found {output.name}, expected a pattern for the number of each frame, such as %06d.png.")
+    return Job(found[0].path, output, True)
+
+
+def _natural(path: Path) -> list:
+    """Frames in the order in which they are counted: ``2.png`` before ``10.png``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def _is_file_name(output: Path, suffix: str | None, found: Sequence[_Source]) -> bool:
     """Whether ``-o`` names a file rather than a folder, by its suffix where there is neither yet."""
     own = output.suffix.lower()
     if output.is_dir() or not own:
         return False
+    if any(is_video(source.path) for source in found) and own in WRITTEN:
+        raise ValueError(f"-o: found {output.name} for a video, expected a video's name, a folder, or a pattern such as {output.stem}_%06d{own}.")
     if own in WRITTEN:
         if suffix and WRITTEN[suffix] != WRITTEN[own]:
             raise ValueError(f"--format: found {suffix[1:]}, but -o names the file {output.name}. Leave out one or the other.")
@@ -117,6 +166,8 @@ def _is_file_name(output: Path, suffix: str | None) -> bool:
 
 def _target(relative: Path, suffix: str | None, own: set[Path]) -> Path:
     """The result's name: the image's own, with ``.png`` for kinds that are not written; after the old suffix where ``cat.png`` is an image, too."""
+    if is_video(relative):
+        return relative if relative.suffix.lower() in CONTAINERS else relative.with_suffix(OTHERWISE)
     if suffix:
         return relative.with_suffix(suffix)
     if relative.suffix.lower() in WRITTEN:
@@ -134,5 +185,8 @@ def beside(inputs: Sequence[str], scale: float, suffix: str | None) -> Path:
     path = Path(inputs[0]).expanduser()
     if len(inputs) > 1 or not path.is_file():
         raise ValueError(f"-o: found none for {', '.join(inputs)}, expected a folder for the results. Only a single picture's goes beside it.")
+    if is_video(path):
+        own = path.suffix if path.suffix.lower() in CONTAINERS else OTHERWISE
+        return path.with_name(f"{path.stem}_x{scale:g}{own}")
     own = path.suffix if path.suffix.lower() in WRITTEN else ".png"
     return path.with_name(f"{path.stem}_x{scale:g}{suffix or own}")

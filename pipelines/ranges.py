@@ -4,6 +4,8 @@ import math
 import sys
 from typing import TYPE_CHECKING
 
+from .video.formats import CONTAINERS, require_video_options
+
 if TYPE_CHECKING:
     from .settings import Settings
 
@@ -24,6 +26,12 @@ def require_ranges(settings: "Settings") -> None:
         raise ValueError(f"--quality: found {settings.quality}, expected 1 to 100.")
     if settings.tile and (settings.tile < 256 or settings.tile % 64):
         raise ValueError(f"--tile: found {settings.tile}, expected a multiple of 64 from 256 on, or 0 for whole pictures.")
+    if settings.fps <= 0:
+        raise ValueError(f"--fps: found {settings.fps}, expected a number of more than 0.")
+    if settings.segment < 1:
+        raise ValueError(f"--segment: found {settings.segment}, expected 1 frame or more.")
+    if settings.output is not None and settings.output.suffix.lower() in CONTAINERS:
+        require_video_options(settings.output, settings.codec, settings.crf, settings.pixel_format)
     if settings.device is not None:
         require_device(settings.device)
 

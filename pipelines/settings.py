@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ class Settings:
         suffix: of the results, such as ``".png"``; None for each image's own.
         device, dtype: names; None for what suits the machine.
         tile: side of tiles in pixels of the result; 0 for whole images.
+        codec, crf, pixel_format: of videos; None for what suits the result's container and the source.
+        fps: frames a second of a video that is made of pictures.
+        segment: frames after which a video that was cut can go on.
     """
 
     inputs: tuple[str, ...]
@@ -57,6 +61,11 @@ class Settings:
     suffix: str | None = None
     quality: int = 95
     overwrite: bool = False
+    codec: str | None = None
+    crf: float | None = None
+    pixel_format: str | None = None
+    fps: Fraction = Fraction(24)
+    segment: int = 120
 
     def __post_init__(self):
         require_ranges(self)
@@ -118,6 +127,11 @@ class Settings:
             suffix=f".{arguments.format}" if arguments.format else None,
             quality=arguments.quality,
             overwrite=arguments.overwrite,
+            codec=arguments.codec,
+            crf=arguments.crf,
+            pixel_format=arguments.pixel_format,
+            fps=arguments.fps,
+            segment=arguments.segment,
         )
         say_ignored(settings)
         return settings

@@ -22,6 +22,7 @@ from .pictures import read_picture, require_place, require_writable, write_pictu
 from .processes import Peers
 from .settings import Settings
 from .single_file import find_tokenizer
+from .video.run import upscale_frames
 
 
 def upscale(settings: Settings) -> int:
@@ -86,6 +87,7 @@ class Upscaler:
         self, settings: Settings, base: str, weights: str, companions: dict[str, Path | None], state: PartialState, record: Callable[[Job], str]
     ):
         self.settings, self.record = settings, record
+        self.position = state.local_process_index + state.num_processes
         device = torch.device(settings.device) if settings.device else state.device
         dtype = getattr(torch, settings.dtype or ("float32" if device.type == "cpu" else "float16"))
         diffusers_logging.disable_progress_bar()
@@ -109,6 +111,8 @@ class Upscaler:
 
     def work(self, job: Job) -> Written:
         settings = self.settings
+        if job.is_video:
+            return upscale_frames(job, settings, self.restore, self.record(job), self.position)
         picture = read_picture(job.source)
         width, height = (round(side * settings.scale) for side in picture.pixels.size)
         require_writable(picture, (width, height), job.target)
@@ -118,7 +122,7 @@ class Upscaler:
         return Written(job.target, (width, height), job.target.stat().st_size, (*self.pipeline.notes(), *picture.metadata.notes, *notes))
 
     def restore(self, image: torch.Tensor) -> torch.Tensor:
-        """An image (1, 3, h, w) in [0, 1] as (1, 3, H, W)."""
+        """Images (B, 3, h, w) in [0, 1] as (B, 3, H, W)."""
         settings = self.settings
         optional = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt, "prompt_embeds": self.prompt_embeds}
         return self.pipeline(

@@ -39,6 +39,18 @@ def read_record(path: Path) -> str | None:
     return line.rstrip("\0") if isinstance(line, str) and line.startswith(_NAME) else None
 
 
+def read_video_record(path: Path) -> str | None:
+    """The record of a video that is a result: the last line of its comment."""
+    try:
+        import av
+
+        with av.open(str(path), metadata_errors="replace") as container:
+            lines = next(value for key, value in container.metadata.items() if key.lower() == "comment").splitlines()
+    except Exception:  # whatever lies there
+        return None
+    return lines[-1] if lines and lines[-1].startswith(_NAME) else None
+
+
 def _in_exif(data: bytes | None) -> Any:
     exif = Image.Exif()
     exif.load(data or b"")

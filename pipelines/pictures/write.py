@@ -53,7 +53,7 @@ def require_place(path: Path, size: tuple[int, int]) -> None:
     try:
         require_room(path, size[0] * size[1] // 10)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 def write_picture(restored: torch.Tensor, picture: Picture, path: Path, quality: int, record: str | None = None) -> list[str]:
@@ -82,11 +82,14 @@ def write_picture(restored: torch.Tensor, picture: Picture, path: Path, quality:
         with written_whole(path) as partial:
             partial.write_bytes(encoded)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
     return notes
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
+def output_error(path: Path, error: OSError) -> OutputError:
+    """The system's error about ``path`` as one that ends a run."""
+    if isinstance(error, OutputError):
+        return error
     raised = OutputError(f"{path} cannot be written: {error.strerror or error}.")
     raised.errno = error.errno
     return raised
