@@ -38,6 +38,8 @@ class Outcome:
     written: list[Written] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
     not_begun: int = 0
+    ended: bool = False
+    """Whether a process met an error that will meet each image."""
 
 
 def join(device: str | None) -> tuple[PartialState, Peers]:
@@ -111,6 +113,7 @@ def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialSt
         written=[item for item in found if isinstance(item, Written)],
         failures=[item for item in found if isinstance(item, tuple)],
         not_begun=sum(item for item in found if isinstance(item, int)),
+        ended=any(isinstance(item, int) for item in found),
     )
 
 

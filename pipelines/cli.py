@@ -24,6 +24,7 @@ examples:
   {PROG} upscale miniature/photo.png --demo
   {PROG} upscale photos -o restored --method invsr --download
   {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
+  {PROG} upscale --watch inbox -o outbox
   {PROG} upscale clip.mp4 -o clip_x2.mp4 --scale 2
   accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
 
@@ -113,6 +114,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="of the results (default: each picture's own)")
     files.add_argument("--quality", type=int, default=95, help="of JPEG and WebP (default: %(default)s)")
     files.add_argument("--overwrite", action="store_true", help="do pictures again whose results exist")
+    files.add_argument("--watch", action="store_true", help="INPUT is a folder: do its pictures, then those that come, until Ctrl+C or SIGTERM")
 
     video = command.add_argument_group(
         "video", "A video's file as INPUT, or one as OUT: frames one after another, sound and all else kept. Needs PyAV."
@@ -156,8 +158,10 @@ def _add_train(command: argparse.ArgumentParser) -> None:
 def _upscale(arguments: argparse.Namespace) -> int:
     from .settings import Settings
     from .upscale import upscale
+    from .watch import watch
 
-    return upscale(Settings.from_arguments(arguments))
+    settings = Settings.from_arguments(arguments)
+    return watch(settings) if settings.watch else upscale(settings)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

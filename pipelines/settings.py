@@ -36,6 +36,7 @@ class Settings:
         codec, crf, pixel_format: of videos; None for what suits the result's container and the source.
         fps: frames a second of a video that is made of pictures.
         segment: frames after which a video that was cut can go on.
+        watch: wait for what comes into the inputs, which are folders.
     """
 
     inputs: tuple[str, ...]
@@ -66,6 +67,7 @@ class Settings:
     pixel_format: str | None = None
     fps: Fraction = Fraction(24)
     segment: int = 120
+    watch: bool = False
 
     def __post_init__(self):
         require_ranges(self)
@@ -132,6 +134,7 @@ class Settings:
             pixel_format=arguments.pixel_format,
             fps=arguments.fps,
             segment=arguments.segment,
+            watch=arguments.watch,
         )
         say_ignored(settings)
         return settings
