@@ -17,6 +17,9 @@ from .ranges import require_ranges, say_ignored
 DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
 """Methods where none is named."""
 
+_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "watch")
+"""Options that ``upscale`` has and the other commands that restore have not."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -129,12 +132,7 @@ class Settings:
             suffix=f".{arguments.format}" if arguments.format else None,
             quality=arguments.quality,
             overwrite=arguments.overwrite,
-            codec=arguments.codec,
-            crf=arguments.crf,
-            pixel_format=arguments.pixel_format,
-            fps=arguments.fps,
-            segment=arguments.segment,
-            watch=arguments.watch,
+            **{name: getattr(arguments, name) for name in _OF_UPSCALE if hasattr(arguments, name)},
         )
         say_ignored(settings)
         return settings
