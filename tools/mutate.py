@@ -1,8 +1,8 @@
 """Mutation testing: change one thing at a time in a file, and see whether the tests notice.
 
-    python tools/mutate.py fewstep_sr/diffusion.py --tests "tests/methods tests/pipelines/test_pipelines_golden.py"
+    python tools/mutate.py fewstep_sr/diffusion.py --tests tests/methods/test_equations.py --tests "tests/methods tests/pipelines/test_pipelines_golden.py"
 
-Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after the libraries are imported. What survives is printed with its line and change.
+Give --tests again for tests that take longer: they get what the first ones leave alive. Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after the libraries are imported. What survives is printed with its line and change.
 Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the reason,
 with " | " between them; they do not count.
 
@@ -197,7 +197,7 @@ def _where(mutant: Mutant) -> str:
     return f"{mutant.file.relative_to(ROOT)}:{mutant.line} | {mutant.text} | {mutant.change}"
 
 
-def survivors(found: list[Mutant], folders: list[Path], tests: list[str], limit: int) -> list[bool]:
+def survivors(found: list[Mutant], folders: list[Path], tests: list[str], limit: int, report: bool = False) -> list[bool]:
     """For each mutant whether the tests pass with it. One at which they take longer than ``limit`` seconds of the processor counts as noticed, and so does
     one at which they wait ten times as long.
     """
@@ -216,7 +216,7 @@ def survivors(found: list[Mutant], folders: list[Path], tests: list[str], limit:
                 os.killpg(process.pid, signal.SIGKILL)
             process.join()
             alive[index] = process.exitcode == 0
-            if alive[index] and found[index].change:
+            if alive[index] and report:
                 print(f"  survived {_where(found[index])}", flush=True)
             (folder / found[index].file.relative_to(ROOT)).write_text(found[index].original, encoding="utf-8")
             free.append(folder)
@@ -237,7 +237,9 @@ def _import_libraries(diffusers: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--tests", required=True, help="what pytest is given, such as 'tests/methods tests/tiling'")
+    parser.add_argument(
+        "--tests", required=True, action="append", help="what pytest is given, such as 'tests/methods tests/tiling'; again: for the survivors"
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--sample", type=int, help="so many mutants, drawn with --seed (default: all)")
     parser.add_argument("--seed", type=int, default=0)
@@ -248,21 +250,24 @@ def main() -> int:
     found = [m for m in found if (str(m.file.relative_to(ROOT)), m.text, m.change) not in known]
     if arguments.sample and arguments.sample < len(found):
         found = random.Random(arguments.seed).sample(found, arguments.sample)
-    tests = arguments.tests.split()
-    _import_libraries(diffusers=any("pipelines" in file.parts for file in arguments.files))
+    stages = [tests.split() for tests in arguments.tests]
+    _import_libraries(diffusers="pipelines" in " ".join([*map(str, arguments.files), *arguments.tests]))
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / str(i) for i in range(arguments.jobs)]
         for folder in folders:
             shutil.copytree(ROOT, folder, ignore=lambda _, names: SKIPPED & set(names))
         first = arguments.files[0].resolve()
         whole = first.read_text(encoding="utf-8")
-        if not survivors([Mutant(first, 0, "", "", whole, whole)], folders, tests, 10 * arguments.timeout)[0]:
-            raise SystemExit(f"The tests fail without any change: pytest {arguments.tests}")
-        alive = survivors(found, folders, tests, arguments.timeout)
+        left = found
+        for tests in stages:
+            if not survivors([Mutant(first, 0, "", "", whole, whole)], folders, tests, 10 * arguments.timeout)[0]:
+                raise SystemExit(f"The tests fail without any change: pytest {' '.join(tests)}")
+            alive = survivors(left, folders, tests, arguments.timeout, report=tests is stages[-1])
+            left = [mutant for mutant, survived in zip(left, alive, strict=True) if survived]
     for file in sorted({mutant.file for mutant in found}):
-        mine = [survived for mutant, survived in zip(found, alive, strict=True) if mutant.file == file]
-        print(f"{file.relative_to(ROOT)}: {len(mine) - sum(mine)} of {len(mine)} dead")
-    print(f"{len(found) - sum(alive)} of {len(found)} dead ({1 - sum(alive) / max(len(found), 1):.1%})")
+        mine, survived = (sum(mutant.file == file for mutant in some) for some in (found, left))
+        print(f"{file.relative_to(ROOT)}: {mine - survived} of {mine} dead")
+    print(f"{len(found) - len(left)} of {len(found)} dead ({1 - len(left) / max(len(found), 1):.1%})")
     return 0
 
 

@@ -161,8 +161,10 @@ class _Run:
         options, pictures, step, accelerator = self.options, self.pictures, self.progress.step, self.accelerator
         samples = options.batch * accelerator.num_processes * options.accumulate
         pictures.length = options.steps * samples
-        loader = accelerator.prepare(load_batches(pictures, options.batch, min(step * samples, pictures.length), options.workers))
         self.bar = tqdm(total=options.steps, initial=step, disable=not accelerator.is_main_process, desc=options.output.name)
+        if step >= options.steps:
+            return iter(())  # accelerate 1.0 gives a None where there is no batch
+        loader = accelerator.prepare(load_batches(pictures, options.batch, step * samples, options.workers))
         return enumerate(loader, step * options.accumulate)
 
     def learn(self, number: int, batch: Batch) -> None:

@@ -284,6 +284,7 @@ def test_a_picture_beside_osediffs_noise(comfy, model):
         noise.generate_noise(latent)
 
 
+@pytest.mark.slow
 def test_far_too_large(comfy, model, monkeypatch):
     """10. One activation alone is larger than the device: 64 x 96 cells of 8 x 32 channels in float32 are 6 MiB."""
     from comfy import model_management

@@ -43,7 +43,9 @@ def alphas(index):
     return scheduler.alphas_cumprod[index]
 
 
-@pytest.mark.parametrize(("seed", "rank", "height", "width"), [(2, 1, 64, 64), (3, 4, 72, 136), (4, 16, 200, 88), (5, 3, 24, 40)])
+@pytest.mark.parametrize(
+    ("seed", "rank", "height", "width"), [(2, 1, 64, 64), (3, 4, 72, 136), pytest.param(4, 16, 200, 88, marks=pytest.mark.slow), (5, 3, 24, 40)]
+)
 @torch.inference_mode()
 def test_osediff(comfy, seed, rank, height, width):
     checkpoint = toys.osediff_checkpoint(seed, rank)
@@ -114,7 +116,7 @@ class ReferencePredictor(torch.nn.Module):
         (2, (64, 128), (1, 1), 128, 16, 16, (200,), 1.0),
         (3, (128, 64), (2, 1), 96, 24, 46, (250, 120), 1.0),
         (4, (64, 128, 64), (1, 2, 1), 64, 36, 20, (150, 100, 50), 1.5),
-        (5, (256, 512), (3, 3), 512, 8, 12, (100, 1), 1.0),
+        pytest.param(5, (256, 512), (3, 3), 512, 8, 12, (100, 1), 1.0, marks=pytest.mark.slow),
     ],
 )
 @torch.inference_mode()

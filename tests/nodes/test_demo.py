@@ -34,6 +34,7 @@ def test_an_incomplete_copy_says_so(monkeypatch, tmp_path):
         miniature.find("unet/x.safetensors")
 
 
+@pytest.mark.slow
 def test_osediff_in_nodes_and_pipeline(comfy):
     from pipelines.demo import load_demo
 

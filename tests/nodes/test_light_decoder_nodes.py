@@ -55,6 +55,7 @@ def test_encodes_as_the_base(comfy, tmp_path):
     assert relative_error(light, whole) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FILES)
 def test_tiled_against_whole(comfy, tmp_path, family):
     vae = small_vae(family, tmp_path)
@@ -68,6 +69,7 @@ def test_tiled_against_whole(comfy, tmp_path, family):
     assert 0 < difference(vae) < max(0.05, 1.5 * difference(base))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FILES)
 def test_published_widths_load_by_themselves(comfy, tmp_path, family):
     """Core reads the decoder's width off the file: Load VAE, then our nodes, whole and tiled."""

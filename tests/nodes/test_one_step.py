@@ -103,12 +103,14 @@ def test_lora_before_the_adapter(comfy, base, full, pixel_alone):
     require_equation(comfy, full, pixel_alone, lambda model: first[id(model)])
 
 
+@pytest.mark.slow
 def test_merged_with_another_model(comfy, full, pixel_alone):
     other = toys.comfy_model(SEED + 1)
     require_equation(comfy, full, pixel_alone, lambda model: comfy.run("ModelMergeSimple", model1=model, model2=other, ratio=0.7)[0])
     require_equation(comfy, full, pixel_alone, lambda model: comfy.run("ModelMergeSimple", model1=other, model2=model, ratio=0.3)[0])
 
 
+@pytest.mark.slow
 def test_hooked_lora(comfy, full, pixel_alone):
     from comfy import hooks
 
@@ -129,6 +131,7 @@ def test_control_net(comfy, full, pixel_alone):
     require_equation(comfy, full, pixel_alone, lambda model: model, positive=controlled)
 
 
+@pytest.mark.slow
 def test_guidance_and_patches_of_the_sampler(comfy, full, pixel_alone):
     def halved(model):
         model = model.clone()
@@ -142,6 +145,7 @@ def test_guidance_and_patches_of_the_sampler(comfy, full, pixel_alone):
     assert torch.equal(step(comfy, full, cfg=0.0), step(comfy, full, cfg=1.0))
 
 
+@pytest.mark.slow
 def test_tiles(comfy, full, pixel_alone):
     """Both predictions are blended over the whole canvas before they are weighed, and the weights change once, not for each tile."""
     latent = torch.randn(1, 4, 40, 28, generator=torch.Generator().manual_seed(6))
@@ -259,6 +263,7 @@ def test_settings_of_another_family(comfy, full, hypir, put_on, caplog):
             step(comfy, full, **{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["pisasr_square", "hypir_square"])
 def test_strength_0_and_merges_that_lose_the_adapter(comfy, base, put_on, caplog, case):
     model = put_on(case)

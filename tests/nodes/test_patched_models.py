@@ -174,6 +174,7 @@ def test_two_adapters_in_a_row_are_warned_of(comfy, osediff, base, adapter_name,
 LOST, NONE = "acts with strength 0, lost in a merge", "found no OSEDiff adapter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "ratio", "said"),
     [("adapted", 1.0, None), ("adapted", 0.5, None), ("adapted", 0.0, LOST), ("base", 0.0, None), ("base", 0.5, None), ("base", 1.0, LOST)],

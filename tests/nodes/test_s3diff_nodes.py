@@ -180,6 +180,7 @@ def test_the_base_stays_as_it_is(comfy, load, batch, monkeypatch):
     assert torch.equal(weights["input_blocks.0.0.weight"], base["conv_in.weight"]) and torch.equal(weights["out.2.weight"], base["conv_out.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", [16])
 def test_tiles(comfy, batch, tile):
     """Tiled Model before or after: each image's tiles with its own adapter."""

@@ -153,6 +153,7 @@ def test_bad_files_do_not_stop_the_others(models, tmp_path, capsys):
         assert any(name in line and reason in line for line in report.splitlines()), (name, report)
 
 
+@pytest.mark.slow
 def test_done_pictures_are_left_unless_asked(models, tmp_path, capsys):
     source, out = tmp_path / "in", tmp_path / "out"
     write_photos(source, 2)
@@ -196,6 +197,7 @@ def test_tiles(models, tmp_path):
     assert np.array_equal(results[0], results[2]) and not np.array_equal(results[0], results[1])
 
 
+@pytest.mark.slow
 def test_weights_in_a_comfyui(models, tmp_path, monkeypatch, capsys):
     write_photos(tmp_path / "in", 1)
     comfyui = tmp_path / "ComfyUI"

@@ -26,7 +26,7 @@ def start(case: str, kind, tmp_path, extension: str):
     return pipeline, arrays, image, gaussian(seed, "prompt_embeds", (1, 77, 64)), gaussian(seed, "vae_posterior", arrays["latent"].shape)
 
 
-@pytest.mark.parametrize("case", ["pisasr_square", "pisasr_tall"])
+@pytest.mark.parametrize("case", ["pisasr_square", pytest.param("pisasr_tall", marks=pytest.mark.slow)])
 def test_pisasr(case, tmp_path, monkeypatch):
     pipeline, arrays, image, embeds, noise = start(case, PiSASRPipeline, tmp_path, "pkl")
     monkeypatch.setattr("pipelines.base.draw_noise", lambda shape, seed: noise)
@@ -90,6 +90,7 @@ def test_hypir_wrong_turns(tmp_path):
         pipeline.one_step(arrays["latent"], embeds, 1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "kind"), [("pisasr_tall", PiSASRPipeline), ("hypir_tall", HYPIRPipeline)])
 def test_saved_and_loaded(case, kind, tmp_path):
     pipeline, arrays, _, embeds, _ = start(case, kind, tmp_path, "pth")

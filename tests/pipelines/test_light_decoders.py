@@ -117,6 +117,7 @@ def test_what_is_no_decoder_is_refused(tmp_path, content, found):
     assert torch.equal(pipeline.decode(arrays["latent"]), own)
 
 
+@pytest.mark.slow
 def test_on_the_command_line(tmp_path, capsys):
     """``--decoder`` reaches the pipeline, and a result knows it."""
     base = PiSASRPipeline(**pipeline_toys.components(2, tmp_path / "tokenizer"))

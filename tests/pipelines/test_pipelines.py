@@ -37,6 +37,12 @@ def invsr(tmp_path, seed=3, text=False) -> InvSRPipeline:
 PIPELINES = pytest.mark.parametrize("make", [osediff, invsr])
 
 
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory) -> dict:
+    """A pipeline of each, for tests that leave it as it is."""
+    return {make: make(tmp_path_factory.mktemp("loaded")) for make in (osediff, invsr)}
+
+
 def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return relative_error(found, expected) < 1e-5
 
@@ -45,6 +51,7 @@ def restore(pipeline, image=IMAGE, **kwargs) -> torch.Tensor:
     return pipeline(image, **{"prompt_embeds": EMBEDS, "scale": 2, "output_type": "pt"} | kwargs).images
 
 
+@pytest.mark.slow
 @PIPELINES
 def test_saved_and_loaded(make, tmp_path):
     pipeline = make(tmp_path, text=True)
@@ -59,6 +66,7 @@ def test_saved_and_loaded(make, tmp_path):
     assert relative_error(restore(half, prompt_embeds=None, prompt="a cat"), expected) < 0.05
 
 
+@pytest.mark.slow
 def test_osediff_saves_base_and_adapter_apart(tmp_path):
     pipeline = osediff(tmp_path, strength_model=0.8, strength_vae=0.5)
     expected = restore(pipeline)
@@ -109,6 +117,7 @@ def test_noise_predictor_component_is_a_published_file(tmp_path):
     assert again.pixels_per_cell == 2
 
 
+@pytest.mark.slow
 @PIPELINES
 def test_weights_come_along_from_the_hub(make, tmp_path):
     """A repository as the hub's client keeps it, of a pipeline that was saved with its adapter or predictor."""
@@ -163,8 +172,8 @@ def test_v_prediction_in_one_file():
 
 
 @PIPELINES
-def test_pictures_in_and_out(make, tmp_path):
-    pipeline = make(tmp_path)
+def test_pictures_in_and_out(make, loaded):
+    pipeline = loaded[make]
     expected = restore(pipeline)
     (pil,) = pipeline.image_processor.postprocess(IMAGE, "pil", do_denormalize=[False])
     array = IMAGE.movedim(1, -1).numpy()
@@ -179,8 +188,8 @@ def test_pictures_in_and_out(make, tmp_path):
 
 
 @PIPELINES
-def test_generators(make, tmp_path):
-    pipeline = make(tmp_path)
+def test_generators(make, loaded):
+    pipeline = loaded[make]
     two = IMAGE.repeat(2, 1, 1, 1)
 
     def run(image, generator):
@@ -200,8 +209,8 @@ def test_generators(make, tmp_path):
 
 
 @PIPELINES
-def test_callback(make, tmp_path):
-    pipeline = make(tmp_path)
+def test_callback(make, loaded):
+    pipeline = loaded[make]
     seen = []
 
     def grey(_, step, timestep, tensors):
@@ -215,6 +224,7 @@ def test_callback(make, tmp_path):
         restore(pipeline, callback_on_step_end=grey, callback_on_step_end_tensor_inputs=["noise"])
 
 
+@pytest.mark.slow
 @PIPELINES
 def test_cpu_offload(make, tmp_path):
     """The hooks that move whole networks, from the CPU to the CPU: every network that runs must have one."""
@@ -230,9 +240,9 @@ def test_cpu_offload(make, tmp_path):
 @PIPELINES
 def test_tiled_vae(make, tmp_path):
     pipeline = make(tmp_path)
-    whole = restore(pipeline, scale=8)
+    whole = restore(pipeline, scale=4)
     pipeline.vae.enable_tiling()
-    tiled = restore(pipeline, scale=8)
+    tiled = restore(pipeline, scale=4)
     assert tiled.shape == whole.shape and not same(tiled, whole)
 
 
@@ -269,16 +279,16 @@ def test_wrong_adapter_changes_nothing(tmp_path):
         (torch.zeros(1, 1, 8, 8), "expected .batch, 3, height, width."),
     ],
 )
-def test_wrong_pictures(tmp_path, image, message):
+def test_wrong_pictures(loaded, image, message):
     with pytest.raises(ValueError, match=message):
-        restore(osediff(tmp_path), image)
+        restore(loaded[osediff], image)
 
 
-def test_text_of_another_width(tmp_path):
+def test_text_of_another_width(loaded):
     with pytest.raises(ValueError, match="768 wide, expected 64"):
-        restore(osediff(tmp_path), prompt_embeds=torch.zeros(1, 77, 768))
+        restore(loaded[osediff], prompt_embeds=torch.zeros(1, 77, 768))
     with pytest.raises(ValueError, match="Pass prompt_embeds"):
-        restore(osediff(tmp_path), prompt_embeds=None)
+        restore(loaded[osediff], prompt_embeds=None)
 
 
 def test_tokenizer_without_a_length(tmp_path):

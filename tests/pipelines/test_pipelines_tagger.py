@@ -64,6 +64,7 @@ def test_pipeline_uses_the_tags(pipeline, ram):
     assert torch.equal(pipeline(pictures, **settings).images, plain) and not torch.equal(plain, tagged)
 
 
+@pytest.mark.slow
 def test_command_line(ram, tmp_path, capsys):
     OSEDiffPipeline(**pipeline_toys.components(3, tmp_path / "clip")).save_pretrained(tmp_path / "base")
     torch.save(toys.osediff_checkpoint(3, 4), tmp_path / "osediff.pkl")

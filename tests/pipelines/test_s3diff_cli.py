@@ -34,6 +34,7 @@ def upscale(base, photos, *words) -> int:
     return main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_each_image_has_an_adapter_of_its_own(base, photos, capsys):
     assert upscale(base, photos, "--estimator", ESTIMATOR, "--scale", 2) == 0
     pipeline = S3DiffPipeline.from_pretrained(base)

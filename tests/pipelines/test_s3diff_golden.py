@@ -349,6 +349,7 @@ def test_another_base_is_refused_before_anything_is_changed(monkeypatch):
     assert relative_error(pipeline.encode(arrays["picture"] / 2 + 0.5) / 0.18215, arrays["posterior_mean"]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_saved_and_loaded(square, tmp_path):
     _, arrays, pipeline, low, (positive, negative) = square
     pipeline.adapt(arrays["d"])

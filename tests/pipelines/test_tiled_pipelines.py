@@ -19,7 +19,7 @@ from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
 from pipelines.tiling import GROUP_CELLS
 
-SEED, TILE = 5, 256
+SEED, TILE = 5, 128
 EMBEDS = gaussian(SEED, "prompt_embeds", (1, 77, 64))
 
 
@@ -64,12 +64,12 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
 def test_any_size_in_tiles(kind, tmp_path, calls):
     pipeline = make(kind, tmp_path)
-    image = pixels(229, 187)
+    image = pixels(101, 95)
     whole = restore(pipeline, image)
     calls.clear()
     pipeline.enable_tiling(TILE)
     tiled = restore(pipeline, image)
-    assert tiled.shape == whole.shape == (1, 3, 344, 280)
+    assert tiled.shape == whole.shape == (1, 3, 152, 142)
     assert max(shape[-2] * shape[-1] for shape in calls) < 1.2 * TILE**2
     pipeline.disable_tiling()
     assert torch.equal(restore(pipeline, image), whole)
@@ -78,7 +78,7 @@ def test_any_size_in_tiles(kind, tmp_path, calls):
 @pytest.mark.parametrize("fused", [False, True])
 def test_adapter_acts_in_tiles(tmp_path, fused):
     """The tiles' encoder is the adapted one: nearer to the whole picture with the adapter than without it."""
-    pipeline, image = make(OSEDiffPipeline, tmp_path, strength_vae=2.0), pixels(270, 401)
+    pipeline, image = make(OSEDiffPipeline, tmp_path, strength_vae=2.0), pixels(140, 205)
     if fused:
         pipeline.fuse()
     whole = pipeline.encode(image)
@@ -94,7 +94,7 @@ def test_adapter_acts_in_tiles(tmp_path, fused):
 
 
 def test_vae_of_others_is_left_alone(tmp_path):
-    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(270, 300)
+    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(140, 150)
     vae, plain = pipeline.vae, pipeline.vae.encode(pixels(64, 64)).latent_dist.parameters
     before = [(name, module, dict(vars(module))) for name, module in vae.named_modules()]
     pipeline.enable_tiling(TILE)
@@ -109,7 +109,7 @@ def test_vae_of_others_is_left_alone(tmp_path):
 def test_tiles_keep_the_whole_pictures_tone(tmp_path):
     """Better than diffusers' own tiles, of which each has its own statistics."""
     pipeline = make(OSEDiffPipeline, tmp_path)
-    latents = pipeline.encode(pixels(280, 400))
+    latents = pipeline.encode(pixels(140, 200))
     whole = pipeline.decode(latents)
     pipeline.vae.enable_tiling()
     pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = TILE, TILE // 8
@@ -122,7 +122,7 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path):
 @pytest.mark.parametrize("tile", [0, TILE])
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
 def test_batch_equals_singles(kind, tmp_path, tile):
-    pipeline, images = make(kind, tmp_path), pixels(180 if tile else 50, 44, batch=3)
+    pipeline, images = make(kind, tmp_path), pixels(95 if tile else 50, 44, batch=3)
     if tile:
         pipeline.enable_tiling(tile)
     settings = {"posterior": "sample", "color_fix": "wavelet"}
@@ -156,10 +156,10 @@ def test_progress_in_tiles(kind, tmp_path, monkeypatch):
         return bar
 
     monkeypatch.setattr(pipeline, "progress_bar", progress_bar)
-    restore(pipeline, pixels(64, 64))
+    restore(pipeline, pixels(32, 32))
     assert not bars
     pipeline.enable_tiling(TILE)
-    restore(pipeline, pixels(200, 360))  # 40 x 72 cells
+    restore(pipeline, pixels(100, 180))  # 20 x 36 cells
     windows = [1 * 2] if kind is InvSRPipeline else []
     assert [bar.total for bar in bars] == [2 * 2 * 3, *windows, 2 * 3, 2 * 2 * 3]  # the VAE's tiles are measured before
     assert all(bar.n == bar.total and not bar.leave for bar in bars)

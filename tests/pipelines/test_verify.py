@@ -157,6 +157,7 @@ def test_what_cannot_be_begun(monkeypatch, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_comfyui_that_fails_is_a_fault_in_words(tmp_path):
     comfyui = tmp_path / "ComfyUI"
     comfyui.mkdir()

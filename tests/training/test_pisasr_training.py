@@ -174,6 +174,7 @@ def test_both_sets_act_in_the_semantic_stage(base, batch, pixel_run):
     assert relative_error(found, expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pixel", "semantic"])
 def test_loss_falls(base, batch, pixel_run, stage):
     task = make(base, pixel_run if stage == "semantic" else None, csd=0.0)
@@ -183,6 +184,7 @@ def test_loss_falls(base, batch, pixel_run, stage):
     assert figure() < 0.97 * before
 
 
+@pytest.mark.slow
 def test_files_restore_as_what_was_trained(folder, base, batch, pixel_run, tmp_path):
     task = make(base, pixel_run, Distance())
     learn(task, batch, 2)

@@ -330,6 +330,7 @@ def test_loss_falls(base, batch, make, options, steps, share):
     assert loss(-1) < share * before
 
 
+@pytest.mark.slow
 def test_regulariser_learns_the_generators_latents(base, batch):
     task = osediff(base, regulariser_everywhere=True)
     task.loss("generator", batch, torch.Generator().manual_seed(0))
