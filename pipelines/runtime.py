@@ -11,7 +11,8 @@ from fewstep_sr.tiling.batching import Runtime
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device had no memory left: CUDA, ROCm and XPU have an error of their own, the others words in a RuntimeError."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or should_reduce_batch_size(error)
+    in_words = isinstance(error, RuntimeError) and "out of memory" in str(error)  # which accelerate 1.0 knows of CUDA alone
+    return isinstance(error, torch.cuda.OutOfMemoryError) or in_words or should_reduce_batch_size(error)
 
 
 MAX_CANVAS = 0.2

@@ -223,6 +223,7 @@ def test_adapter_acts_in_tiles(comfy, base):
     assert relative_error(tiled, whole_base) > 3 * relative_error(tiled, whole)
 
 
+@pytest.mark.slow
 def test_tiled_batch_equals_singles(comfy, base):
     images = picture(4, 200, 140, batch=2)
     latents, pictures = vae_round(comfy, base[1], images, tile_size=128)

@@ -108,6 +108,7 @@ def test_a_long_batch_needs_no_more_than_a_short_one(stages, stage):
     assert seen[0] == seen[1] > 0
 
 
+@pytest.mark.slow
 def test_one_step_streams_without_tiles(stages):
     """The node does so by itself; other samplers behind Tiled Model."""
     with Layers(stages.networks["one step"]) as few:
@@ -127,7 +128,7 @@ def attempt(stages, stage, images, error) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("how", ["interrupted", "failed"])
+@pytest.mark.parametrize("how", ["interrupted", pytest.param("failed", marks=pytest.mark.slow)])
 def test_stopped_in_the_middle(comfy, stages, stage, how):
     """A stop acts before the next layer. It leaves no tensor behind, and the same call then gives what it gave before."""
     from comfy import model_management

@@ -17,9 +17,10 @@ from toys import gaussian, picture, relative_error
 
 from pipelines import InvSRPipeline, OSEDiffPipeline
 from pipelines.cli import main
+from pipelines.runtime import is_out_of_memory
 from pipelines.tiling import GROUP_CELLS
 
-SEED, TILE = 5, 128
+SEED, TILE = 5, 256
 EMBEDS = gaussian(SEED, "prompt_embeds", (1, 77, 64))
 
 
@@ -61,24 +62,25 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@pytest.mark.parametrize("kind", [pytest.param(OSEDiffPipeline, marks=pytest.mark.slow), InvSRPipeline])
 def test_any_size_in_tiles(kind, tmp_path, calls):
     pipeline = make(kind, tmp_path)
-    image = pixels(101, 95)
+    image = pixels(187, 163)
     whole = restore(pipeline, image)
     calls.clear()
     pipeline.enable_tiling(TILE)
     tiled = restore(pipeline, image)
-    assert tiled.shape == whole.shape == (1, 3, 152, 142)
+    assert tiled.shape == whole.shape == (1, 3, 280, 244)
     assert max(shape[-2] * shape[-1] for shape in calls) < 1.2 * TILE**2
     pipeline.disable_tiling()
     assert torch.equal(restore(pipeline, image), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_adapter_acts_in_tiles(tmp_path, fused):
     """The tiles' encoder is the adapted one: nearer to the whole picture with the adapter than without it."""
-    pipeline, image = make(OSEDiffPipeline, tmp_path, strength_vae=2.0), pixels(140, 205)
+    pipeline, image = make(OSEDiffPipeline, tmp_path, strength_vae=2.0), pixels(270, 401)
     if fused:
         pipeline.fuse()
     whole = pipeline.encode(image)
@@ -93,8 +95,9 @@ def test_adapter_acts_in_tiles(tmp_path, fused):
     assert relative_error(tiled, whole_base) > 3 * relative_error(tiled, whole)
 
 
+@pytest.mark.slow
 def test_vae_of_others_is_left_alone(tmp_path):
-    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(140, 150)
+    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(270, 300)
     vae, plain = pipeline.vae, pipeline.vae.encode(pixels(64, 64)).latent_dist.parameters
     before = [(name, module, dict(vars(module))) for name, module in vae.named_modules()]
     pipeline.enable_tiling(TILE)
@@ -106,10 +109,11 @@ def test_vae_of_others_is_left_alone(tmp_path):
     assert torch.equal(vae.encode(pixels(64, 64)).latent_dist.parameters, plain)
 
 
+@pytest.mark.slow
 def test_tiles_keep_the_whole_pictures_tone(tmp_path):
     """Better than diffusers' own tiles, of which each has its own statistics."""
     pipeline = make(OSEDiffPipeline, tmp_path)
-    latents = pipeline.encode(pixels(140, 200))
+    latents = pipeline.encode(pixels(280, 400))
     whole = pipeline.decode(latents)
     pipeline.vae.enable_tiling()
     pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = TILE, TILE // 8
@@ -119,10 +123,10 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path):
     assert relative_error(shared, whole) < 0.8 * relative_error(separate, whole)
 
 
-@pytest.mark.parametrize("tile", [0, TILE])
+@pytest.mark.parametrize("tile", [0, pytest.param(TILE, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
 def test_batch_equals_singles(kind, tmp_path, tile):
-    pipeline, images = make(kind, tmp_path), pixels(95 if tile else 50, 44, batch=3)
+    pipeline, images = make(kind, tmp_path), pixels(180 if tile else 50, 44, batch=3)
     if tile:
         pipeline.enable_tiling(tile)
     settings = {"posterior": "sample", "color_fix": "wavelet"}
@@ -143,6 +147,7 @@ def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
     assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
 def test_progress_in_tiles(kind, tmp_path, monkeypatch):
     """A bar for each network that has several tiles; pictures that are whole show none."""
@@ -156,17 +161,21 @@ def test_progress_in_tiles(kind, tmp_path, monkeypatch):
         return bar
 
     monkeypatch.setattr(pipeline, "progress_bar", progress_bar)
-    restore(pipeline, pixels(32, 32))
+    restore(pipeline, pixels(64, 64))
     assert not bars
     pipeline.enable_tiling(TILE)
-    restore(pipeline, pixels(100, 180))  # 20 x 36 cells
+    restore(pipeline, pixels(200, 360))  # 40 x 72 cells
     windows = [1 * 2] if kind is InvSRPipeline else []
     assert [bar.total for bar in bars] == [2 * 2 * 3, *windows, 2 * 3, 2 * 2 * 3]  # the VAE's tiles are measured before
     assert all(bar.n == bar.total and not bar.leave for bar in bars)
 
 
 @pytest.mark.parametrize(
-    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), RuntimeError("MPS backend out of memory (MPS allocated")]
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
+        pytest.param(RuntimeError("MPS backend out of memory (MPS allocated"), marks=pytest.mark.slow),
+    ],
 )
 def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog, error):
     pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(200, 300)
@@ -183,6 +192,21 @@ def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog, error):
     pipeline.register_modules(vae=vae)
     assert relative_error(pipeline.encode(image), whole) < 0.25
     assert "tiles of 152 pixels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.cuda.OutOfMemoryError("Tried to allocate 2 GiB"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), True),
+        (RuntimeError("XPU out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("the disk is out of memory"), False),
+    ],
+)
+def test_which_errors_are_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 @pytest.mark.slow
