@@ -44,7 +44,8 @@ def alphas(index):
 
 
 @pytest.mark.parametrize(
-    ("seed", "rank", "height", "width"), [(2, 1, 64, 64), (3, 4, 72, 136), pytest.param(4, 16, 200, 88, marks=pytest.mark.slow), (5, 3, 24, 40)]
+    ("seed", "rank", "height", "width"),
+    [(2, 1, 64, 64), pytest.param(3, 4, 72, 136, marks=pytest.mark.slow), pytest.param(4, 16, 200, 88, marks=pytest.mark.slow), (5, 3, 24, 40)],
 )
 @torch.inference_mode()
 def test_osediff(comfy, seed, rank, height, width):
@@ -115,7 +116,7 @@ class ReferencePredictor(torch.nn.Module):
     [
         (2, (64, 128), (1, 1), 128, 16, 16, (200,), 1.0),
         (3, (128, 64), (2, 1), 96, 24, 46, (250, 120), 1.0),
-        (4, (64, 128, 64), (1, 2, 1), 64, 36, 20, (150, 100, 50), 1.5),
+        pytest.param(4, (64, 128, 64), (1, 2, 1), 64, 36, 20, (150, 100, 50), 1.5, marks=pytest.mark.slow),
         pytest.param(5, (256, 512), (3, 3), 512, 8, 12, (100, 1), 1.0, marks=pytest.mark.slow),
     ],
 )

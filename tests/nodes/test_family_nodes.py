@@ -56,7 +56,7 @@ def counted(model):
     return watched, calls
 
 
-@pytest.mark.parametrize("case", ["pisasr_square", "pisasr_tall"])
+@pytest.mark.parametrize("case", ["pisasr_square", pytest.param("pisasr_tall", marks=pytest.mark.slow)])
 def test_pisasr(comfy, loaded, case):
     settings, arrays = golden(case)
     seed, (model, vae) = settings["seed"], loaded(case)
@@ -93,7 +93,7 @@ def sampler(model, latent, seed):
     return {"model": model, "positive": positive, "negative": positive, "latent_image": {"samples": latent / SCALE}, **settings}
 
 
-@pytest.mark.parametrize("case", ["hypir_square", "hypir_tall"])
+@pytest.mark.parametrize("case", ["hypir_square", pytest.param("hypir_tall", marks=pytest.mark.slow)])
 def test_hypir(comfy, loaded, case):
     settings, arrays = golden(case)
     seed, (model, vae) = settings["seed"], loaded(case)

@@ -165,7 +165,7 @@ def test_tiles(comfy, full, pixel_alone):
     assert len(loads) <= 2
 
 
-@pytest.mark.parametrize(("family", "knobs"), [("pisasr", KNOBS), ("hypir", {"coeff_t": 120})])
+@pytest.mark.parametrize(("family", "knobs"), [pytest.param("pisasr", KNOBS, marks=pytest.mark.slow), ("hypir", {"coeff_t": 120})])
 def test_batch_mask_and_preview(comfy, full, hypir, family, knobs, monkeypatch):
     from comfy import model_management, utils
 

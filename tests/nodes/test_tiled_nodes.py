@@ -196,6 +196,7 @@ def tone_shift(found, expected):
     return (difference.norm() / expected.std() / difference.numel() ** 0.5).item()
 
 
+@pytest.mark.slow
 def test_tiled_vae_keeps_the_whole_pictures_tone(comfy, base):
     vae, image = base[1], picture(4, 170, 262)
     latent = vae_round(comfy, vae, image)[0]
@@ -243,6 +244,7 @@ def test_vae_of_others_is_left_alone(comfy, base):
     assert torch.equal(vae.encode(image[:, :136, :136]), plain)
 
 
+@pytest.mark.slow
 def test_vae_goes_on_in_tiles_when_memory_runs_out(comfy, base, caplog):
     import copy
 

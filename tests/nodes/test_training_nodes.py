@@ -33,6 +33,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"hq": picture(SEED, 64, 64).movedim(-1, 1), "lq": picture(SEED, 16, 16).movedim(-1, 1)}
 
 
+@pytest.mark.slow
 def test_adapter(comfy, base, batch):
     task = OSEDiffTask(base, Prompts(base, "cat, fur"), OSEDiffOptions(vsd=0.0))
     one_step(task, batch)

@@ -63,7 +63,10 @@ def names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("method", "kind", "settings"),
-    [("osediff", OSEDiffPipeline, {"prompt": "a cat"}), ("invsr", InvSRPipeline, {"timesteps": [120, 30], "color_fix": "wavelet"})],
+    [
+        pytest.param("osediff", OSEDiffPipeline, {"prompt": "a cat"}, marks=pytest.mark.slow),
+        ("invsr", InvSRPipeline, {"timesteps": [120, 30], "color_fix": "wavelet"}),
+    ],
 )
 def test_result_is_the_pipelines(models, tmp_path, method, kind, settings):
     photo().save(tmp_path / "in.png")
@@ -123,6 +126,7 @@ def test_formats(models, tmp_path):
     assert np.array_equal(np.asarray(clear.getchannel("A")), np.asarray(expected))
 
 
+@pytest.mark.slow
 def test_orientation_is_applied_to_the_pixels(models, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -61,7 +61,7 @@ def test_pisasr_wrong_turns():
     assert pisasr.TIMESTEP == settings["timestep"] == 1
 
 
-@pytest.mark.parametrize("case", ["hypir_square", "hypir_tall"])
+@pytest.mark.parametrize("case", ["hypir_square", pytest.param("hypir_tall", marks=pytest.mark.slow)])
 def test_hypir(case, tmp_path, monkeypatch):
     pipeline, arrays, image, embeds, noise = start(case, HYPIRPipeline, tmp_path, "pth")
     monkeypatch.setattr("pipelines.base.draw_noise", lambda shape, seed: noise)

@@ -20,7 +20,7 @@ def chw(image: torch.Tensor) -> torch.Tensor:
     [
         (5, 4, (27, 41), 2.0, 1.0, "mean", (1.0, 1.0), "adain"),
         pytest.param(6, 16, (45, 30), 3.0, 1.0, "sample", (1.0, 1.0), "wavelet", marks=pytest.mark.slow),
-        (7, 3, (33, 21), 1.5, 2.5, "mean", (0.7, 0.4), "ycbcr"),
+        pytest.param(7, 3, (33, 21), 1.5, 2.5, "mean", (0.7, 0.4), "ycbcr", marks=pytest.mark.slow),
     ],
 )
 def test_osediff(comfy, tmp_path, seed, rank, size, scale, cfg, posterior, strengths, color):
@@ -62,10 +62,10 @@ def test_osediff(comfy, tmp_path, seed, rank, size, scale, cfg, posterior, stren
 @pytest.mark.parametrize(
     ("seed", "size", "scale", "steps", "timesteps", "cfg", "posteriors", "color"),
     [
-        (11, (27, 41), 2.0, 3, None, 1.0, ("mean", "sample"), None),
+        pytest.param(11, (27, 41), 2.0, 3, None, 1.0, ("mean", "sample"), None, marks=pytest.mark.slow),
         (12, (33, 18), 3.0, 1, [250, 120, 7], 3.0, ("sample", "mean"), "wavelet"),
         pytest.param(13, (19, 26), 4.0, 7, None, 1.0, ("mean", "mean"), "ycbcr", marks=pytest.mark.slow),
-        (14, (10, 137), 4.0, 2, None, 1.0, ("mean", "sample"), None),  # wider than a window of the predictor
+        pytest.param(14, (10, 137), 4.0, 2, None, 1.0, ("mean", "sample"), None, marks=pytest.mark.slow),  # wider than a window of the predictor
     ],
 )
 def test_invsr(comfy, tmp_path, seed, size, scale, steps, timesteps, cfg, posteriors, color):
@@ -114,7 +114,9 @@ def test_invsr(comfy, tmp_path, seed, size, scale, steps, timesteps, cfg, poster
 @pytest.mark.parametrize(
     ("kind", "settings", "size", "knobs", "color"),
     [
-        (PiSASRPipeline, {"seed": 16, "rank_pix": 5, "rank_sem": 2}, (27, 41), {"pixel": 0.8, "semantic": 1.3}, "adain"),
+        pytest.param(
+            PiSASRPipeline, {"seed": 16, "rank_pix": 5, "rank_sem": 2}, (27, 41), {"pixel": 0.8, "semantic": 1.3}, "adain", marks=pytest.mark.slow
+        ),
         pytest.param(
             PiSASRPipeline, {"seed": 17, "rank_pix": 2, "rank_sem": 7}, (20, 13), {"pixel": 0.7, "semantic": 0.7}, None, marks=pytest.mark.slow
         ),

@@ -62,7 +62,8 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", [pytest.param(OSEDiffPipeline, marks=pytest.mark.slow), InvSRPipeline])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
 def test_any_size_in_tiles(kind, tmp_path, calls):
     pipeline = make(kind, tmp_path)
     image = pixels(187, 163)
@@ -124,7 +125,7 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path):
 
 
 @pytest.mark.parametrize("tile", [0, pytest.param(TILE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@pytest.mark.parametrize("kind", [pytest.param(OSEDiffPipeline, marks=pytest.mark.slow), InvSRPipeline])
 def test_batch_equals_singles(kind, tmp_path, tile):
     pipeline, images = make(kind, tmp_path), pixels(180 if tile else 50, 44, batch=3)
     if tile:
@@ -136,7 +137,7 @@ def test_batch_equals_singles(kind, tmp_path, tile):
         assert relative_error(together[i : i + 1], single) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@pytest.mark.parametrize("kind", [pytest.param(OSEDiffPipeline, marks=pytest.mark.slow), InvSRPipeline])
 def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
     monkeypatch.setattr("pipelines.tiling.GROUP_CELLS", 4 * 9)
     pipeline, sizes = make(kind, tmp_path), []

@@ -52,7 +52,12 @@ def build(stage: str, pixels: int):
 
 @pytest.mark.parametrize(
     ("stage", "to_host"),
-    [pytest.param("encode", 1, marks=pytest.mark.slow), pytest.param("decode", 1, marks=pytest.mark.slow), ("predict", 0), ("noise map", 2)],
+    [
+        pytest.param("encode", 1, marks=pytest.mark.slow),
+        pytest.param("decode", 1, marks=pytest.mark.slow),
+        pytest.param("predict", 0, marks=pytest.mark.slow),
+        ("noise map", 2),
+    ],
 )
 def test_copies_do_not_grow_with_the_number_of_tiles(stage, to_host):
     small, large = (count(lambda pixels=pixels: build(stage, pixels)) for pixels in (SMALL, LARGE))

@@ -259,7 +259,7 @@ def test_discriminator_learns_alone_at_first(base, batch):
     assert "adversarial" in task.loss("predictor", batch, torch.Generator().manual_seed(0))[1]
 
 
-@pytest.mark.parametrize("timestep", [999, 249])
+@pytest.mark.parametrize("timestep", [pytest.param(999, marks=pytest.mark.slow), 249])
 def test_osediff_file_gives_the_same_latents(folder, base, batch, tmp_path, timestep):
     """What is written restores as what was trained, through the pipeline."""
     task = osediff(base, timestep=timestep)
