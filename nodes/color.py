@@ -4,7 +4,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..fewstep_sr.image.color import COLOR_FIXES, fix_color
+from ..fewstep_sr.image.color import COLOR_FIXES, PIXEL_BY_PIXEL, fix_color
 from ..fewstep_sr.image.sizes import same_proportions
 from .checks import require_finite, require_image
 from .page import require_number
@@ -17,17 +17,19 @@ class FewStepSRColorFix(io.ComfyNode):
             node_id="FewStepSRColorFix",
             display_name="Color Fix (Few-Step SR)",
             category="FewStepSR",
-            description="Gives the restored picture the colours of the low-quality one, which diffusion shifts a little.",
-            search_aliases=["color correction", "color match", "adain", "wavelet", "ycbcr", "colour fix"],
+            description="Gives the restored picture the colours of the low-quality one, which diffusion shifts slightly.",
+            search_aliases=["color correction", "color match", "color transfer", "adain", "wavelet", "ycbcr", "lab", "luma", "colour fix"],
             inputs=[
                 io.Image.Input("image", tooltip="The restored picture."),
-                io.Image.Input("reference", tooltip="The low-quality picture, enlarged or not: it is brought to the image's size."),
+                io.Image.Input("reference", tooltip="The low-quality picture, upscaled or not: it is resized to the image's size."),
                 io.Combo.Input(
                     "method",
-                    options=list(COLOR_FIXES),
+                    options=[*COLOR_FIXES, "none"],
                     default="adain",
-                    tooltip="adain matches mean and contrast (OSEDiff's choice). wavelet takes all low frequencies from the reference (InvSR's choice). "
-                    "ycbcr takes only the chroma.",
+                    tooltip="adain matches mean and contrast of each channel (OSEDiff's and PiSA-SR's default). wavelet takes all low frequencies from the "
+                    "reference (HYPIR's and S3Diff's default). ycbcr keeps the result's luma and takes the reference's chroma pixel by pixel. lab matches mean "
+                    "and contrast in CIELAB. luma keeps the result's luma and takes only the smooth part of the reference's chroma. none changes nothing "
+                    "(InvSR's default).",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture as it is, 1 is the full correction."
@@ -43,11 +45,13 @@ class FewStepSRColorFix(io.ComfyNode):
         if references.shape[0] not in (1, pictures.shape[0]):
             raise ValueError(f"reference: found {references.shape[0]} pictures, expected 1 or {pictures.shape[0]}, as many as in image.")
         (height, width), (found_height, found_width) = pictures.shape[-2:], references.shape[-2:]
-        if method != "adain" and not same_proportions((height, width), (found_height, found_width)):
+        if method in PIXEL_BY_PIXEL and not same_proportions((height, width), (found_height, found_width)):
             raise ValueError(
-                f"reference: found {found_width} x {found_height} pixels, expected the proportions of image, {width} x {height}: {method} lays the one "
-                "over the other. Wire the low-quality picture, or choose adain, which takes the colours of any picture."
+                f"reference: found {found_width} x {found_height} pixels, expected the aspect ratio of image, {width} x {height}: {method} "
+                "needs both images to have the same one. Connect the low-quality picture, or choose adain or lab, which take the colours of any picture."
             )
+        if method == "none":
+            method, strength = "adain", 0.0
         fixed = torch.empty_like(pictures, memory_format=torch.contiguous_format)
         for i, picture in enumerate(pictures):  # one at a time: video batches are long
             comfy.model_management.throw_exception_if_processing_interrupted()

@@ -102,7 +102,7 @@ class HYPIRPipeline(AdapterPipeline):
             guidance_scale: 1; the method has no negative prompt.
             coeff_t: strength, 200 as published; a smaller one keeps more of the image.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder; the published program draws.
-            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
+            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"``, ``"lab"``, ``"luma"`` or None.
             output_type: ``"pil"``, ``"pt"`` or ``"np"``.
 
         Returns:

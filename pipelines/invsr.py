@@ -154,7 +154,7 @@ class InvSRPipeline(FewStepSRPipeline):
             guidance_scale: 1 is the published method; other values use ``negative_prompt`` and run the UNet twice.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder.
             noise_posterior: ``"sample"`` or ``"mean"`` of the noise predictor.
-            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
+            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"``, ``"lab"``, ``"luma"`` or None.
             output_type: ``"pil"``, ``"pt"`` or ``"np"``.
 
         Returns:

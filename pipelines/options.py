@@ -10,6 +10,7 @@ def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), wha
     """``--method``, of METHODS and ``others``, with scale, prompts, seed and the methods' own options. ``what`` is its help."""
     from fewstep_sr.image.color import COLOR_FIXES
     from fewstep_sr.methods import METHODS
+    from fewstep_sr.miniature import COLOR_FIX as DEMO_COLOR_FIX
 
     from .settings import DEFAULT, DEMO_DEFAULT, every_option
 
@@ -21,7 +22,8 @@ def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), wha
     guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
     method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
     method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
-    method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help="default: adain for OSEDiff, none for InvSR, wavelet with --demo")
+    published = ", ".join(f"{record.color_fix or 'none'} with {record.key}" for record in METHODS.values())
+    method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help=f"default, as published: {published}; {DEMO_COLOR_FIX} with --demo")
 
     for name, owners in every_option().items():
         option = owners[0][1]

@@ -144,7 +144,7 @@ class OSEDiffPipeline(AdapterPipeline):
             guidance_scale: 1 is the published method; other values use ``negative_prompt`` and run the UNet twice.
             timestep: that of the one step, 0 to 999; by default the one that the adapter was trained at, 999 for the published ones.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder.
-            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
+            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"``, ``"lab"``, ``"luma"`` or None.
             output_type: ``"pil"``, ``"pt"`` or ``"np"``.
 
         Returns:

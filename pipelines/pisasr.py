@@ -120,7 +120,7 @@ class PiSASRPipeline(AdapterPipeline):
             pixel: weight of the pixel-level prediction: more takes more degradation off.
             semantic: weight of the semantic-level prediction: less keeps more of the image, more makes more detail.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder; the published program draws.
-            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
+            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"``, ``"lab"``, ``"luma"`` or None.
             output_type: ``"pil"``, ``"pt"`` or ``"np"``.
 
         Returns:

@@ -229,7 +229,7 @@ class S3DiffPipeline(AdapterPipeline):
             guidance_scale: 1.07 as published; 1 runs the UNet once instead of twice.
             blur, noise: from 0 to 1, for every image in place of what the estimator reads off it.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder; the published program draws.
-            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"`` or None.
+            color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"``, ``"lab"``, ``"luma"`` or None.
             output_type: ``"pil"``, ``"pt"`` or ``"np"``.
 
         Returns:

@@ -1,6 +1,6 @@
 """Colour correction: give a restored picture the colours of the low-quality one.
 
-Pictures are (B, 3, H, W), RGB in [0, 1], content and reference of one size; results of ``adain`` and ``wavelet`` are not clamped.
+Pictures are (B, 3, H, W), RGB in [0, 1], content and reference of one size; only results of ``ycbcr`` are clamped.
 """
 
 from collections.abc import Callable
@@ -47,28 +47,79 @@ def ycbcr(content: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
     The conversion's offsets cancel, so only its matrix is needed.
     """
-    forward = torch.tensor(_RGB_TO_YCBCR, dtype=torch.float64)
-    luma = torch.zeros(3, 3, dtype=torch.float64)
-    luma[0, 0] = 1
-    take_luma = torch.linalg.inv(forward) @ luma @ forward
-    take_chroma = torch.eye(3, dtype=torch.float64) - take_luma
+    take_chroma = _take_chroma()
+    take_luma = torch.eye(3, dtype=torch.float64) - take_chroma
     return (_mix(take_luma, content) + _mix(take_chroma, reference)).clamp(0.0, 1.0)
+
+
+def luma(content: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The content's luma (BT.601), untouched, with the reference's chroma: the low frequencies of :func:`wavelet`, of the chroma alone.
+
+    Unlike :func:`ycbcr`, which takes the chroma pixel by pixel, it leaves the reference's chroma noise and JPEG blocks behind.
+    """
+    return content + _mix(_take_chroma(), wavelet(content, reference) - content)
+
+
+def _take_chroma() -> torch.Tensor:
+    """The linear map (3, 3) of RGB that keeps Cb and Cr and sets the luma to 0."""
+    forward = torch.tensor(_RGB_TO_YCBCR, dtype=torch.float64)
+    chroma = torch.diag(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64))
+    return torch.linalg.inv(forward) @ chroma @ forward
 
 
 def _mix(matrix: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return torch.einsum("oc,bchw->bohw", matrix.to(image), image)
 
 
-COLOR_FIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"adain": adain, "wavelet": wavelet, "ycbcr": ycbcr}
+def lab(content: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Colour transfer (Reinhard et al., IEEE CG&A 2001, eqs. 10 and 11) in CIELAB: :func:`adain` of lightness, a* and b*, which go together less than
+    red, green and blue. What the transfer takes out of sRGB's gamut comes back outside [0, 1].
+    """
+    return lab_to_rgb(adain(rgb_to_lab(content), rgb_to_lab(reference)))
 
 
-def fix_color(image: torch.Tensor, reference: torch.Tensor, method: str = "wavelet", strength: float = 1.0) -> torch.Tensor:
+# IEC 61966-2-1 (sRGB), linear RGB to XYZ, each row divided by the white point D65, so that white is (1, 1, 1).
+_RGB_TO_XYZ = torch.tensor(((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)), dtype=torch.float64)
+_RGB_TO_XYZ /= _RGB_TO_XYZ.sum(1, keepdim=True)
+# CIE 15:2004, section 8.2.1.1: (L*, a*, b*) + (16, 0, 0) is this matrix times (f(X), f(Y), f(Z)).
+_F_TO_LAB = torch.tensor(((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0)), dtype=torch.float64)
+_DELTA = 6 / 29
+
+
+def rgb_to_lab(image: torch.Tensor) -> torch.Tensor:
+    """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65: L* in [0, 100], a* and b*."""
+    linear = torch.where(image <= 0.04045, image / 12.92, ((image.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
+    xyz = _mix(_RGB_TO_XYZ, linear)
+    f = torch.where(xyz > _DELTA**3, xyz.clamp(min=_DELTA**3) ** (1 / 3), xyz / (3 * _DELTA**2) + 4 / 29)
+    return _mix(_F_TO_LAB, f) - torch.tensor([16.0, 0.0, 0.0]).to(image)[:, None, None]
+
+
+def lab_to_rgb(image: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`rgb_to_lab`, not clamped."""
+    f = _mix(torch.linalg.inv(_F_TO_LAB), image + torch.tensor([16.0, 0.0, 0.0]).to(image)[:, None, None])
+    xyz = torch.where(f > _DELTA, f**3, 3 * _DELTA**2 * (f - 4 / 29))
+    linear = _mix(torch.linalg.inv(_RGB_TO_XYZ), xyz)
+    return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
+
+
+COLOR_FIXES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "adain": adain,
+    "wavelet": wavelet,
+    "ycbcr": ycbcr,
+    "lab": lab,
+    "luma": luma,
+}
+PIXEL_BY_PIXEL = frozenset({"wavelet", "ycbcr", "luma"})
+"""Those that need the content's proportions of the reference; the others take only statistics from it."""
+
+
+def fix_color(image: torch.Tensor, reference: torch.Tensor, method: str = "adain", strength: float = 1.0) -> torch.Tensor:
     """Correct ``image`` (B, 3, H, W) towards the colours of ``reference`` (1 or B, 3, h, w), in [0, 1], float32 computation.
 
     Args:
         image: the restored picture.
         reference: the low-quality picture, of any size: it is brought to the image's (bicubic, antialiased).
-        method: ``"adain"`` (OSEDiff's default), ``"wavelet"`` or ``"ycbcr"`` (InvSR's options).
+        method: ``"adain"`` (OSEDiff's default), ``"wavelet"``, ``"ycbcr"``, ``"lab"`` or ``"luma"``: a name in :data:`COLOR_FIXES`.
         strength: 0 leaves the image as it is, 1 is the full correction.
 
     Raises:

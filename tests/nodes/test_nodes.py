@@ -495,10 +495,14 @@ def test_out_of_memory_halves_the_group(comfy, base, predictor, monkeypatch):
 
 def test_color_fix_node(comfy):
     image, reference = picture(3, 64, 48, batch=2), picture(4, 16, 12)
-    for name in ("adain", "wavelet", "ycbcr"):
+    for name in ("adain", "wavelet", "ycbcr", "lab", "luma"):
         fixed = comfy.run("FewStepSRColorFix", image=image, reference=reference, method=name)[0]
         check(fixed, 64, 48, batch=2)
     assert torch.equal(comfy.run("FewStepSRColorFix", image=image, reference=reference, strength=0.0)[0], image)
+    assert torch.equal(comfy.run("FewStepSRColorFix", image=image, reference=picture(4, 24, 96), method="none")[0], image)
+    for name in ("wavelet", "ycbcr", "luma"):
+        with pytest.raises(ValueError, match=f"found 96 x 24 pixels, expected the aspect ratio of image, 48 x 64: {name} needs both"):
+            comfy.run("FewStepSRColorFix", image=image, reference=picture(4, 24, 96), method=name)
     with pytest.raises(ValueError, match="reference: found 3 pictures, expected 1 or 2"):
         comfy.run("FewStepSRColorFix", image=image, reference=picture(4, 16, 12, batch=3))
 

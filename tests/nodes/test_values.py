@@ -114,10 +114,10 @@ def test_enlarged_pictures_are_no_such(comfy, method, scale):
 def test_color_fix_is_never_black(comfy):
     for image in (torch.zeros(1, 8, 8, 3), torch.ones(1, 8, 8, 3), picture(1, 8, 8), picture(1, 8, 8) * 1e-20, picture(1, 1, 1)):
         for reference in (torch.full((1, 8, 8, 3), 0.5), picture(2, 8, 8)):
-            for method in ("adain", "wavelet", "ycbcr"):
+            for method in ("adain", "wavelet", "ycbcr", "lab", "luma"):
                 fixed = comfy.run("FewStepSRColorFix", image=image, reference=reference, method=method)[0]
                 assert fixed.isfinite().all() and fixed.min() >= 0 and fixed.max() <= 1
-                if method != "ycbcr":  # which keeps the brightness
+                if method not in ("ycbcr", "luma"):  # which keep the brightness
                     assert abs(fixed.mean() - reference.mean()) < 0.35
 
 
