@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .fewstep_sr.methods import METHODS
 from .nodes import NODES
+from .nodes.templates import serve_renamed
 
 WEB_DIRECTORY = "./web"  # holds each node's help page, docs/<node id>.md
 
@@ -14,6 +15,8 @@ WEB_DIRECTORY = "./web"  # holds each node's help page, docs/<node id>.md
 for folder in (*(method.weights.folder for method in METHODS.values()), "dape"):
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     folder_paths.folder_names_and_paths[folder][1].update({".pkl", ".pt", ".pth", ".safetensors"})
+
+serve_renamed(os.path.basename(os.path.dirname(os.path.abspath(__file__))))
 
 
 class FewStepSRExtension(ComfyExtension):

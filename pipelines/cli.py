@@ -23,18 +23,23 @@ _UPSCALE = f"""\
 examples:
   {PROG} upscale miniature/photo.png --demo
   {PROG} upscale photos -o restored --method invsr --download
+  {PROG} upscale photos -o restored --long-side 2048
   {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
   {PROG} upscale --watch inbox -o outbox
   {PROG} upscale clip.mp4 -o clip_x2.mp4 --scale 2
   accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
 
-A run that was cut goes on where it stopped: pictures whose results exist, made with the same settings, are not done again. One bad
-file does not stop the others; it is reported at the end, and the exit status is 1.
+A run that was interrupted continues where it stopped: pictures whose results exist, made with the same settings, are not done again. One
+bad file does not stop the others; it is reported at the end, and the exit status is 1. Each result holds its settings: {PROG} info RESULT.
+"""
+
+_EXIT = """\
+exit status: 0 all done; 1 some files failed, the others are done; 2 nothing was begun (a wrong option, a missing file); 130 stopped by Ctrl+C
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 where pictures failed, 2 where nothing could be begun."""
+    """Run a command. Returns the exit status: 0, 1 where pictures failed, 2 where nothing could be begun, 130 after Ctrl+C."""
     argv = sys.argv[1:] if argv is None else argv
     if moved := where_it_went(argv):
         print(f"error: {moved}", file=sys.stderr)
@@ -72,16 +77,33 @@ def require_packages() -> None:
             raise RuntimeError(f"{name} cannot be imported ({what}). Install versions that fit each other: pip install -U {name}.") from error
 
 
-def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """All commands by name, of which the one that ``argv`` asks for knows its arguments."""
-    parser = argparse.ArgumentParser(prog=PROG, description="Few-step diffusion super-resolution without ComfyUI: OSEDiff and InvSR.")
+class _PrintCompletion(argparse.Action):
+    """Print a completion script, made by shtab, and leave."""
+
+    def __call__(self, parser, namespace, shell, option_string=None):
+        try:
+            import shtab
+        except ImportError:
+            parser.error("--print-completion: shtab is not installed. Install it: pip install shtab.")
+        whole = make_parser([], every=True)
+        whole.prog = "fewstep-sr"
+        print(shtab.complete(whole, shell))
+        parser.exit()
+
+
+def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentParser:
+    """All commands by name, of which the one that ``argv`` asks for, or every one, knows its arguments."""
+    description = "Few-step diffusion super-resolution without ComfyUI: OSEDiff, PiSA-SR, HYPIR, S3Diff and InvSR."
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help says the rest.", formatter_class=shape)
+    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=_PrintCompletion, help="completion of fewstep-sr for a shell")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (words, add_arguments) in _COMMANDS.items():
         parents = [] if name == "train" else [_common()]
         command = commands.add_parser(name, parents=parents, help=words, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(needs_packages=name in ("upscale", "verify", "train"))
-        if name == chosen:
+        if every or name == chosen:
             add_arguments(command)
     return parser
 
@@ -89,7 +111,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 def _common() -> argparse.ArgumentParser:
     """What every command understands."""
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
+    common.add_argument("-v", "--verbose", action="store_true", help="more messages, and tracebacks of errors")
     return common
 
 
@@ -106,14 +128,14 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture or video (default: beside it, cat_x4.png)"
     )
 
-    add_method(command)
+    add_method(command, targets=True)
     add_weights(command)
     add_machine(command)
 
     files = command.add_argument_group("files")
-    files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="of the results (default: each picture's own)")
-    files.add_argument("--quality", type=int, default=95, help="of JPEG and WebP (default: %(default)s)")
-    files.add_argument("--overwrite", action="store_true", help="do pictures again whose results exist")
+    files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="format of the results (default: each picture's own)")
+    files.add_argument("--quality", type=int, default=95, help="JPEG and WebP quality (default: %(default)s)")
+    files.add_argument("--overwrite", action="store_true", help="redo pictures whose results exist")
     files.add_argument("--watch", action="store_true", help="INPUT is a folder: do its pictures, then those that come, until Ctrl+C or SIGTERM")
 
     video = command.add_argument_group(
@@ -194,11 +216,11 @@ def _each(files: list[Path], work: Callable[[Path], str], verbose: bool) -> int:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
-    "upscale": ("restore and enlarge pictures", _add_upscale),
+    "upscale": ("restore and upscale pictures", _add_upscale),
     "evaluate": ("measure a method, or results, on a benchmark", add_evaluate),
     "compare": ("the same crops by several methods on one sheet", add_compare),
-    "verify": ("every stage on this machine, with these files; one report", add_verify),
+    "verify": ("check every stage on this machine, with these files; one report", add_verify),
     "convert": ("turn .pkl, .pth and .pt weights into safetensors", _add_convert),
-    "info": ("say what a weight file is, its rank, its size, and what it fits", _add_info),
+    "info": ("say what a weight file is and what it fits, or how a result was made", _add_info),
     "train": ("train a method", _add_train),
 }

@@ -70,7 +70,7 @@ class Results:
         if done:
             print(f"{done} of {len(self.jobs)} are done already and left as they are (--overwrite does them again).", file=sys.stderr)
         if self.unknown:
-            print(f"{len(self.unknown)} of these hold no record of how they were made: {_listed(self.unknown)}.", file=sys.stderr)
+            print(f"{len(self.unknown)} of these hold no record of how they were made: {listed(self.unknown)}.", file=sys.stderr)
         if self.other:
             path, difference = self.other[0]
             print(f"{len(self.other)} were made with other settings and are done again ({path.name}: {difference}).", file=sys.stderr)
@@ -83,7 +83,10 @@ def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:
     """
     record = {
         "method": settings.method.key,
-        "scale": settings.scale,
+        "scale": settings.scale if settings.size_in_words.startswith("x") else None,
+        "long_side": settings.long_side,
+        "short_side": settings.short_side,
+        "megapixels": settings.megapixels,
         "seed": settings.seed,
         "tile": settings.tile,
         "color_fix": settings.color_fix or "none",
@@ -116,6 +119,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(changed) or "another source"
 
 
-def _listed(paths: Sequence[Path]) -> str:
+def listed(paths: Sequence[Path]) -> str:
+    """The names of a few files."""
     names = ", ".join(path.name for path in paths[:_LISTED])
     return names if len(paths) <= _LISTED else f"{names} and {len(paths) - _LISTED} more"

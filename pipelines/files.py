@@ -12,6 +12,8 @@ from fewstep_sr.weights.light_decoder import Decoder, convert_light_decoder, is_
 from fewstep_sr.weights.read import read_weights
 from fewstep_sr.weights.tagger import convert_tagger, load_tagger_weights
 
+from .pictures.record import read_record, recorded_settings
+
 
 def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path | None = None, vae: Path | None = None) -> str:
     """Write ``path`` as safetensors and say what was done. ``dape`` is for a tagger alone, ``vae`` (of a base) for a light decoder.
@@ -59,7 +61,12 @@ def _convert_folder(path: Path, output: Path, overwrite: bool) -> str:
 
 
 def describe_file(path: Path) -> str:
-    """A few lines on a weight file: kind, rank, size, and what it fits."""
+    """A few lines on a weight file: kind, rank, size, and what it fits; on a picture that ``upscale`` has written: with which settings."""
+    if made := read_record(path):
+        settings = [f"  {name}: {value}" for name, value in recorded_settings(made).items()]
+        return "\n".join(
+            [f"{path}: a picture restored by this program, {_size(path)}", *(settings or ["  note: its settings were too long to keep"])]
+        )
     state, metadata = read_weights(path, pass_over=True)
     kind = identify(state)
     lines = [f"{path}: {kind.phrase}", f"  size: {_size(path)}, {_tensors(state)}"]

@@ -176,8 +176,8 @@ def _target(relative: Path, suffix: str | None, own: set[Path]) -> Path:
     return relative.with_name(relative.name + ".png") if renamed in own else renamed
 
 
-def beside(inputs: Sequence[str], scale: float, suffix: str | None) -> Path:
-    """Where one image's result goes without ``-o``: beside it.
+def beside(inputs: Sequence[str], size: str, suffix: str | None) -> Path:
+    """Where one image's result goes without ``-o``: beside it, with the result's ``size`` in its name, such as ``x4``.
 
     Raises:
         ValueError: there is not one image, but several or a folder.
@@ -189,4 +189,4 @@ def beside(inputs: Sequence[str], scale: float, suffix: str | None) -> Path:
         own = path.suffix if path.suffix.lower() in CONTAINERS else OTHERWISE
         return path.with_name(f"{path.stem}_x{scale:g}{own}")
     own = path.suffix if path.suffix.lower() in WRITTEN else ".png"
-    return path.with_name(f"{path.stem}_x{scale:g}{suffix or own}")
+    return path.with_name(f"{path.stem}_{size}{suffix or own}")

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), what: str | None = None) -> None:
-    """``--method``, of METHODS and ``others``, with scale, prompts, seed and the methods' own options. ``what`` is its help."""
+def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), what: str | None = None, targets: bool = False) -> None:
+    """``--method``, of METHODS and ``others``, with the size, prompts, seed and the methods' own options. ``what`` is its help; ``targets`` adds the
+    sizes that results may have in place of a factor.
+    """
     from fewstep_sr.image.color import COLOR_FIXES
     from fewstep_sr.methods import METHODS
     from fewstep_sr.miniature import COLOR_FIX as DEMO_COLOR_FIX
@@ -16,20 +18,27 @@ def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), wha
 
     method = command.add_argument_group("method")
     method.add_argument("--method", choices=[*METHODS, *others], help=what or f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
-    method.add_argument("--scale", type=float, default=4.0, help="how much larger the results are (default: %(default)g)")
-    method.add_argument("--prompt", help="what is in the pictures, or how they shall look (default: the method's own)")
-    method.add_argument("--negative-prompt", help="what they shall not show; used where --cfg is not 1")
+    method.add_argument("--prompt", help="what the pictures show, or the style of the results (default: the method's own)")
+    method.add_argument("--negative-prompt", help="what to avoid; used where --cfg is not 1")
     guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
     method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
-    method.add_argument("--seed", type=int, default=12345, help="every picture is drawn with this seed (default: %(default)s)")
+    method.add_argument("--seed", type=int, default=12345, help="random seed, the same for each picture (default: %(default)s)")
     published = ", ".join(f"{record.color_fix or 'none'} with {record.key}" for record in METHODS.values())
     method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help=f"default, as published: {published}; {DEMO_COLOR_FIX} with --demo")
 
+    size = command.add_argument_group("size of the results").add_mutually_exclusive_group()
+    size.add_argument("--scale", type=float, default=4.0, metavar="FACTOR", help="upscale by this factor (default: %(default)g)")
+    if targets:
+        size.add_argument("--long-side", type=int, metavar="PIXELS", help="longest side of each result")
+        size.add_argument("--short-side", type=int, metavar="PIXELS", help="shortest side of each result")
+        size.add_argument("--megapixels", type=float, metavar="N", help="area of each result; 1 is 1024 x 1024 pixels, as in ComfyUI's nodes")
+
+    single = command.add_argument_group("options of single methods")
     for name, owners in every_option().items():
         option = owners[0][1]
         titles = " and ".join(owner.title for owner, _ in owners)
         default = "" if option.default in (None, ()) else f" (default: {option.default})"
-        method.add_argument(
+        single.add_argument(
             f"--{name.replace('_', '-')}",
             type=option.parse,
             nargs="+" if option.many else None,
@@ -45,7 +54,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
     weights.add_argument(
-        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or the one in a VAE file (default: the base's)"
+        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or that of a VAE file (default: the base's)"
     )
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
@@ -56,5 +65,5 @@ def add_machine(command: argparse.ArgumentParser) -> None:
     machine = command.add_argument_group("machine")
     machine.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
     machine.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], help="default: float16 on a GPU, float32 on a CPU")
-    machine.add_argument("--tile", type=int, default=1024, help="larger results are made in tiles of so many pixels; 0: whole (default: %(default)s)")
-    machine.add_argument("--offload", action="store_true", help="keep on the GPU only the network that is at work")
+    machine.add_argument("--tile", type=int, default=1024, help="tile size in pixels for larger results; 0: no tiles (default: %(default)s)")
+    machine.add_argument("--offload", action="store_true", help="keep only the active network on the GPU")

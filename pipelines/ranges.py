@@ -18,6 +18,11 @@ def require_ranges(settings: "Settings") -> None:
     """
     if not 0 < settings.scale < math.inf:
         raise ValueError(f"--scale: found {settings.scale:g}, expected a finite number of more than 0.")
+    for option, side in (("--long-side", settings.long_side), ("--short-side", settings.short_side)):
+        if side is not None and side < 1:
+            raise ValueError(f"{option}: found {side}, expected a number of pixels from 1 on.")
+    if settings.megapixels is not None and not 0 < settings.megapixels < math.inf:
+        raise ValueError(f"--megapixels: found {settings.megapixels:g}, expected a finite number of more than 0, such as 2.")
     if not math.isfinite(settings.cfg):
         raise ValueError(f"--cfg: found {settings.cfg:g}, expected a finite number.")
     if not 0 <= settings.seed < 2**64:

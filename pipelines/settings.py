@@ -1,6 +1,7 @@
 """What ``upscale`` was asked for, complete and checked: behind this nothing reads the command line."""
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from .ranges import require_ranges, say_ignored
 DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
 """Methods where none is named."""
 
-_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "watch")
+_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "watch", "long_side", "short_side", "megapixels")
 """Options that ``upscale`` has and the other commands that restore have not."""
 
 
@@ -28,6 +29,7 @@ class Settings:
     Args:
         inputs: images, folders and globs.
         output: folder for the results, or a file for a single image; None beside a single image.
+        scale: factor; where ``long_side``, ``short_side`` (pixels) or ``megapixels`` (of 1024 x 1024) is given, that says the results' size instead.
         options: the method's own, by name; see :class:`fewstep_sr.methods.method.Option`.
         prompt, negative_prompt: None for the method's own.
         color_fix: None for none.
@@ -71,6 +73,9 @@ class Settings:
     fps: Fraction = Fraction(24)
     segment: int = 120
     watch: bool = False
+    long_side: int | None = None
+    short_side: int | None = None
+    megapixels: float | None = None
 
     def __post_init__(self):
         require_ranges(self)
@@ -98,6 +103,25 @@ class Settings:
             raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
         if self.cfg != 1:
             raise ValueError(f"--cfg: found {self.cfg:g}, expected 1 with --demo: the miniature has no negative prompt.")
+
+    def scale_of(self, size: tuple[int, int]) -> float:
+        """The factor for an image of (width, height) pixels."""
+        if self.long_side is not None:
+            return self.long_side / max(size)
+        if self.short_side is not None:
+            return self.short_side / min(size)
+        if self.megapixels is not None:
+            return math.sqrt(self.megapixels * 2**20 / (size[0] * size[1]))
+        return self.scale
+
+    @property
+    def size_in_words(self) -> str:
+        """The results' size for a file's name: ``x4``, ``long1024``, ``short512``, ``2mp``."""
+        if self.long_side is not None:
+            return f"long{self.long_side}"
+        if self.short_side is not None:
+            return f"short{self.short_side}"
+        return f"{self.megapixels:g}mp" if self.megapixels is not None else f"x{self.scale:g}"
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "Settings":

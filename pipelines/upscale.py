@@ -14,7 +14,7 @@ from . import pipeline_class
 from .base import FewStepSRPipeline
 from .batch import Outcome, Written, join, run, share
 from .demo import load_demo
-from .done import Results
+from .done import Results, listed
 from .files import size_in_words
 from .find import find_base, find_companions, find_weights
 from .jobs import Job, beside, list_jobs
@@ -27,7 +27,7 @@ from .video.run import upscale_frames
 
 def upscale(settings: Settings) -> int:
     """Restore all images, this process its share. Returns 1 where some failed, else 0."""
-    output = settings.output or beside(settings.inputs, settings.scale, settings.suffix)
+    output = settings.output or beside(settings.inputs, settings.size_in_words, settings.suffix)
     state, peers = join(settings.device)
     try:
         return _upscale(settings, output, state, peers)
@@ -50,19 +50,21 @@ def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers
         found = find_files(settings, state)
     outcome = run(mine, Upscaler(settings, *found, state, results.record).work if mine else None, state, peers)
     if state.is_main_process:
-        _report(outcome, len(jobs), output, time.monotonic() - began)
+        _report(outcome, len(jobs), output, time.monotonic() - began, settings)
     with peers.waiting(lambda: "All work is done."):
         state.wait_for_everyone()  # a launcher ends all processes as soon as one has failed: not before the report
     return 1 if outcome.failures else 0
 
 
-def _report(outcome: Outcome, jobs: int, output: Path, seconds: float) -> None:
+def _report(outcome: Outcome, jobs: int, output: Path, seconds: float, settings: Settings) -> None:
+    by = settings.method.title + (" (miniature)" if settings.demo else "")
     size = size_in_words(sum(written.bytes for written in outcome.written))
     if len(outcome.written) == 1:
         (written,) = outcome.written
-        print(f"{written.path}: {written.size[0]} x {written.size[1]} pixels, {size}, {seconds:.1f} s")
+        print(f"{written.path}: {written.size[0]} x {written.size[1]} pixels, {size}, {seconds:.1f} s, by {by}")
     elif outcome.written:
-        print(f"{len(outcome.written)} images written to {output}: {size}, {seconds:.1f} s")
+        names = listed([written.path for written in outcome.written])
+        print(f"{len(outcome.written)} images written to {output} by {by}: {size}, {seconds:.1f} s ({names})")
     if outcome.failures:
         lines = (f"  {name}: {reason}" for name, reason in outcome.failures)
         print(f"\n{len(outcome.failures)} of {jobs} failed:", *lines, sep="\n", file=sys.stderr)
@@ -114,7 +116,8 @@ class Upscaler:
         if job.is_video:
             return upscale_frames(job, settings, self.restore, self.record(job), self.position)
         picture = read_picture(job.source)
-        width, height = (round(side * settings.scale) for side in picture.pixels.size)
+        scale = settings.scale_of(picture.pixels.size)
+        width, height = (round(side * scale) for side in picture.pixels.size)
         require_writable(picture, (width, height), job.target)
         require_place(job.target, (width, height))
         restored = self.restore(picture.pixels.tensor())
@@ -127,7 +130,7 @@ class Upscaler:
         optional = {"prompt": settings.prompt, "negative_prompt": settings.negative_prompt, "prompt_embeds": self.prompt_embeds}
         return self.pipeline(
             image,
-            scale=settings.scale,
+            scale=settings.scale_of((image.shape[-1], image.shape[-2])),
             guidance_scale=settings.cfg,
             generator=torch.Generator().manual_seed(settings.seed),
             color_fix=settings.color_fix,

@@ -40,7 +40,7 @@ def upscale_frames(job: Job, settings: Settings, restore: Restore, record: str, 
     source: Frames = PictureFrames(job.source, job.frames, settings.fps) if job.frames else Clip(job.source)
     if is_pattern(job.target):
         return _to_pictures(job, settings, source, restore, record, position)
-    width, height = _scaled(source.size, settings.scale)
+    width, height = _scaled(source.size, settings.scale_of(source.size))
     encoding = _encoding(job.target, settings, source, (width, height))
     index = source.index if isinstance(source, Clip) else None
     if index is not None:
@@ -97,7 +97,7 @@ def _encoding(target: Path, settings: Settings, source: Frames, size: tuple[int,
 
 def _to_pictures(job: Job, settings: Settings, source: Frames, restore: Restore, record: str, position: int) -> Written:
     """One file a frame, counted from 1; those that are there are left as they are."""
-    width, height = _scaled(source.size, settings.scale)
+    width, height = _scaled(source.size, settings.scale_of(source.size))
     bytes_written, path = 0, job.target
     missing: list[Path] = []
 

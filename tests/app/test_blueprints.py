@@ -7,12 +7,16 @@ import json
 import pytest
 from conftest import ROOT
 
-BLUEPRINTS = {"OSEDiff Upscale": "osediff_x4", "InvSR Upscale": "invsr_x4"}
-OUTSIDE = {"LoadImage", "SaveImage", "MarkdownNote"}
+METHODS = ("OSEDiff", "PiSA-SR", "HYPIR", "S3Diff", "InvSR")
+# What people search for is in the name: of a pack's blueprints the page searches nothing else.
+BLUEPRINTS = {f"{method} Upscale - Restore, Enhance, Super Resolution": f"{method} x4, step by step" for method in METHODS}
+OUTSIDE = {"LoadImage", "SaveImage", "MarkdownNote", "ImageCompare"}
+SIZE = {"ImageScaleBy", "PrimitiveInt", "GetImageSize", "ComfyMathExpression", "ImageScaleToMaxDimension"}
+"""The blueprint takes a longest side, and a limit to the input's size, where the template has a factor."""
 
 
 def stages(nodes: list[dict]) -> dict:
-    return {node["id"]: (node["type"], node.get("widgets_values")) for node in nodes if node["type"] not in OUTSIDE}
+    return {node["id"]: (node["type"], node.get("widgets_values")) for node in nodes if node["type"] not in OUTSIDE | SIZE}
 
 
 def test_comfyui_lists_them(comfy, monkeypatch, tmp_path):
@@ -31,7 +35,7 @@ def test_unfolds_into_the_example(name):
     assert instance["type"] == graph["id"] and graph["name"] == name
     assert stages(graph["nodes"]) == stages(workflow["nodes"])
 
-    inside = {node["id"] for node in graph["nodes"]}
+    inside = set(stages(graph["nodes"]))
     wires = {(k["origin_id"], k["origin_slot"], k["target_id"], k["target_slot"]) for k in graph["links"]}
     assert {w for w in wires if w[0] in inside and w[2] in inside} == {tuple(k[1:5]) for k in workflow["links"] if {k[1], k[3]} <= inside}
 
@@ -42,6 +46,7 @@ def test_each_socket_leads_to_an_input(name):
     blueprint = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())
     (instance,), (graph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
     nodes, links = {node["id"]: node for node in graph["nodes"]}, {link["id"]: link for link in graph["links"]}
+    assert all(word in name.lower() for word in ("super resolution", "restore", "enhance", "upscale"))
     assert [entry["name"] for entry in graph["inputs"]] == [entry["name"] for entry in instance["inputs"]]
     for slot, entry in enumerate(graph["inputs"]):
         assert entry["linkIds"]
@@ -53,4 +58,33 @@ def test_each_socket_leads_to_an_input(name):
     for entry in graph["inputs"]:
         if entry["name"] in values:
             assert values[entry["name"]] in nodes[links[entry["linkIds"][0]]["target_id"]]["widgets_values"]
-    assert {link["target_id"] for link in links.values() if link["id"] in graph["outputs"][0]["linkIds"]} == {-20}
+    for entry in graph["outputs"]:
+        assert {link["target_id"] for link in links.values() if link["id"] in entry["linkIds"]} == {-20}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_photo_is_the_blueprint(method):
+    [name] = [name for name in BLUEPRINTS if name.startswith(f"{method} ")]
+    [blueprint] = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())["definitions"]["subgraphs"]
+    workflow = json.loads((ROOT / "example_workflows" / f"2 Restore one photo ({method}).json").read_text())
+    assert workflow["definitions"]["subgraphs"] == [blueprint]
+    assert {node["type"] for node in workflow["nodes"]} == {"LoadImage", blueprint["id"], "ImageCompare", "SaveImage", "MarkdownNote"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda p: p.stem)
+def test_the_colour_fix_is_the_methods_default(path):
+    """On the page as in the pipelines and on the command line; the miniature's, and templates that compare colour fixes, are others."""
+    from fewstep_sr.methods import METHODS as RECORDS
+
+    if path.stem.startswith("1 Try") or path.stem == "Fidelity or detail (OSEDiff)":
+        return
+    workflow = json.loads(path.read_text())
+    graphs = [workflow, *workflow.get("definitions", {}).get("subgraphs", [])]
+    by_loader = {"OSEDiffLoader": "osediff", "InvSRNoisePredictorLoader": "invsr", "InvSRStartState": "invsr"}
+    for graph in graphs:
+        fixes = [node for node in graph["nodes"] if node["type"] == "FewStepSRColorFix"]
+        kinds = {by_loader[node["type"]] for node in graph["nodes"] if node["type"] in by_loader}
+        kinds |= {node["widgets_values"][0].split("/")[0] for node in graph["nodes"] if node["type"] == "FewStepSRAdapterLoader"}
+        if fixes and kinds:
+            [kind] = kinds
+            assert {node["widgets_values"][0] for node in fixes} == {RECORDS[kind].color_fix or "none"}

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comfy_server import Server
+from comfy_server import Server, to_prompt
 from conftest import ROOT
 from PIL import Image
-from server_folder import fill, photo
+from server_folder import fill, load, photo
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 
@@ -89,23 +89,65 @@ def test_templates_are_listed_and_open(page):
     dialog.get_by_text("ComfyUI-FewStepSR").first.click()
     for path in TEMPLATES:
         dialog.get_by_text(path.stem, exact=True).first.wait_for()
-    dialog.get_by_text("invsr_x4", exact=True).first.click()
+    dialog.get_by_text("InvSR x4, step by step", exact=True).first.click()
     page.wait_for_function("() => app.graph._nodes.some(n => n.type === 'InvSRStartState')")
 
 
+def test_an_old_name_opens(page):
+    """A link to a template by the name that it had."""
+    page.goto(f"{page.url.split('?')[0]}?template=invsr_1_to_5_steps&source=ComfyUI-FewStepSR", wait_until="domcontentloaded")
+    page.wait_for_function("() => window.app?.graph?._nodes?.some(n => n.title === '5 steps')", timeout=120_000)
+
+
+@pytest.fixture(params=[False, True], ids=["classic", "nodes2"])
+def in_mode(request, page):
+    """The page with its classic nodes, or with Nodes 2.0."""
+    mode = "on" if request.param else "off"
+    page.evaluate("on => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)", request.param)
+    page.wait_for_function(f"() => LiteGraph.vueNodesMode === {str(request.param).lower()}")
+    yield mode
+    page.evaluate("() => app.extensionManager.setting.set('Comfy.VueNodes.Enabled', false)")
+
+
+SMALLEST_TEXT = 0.58
+"""Below this zoom the page draws no text (8 pixels of its 14, "Comfy.Graph.MinFontSizeForLOD" in the settings)."""
+
+
 @pytest.mark.parametrize("path", TEMPLATES, ids=lambda p: p.stem)
-def test_template_on_the_page(page, path):
-    """No node is unknown to the page, no two boxes overlap as the page lays them out, and it saves what it loaded."""
+def test_template_on_the_page(page, server, in_mode, path):
+    """No node is unknown to the page, no two boxes overlap as the page lays them out, all is readable and in sight, and it queues what it loaded."""
     workflow = json.loads(path.read_text())
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
+    page.wait_for_timeout(800)  # Nodes 2.0 measures its boxes after it has drawn them
     assert page.evaluate("() => app.graph._nodes.filter(n => !(n.type in LiteGraph.registered_node_types)).map(n => n.type)") == []
     boxes = page.evaluate("() => app.graph._nodes.map(n => [n.title, ...n.getBounding()])")
     assert len(boxes) == len(workflow["nodes"])
     for i, (title, *a) in enumerate(boxes):
         for other, *b in boxes[:i]:
             assert not overlap(a, b), f"{title} lies on {other}"
+    scale, (left, top) = page.evaluate("() => [app.canvas.ds.scale, [...app.canvas.ds.offset]]")
+    assert scale >= SMALLEST_TEXT
+    for title, x, y, width, height in boxes:
+        corners = [(x + left) * scale, (y + top) * scale, (x + left + width) * scale, (y + top + height) * scale]
+        assert corners[0] >= 55 and corners[1] >= 45 and corners[2] <= 1600 and corners[3] <= 1000, f"{title} is out of sight: {corners}"
     links = page.evaluate("() => app.graph.serialize().links")
     assert sorted(link[1:] for link in links) == sorted(link[1:] for link in workflow["links"])
+    queued = page.evaluate("async () => (await app.graphToPrompt()).output")
+    expected = to_prompt(workflow, server.schemas)
+    assert {name: node["class_type"] for name, node in queued.items()} == {name: node["class_type"] for name, node in expected.items()}
+    for name, node in expected.items():
+        ours = {k: v for k, v in node["inputs"].items() if k != "compare_view"}
+        assert {k: v for k, v in queued[name]["inputs"].items() if k in ours} == ours, node["class_type"]
+
+
+@pytest.mark.parametrize("words", ["super resolution", "restore", "enhance", "upscale"])
+def test_blueprints_are_found(page, words):
+    """In the node search, by what people call it."""
+    page.keyboard.press("Escape")
+    page.evaluate("() => { app.graph.clear(); app.extensionManager.command.execute('Workspace.SearchBox.Toggle') }")
+    page.keyboard.type(words, delay=20)
+    page.get_by_text("OSEDiff Upscale").first.wait_for()
+    page.keyboard.press("Escape")
 
 
 def overlap(a: list[float], b: list[float]) -> bool:
@@ -115,7 +157,7 @@ def overlap(a: list[float], b: list[float]) -> bool:
 
 def open_in_view(page, name: str) -> None:
     """The page fetches pictures of, and has a toolbox for, nodes in view alone."""
-    page.evaluate("workflow => app.loadGraphData(workflow)", json.loads((ROOT / "example_workflows" / f"{name}.json").read_text()))
+    page.evaluate("workflow => app.loadGraphData(workflow)", load(name))
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1000)
 
@@ -134,10 +176,11 @@ def test_a_run_shows_progress_noise_map_and_result(page, template, samples, pict
         }"""
     )
     page.evaluate("() => app.queuePrompt(0)")
-    for node in ["PreviewImage", *pictures]:
+    for node in pictures:
         page.wait_for_function("type => app.graph._nodes.find(n => n.type === type).imgs?.[0]?.naturalWidth > 0", arg=node, timeout=120_000)
-    restored, enlarged = (shown(page, node) for node in ("SaveImage", "PreviewImage"))
-    assert restored.size == enlarged.size == (448, 300)
+    restored = shown(page, "SaveImage")
+    assert restored.size == (448, 300)
+    enlarged = Image.open(ROOT / "miniature" / "photo.png").convert("RGB").resize(restored.size, Image.Resampling.BICUBIC)
     assert np.corrcoef(np.asarray(restored).ravel(), np.asarray(enlarged).ravel())[0, 1] > 0.9
     progress = page.evaluate("() => progress")
     assert progress[samples] == [1, 1] and set(pictures) <= progress.keys()
@@ -231,26 +274,37 @@ def test_a_warning_is_seen_on_the_node(page):
         page.get_by_text(text).first.wait_for(timeout=120_000)
 
 
+def all_nodes(workflow: dict) -> list[dict]:
+    """With those inside its subgraphs."""
+    return workflow["nodes"] + [node for graph in workflow.get("definitions", {}).get("subgraphs", []) for node in graph["nodes"]]
+
+
 def test_templates_name_the_sources_of_the_docs():
     readme = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/osediff.md"))
-    nodes = [node for path in TEMPLATES for node in json.loads(path.read_text())["nodes"]]
+    nodes = [node for path in TEMPLATES for node in all_nodes(json.loads(path.read_text()))]
     named = {(model["name"], model["directory"], model["url"]) for node in nodes for model in node["properties"].get("models", [])}
     ours = {name: (directory, url) for name, directory, url in named if f"`{name}`" in readme}
-    assert set(ours) == {"v2-1_512-ema-pruned.safetensors", "sd_turbo.safetensors", "noise_predictor_sd_turbo_v5.pth", "ram_swin_large_14m.pth"}
+    assert set(ours) == {
+        "v2-1_512-ema-pruned.safetensors",
+        "sd_turbo.safetensors",
+        "HYPIR_sd2.pth",
+        "noise_predictor_sd_turbo_v5.pth",
+        "ram_swin_large_14m.pth",
+    }
     for name, (directory, url) in ours.items():
         repository, _, path = url.partition("/resolve/main/")
         assert path == name and f"`{directory}`" in readme
         assert any(f"`{name}`" in line and f"({repository}" in line for line in readme.splitlines())
 
 
-@pytest.mark.parametrize("path", [path for path in TEMPLATES if not path.stem.startswith("try_")], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in TEMPLATES if not path.stem.startswith("1 Try")], ids=lambda p: p.stem)
 def test_missing_models_are_offered(new_page, path):
     """Each weight file that a template names a source for is in the page's list of missing models, with a button to download it."""
     workflow = json.loads(path.read_text())
     new_page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
     new_page.get_by_text("View details").first.click()
     listed = new_page.get_by_test_id("error-group-missing-model")
-    models = [model for node in workflow["nodes"] for model in node["properties"].get("models", [])]
+    models = {model["name"]: model for node in all_nodes(workflow) for model in node["properties"].get("models", [])}.values()
     assert models
     for model in models:
         listed.get_by_text(model["name"]).first.wait_for()

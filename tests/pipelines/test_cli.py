@@ -389,4 +389,82 @@ def test_help_reads_well(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["upscale", "--help"])
     assert ended.value.code == 0
-    assert "goes on where it stopped" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "continues where it stopped" in text and "python -m pipelines info RESULT" in text
+    groups = [line[:-1] for line in text.splitlines() if re.fullmatch("[a-z ]+:", line)]
+    assert groups[2:] == ["method", "size of the results", "options of single methods", "weights", "machine", "files", "examples"]
+
+
+def test_the_exit_statuses_are_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    page = (ROOT / "docs" / "command_line.md").read_text(encoding="utf-8")
+    for status in ("0", "1", "2", "130"):
+        assert re.search(rf"\b{status} [a-z]", text) and f"| {status} |" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "name"),
+    [
+        (["--long-side", 63], (63, 48), "photo_long63.png"),
+        (["--short-side", 40], (52, 40), "photo_short40.png"),
+        (["--megapixels", 0.004], (74, 57), "photo_0.004mp.png"),
+        (["--long-side", 10], (10, 8), "photo_long10.png"),
+    ],
+)
+def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, name):
+    """In place of a factor; for smaller results too. The name and the record say which, and what is done is not done again."""
+    photo().save(tmp_path / "photo.png")
+    fixed = ["--method", "osediff", "--base", models / "base", "--weights", models / "osediff.pkl", "--device", "cpu", "--prompt", "cat"]
+    run = ["upscale", *map(str, [tmp_path / "photo.png", *fixed, *words])]
+    assert main(run) == 0
+    assert f"{tmp_path / name}: {size[0]} x {size[1]} pixels" in (out := capsys.readouterr().out) and out.rstrip().endswith("by OSEDiff")
+    with Image.open(tmp_path / name) as result:
+        assert result.size == size
+    assert main(["info", str(tmp_path / name)]) == 0
+    told = capsys.readouterr().out
+    assert "restored by this program" in told and f"{words[0][2:].replace('-', '_')}: {words[1]}" in told
+    assert "method: osediff" in told and "prompt: cat" in told and "scale:" not in told
+    assert main([*run, "-o", str(tmp_path / "folder")]) == main([*run, "-o", str(tmp_path / "folder")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--long-side", "0"], "--long-side: found 0, expected a number of pixels from 1 on"),
+        (["--megapixels", "nan"], "--megapixels: found nan, expected a finite number of more than 0"),
+        (["--long-side", "5", "--scale", "2"], "argument --scale: not allowed with argument --long-side"),
+    ],
+)
+def test_wrong_sizes_are_refused(tmp_path, capsys, words, message):
+    photo().save(tmp_path / "photo.png")
+    try:
+        assert main(["upscale", str(tmp_path / "photo.png"), "--demo", *words]) == 2
+    except SystemExit as ended:  # argparse
+        assert ended.code == 2
+    assert message in capsys.readouterr().err
+    assert names(tmp_path) == ["photo.png"]
+
+
+def test_success_says_what_it_wrote(models, tmp_path, capsys):
+    written = write_photos(tmp_path / "in", 2)
+    assert upscale(models, tmp_path / "in", "-o", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert f"2 images written to {tmp_path / 'out'} by OSEDiff" in out and out.rstrip().endswith(f"({', '.join(written)})")
+
+
+def test_completion(capsys, monkeypatch):
+    pytest.importorskip("shtab", reason="shtab is not installed (pip install shtab)")
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    typed = "fewstep-sr upscale --long"
+    ask = f'{script}\nCOMP_WORDS=({typed}); COMP_CWORD=2; COMP_LINE="{typed}"; _shtab_fewstep_sr; echo "${{COMPREPLY[@]}}"'
+    assert subprocess.run(["bash"], input=ask, text=True, capture_output=True, check=False).stdout.split() == ["--long-side"]
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["--print-completion", "bash"])
+    assert ended.value.code == 2 and "shtab is not installed. Install it: pip install shtab" in capsys.readouterr().err

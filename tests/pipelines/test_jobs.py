@@ -109,7 +109,7 @@ def test_output_names_that_agree(tmp_path):
     assert list_jobs([source], tmp_path / "results.v2", None)[0].target == tmp_path / "results.v2" / "in.png"
     (tmp_path / "album.png").mkdir()
     assert list_jobs([source], tmp_path / "album.png", ".webp")[0].target == tmp_path / "album.png" / "in.webp"
-    assert beside([str(touch(tmp_path, "c.bmp") / "c.bmp")], 1.5, None).name == "c_x1.5.png"
+    assert beside([str(touch(tmp_path, "c.bmp") / "c.bmp")], "x1.5", None).name == "c_x1.5.png"
 
 
 def settings(method="osediff", **kwargs) -> Settings:

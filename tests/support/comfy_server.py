@@ -1,6 +1,7 @@
 """A real ComfyUI server as a process of its own, and its HTTP interface as the web page uses it."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 class Server:
     """``Server(comfyui, base)`` starts ComfyUI on a free port with the pack in its custom_nodes; use it as a context manager.
 
-    ``base`` is its base directory; files go into ``base / "models"`` and so on before the start.
+    ``base`` is its base directory; files go into ``base / "models"`` and so on before the start. FEWSTEP_SR_FRONTEND names the ``static`` folder of
+    another comfyui-frontend-package than the installed one.
     """
 
     def __init__(self, comfyui: Path, base: Path):
@@ -32,6 +34,8 @@ class Server:
         self.log_path = base / "server.log"
         arguments = ["--cpu", "--listen", "127.0.0.1", "--port", str(self.port), "--base-directory", str(base)]
         arguments += ["--database-url", "sqlite:///:memory:", "--disable-api-nodes"]
+        if frontend := os.environ.get("FEWSTEP_SR_FRONTEND"):
+            arguments += ["--front-end-root", frontend]
         with self.log_path.open("w") as log:
             self.process = subprocess.Popen([sys.executable, str(comfyui / "main.py"), *arguments], stdout=log, stderr=subprocess.STDOUT, cwd=base)
 
@@ -136,8 +140,55 @@ def _widget_values(node: dict, info: dict) -> list:
     return [value for i, value in enumerate(values) if i >= len(names) or not too_late(names[i])]
 
 
+def unfold(workflow: dict) -> dict:
+    """A workflow without subgraphs: the nodes of each in the place of the node that stands for it, by the ids that the page gives them, ``outer:inner``."""
+    graphs = {graph["id"]: graph for graph in workflow.get("definitions", {}).get("subgraphs", [])}
+    nodes, links, inside, outside = [], [], {}, {}
+    for node in workflow["nodes"]:
+        graph = graphs.get(node["type"])
+        if graph is None:
+            nodes.append(node)
+            continue
+        own = json.loads(json.dumps(graph["nodes"]))
+        by_id = {each["id"]: each for each in own}
+        values = dict(zip([name for _, name in node["properties"]["proxyWidgets"]], node["widgets_values"], strict=True))
+        for link in graph["links"]:
+            if link["origin_id"] == -10:
+                entry, target = graph["inputs"][link["origin_slot"]], by_id[link["target_id"]]
+                socket = target["inputs"][link["target_slot"]]
+                socket["link"] = None
+                inside.setdefault((node["id"], link["origin_slot"]), []).append((f"{node['id']}:{target['id']}", link["target_slot"], socket))
+                if entry["name"] in values:
+                    target["widgets_values"][list(target["widgets_values_named"]).index(socket["name"])] = values[entry["name"]]
+            elif link["target_id"] == -20:
+                outside[node["id"], link["target_slot"]] = (f"{node['id']}:{link['origin_id']}", link["origin_slot"])
+            else:
+                name = f"{node['id']}:{link['id']}"
+                by_id[link["target_id"]]["inputs"][link["target_slot"]]["link"] = name
+                links.append(
+                    [
+                        name,
+                        f"{node['id']}:{link['origin_id']}",
+                        link["origin_slot"],
+                        f"{node['id']}:{link['target_id']}",
+                        link["target_slot"],
+                        link["type"],
+                    ]
+                )
+        nodes += [{**each, "id": f"{node['id']}:{each['id']}"} for each in own]
+    for name, origin, slot, target, target_slot, kind in workflow["links"]:
+        origin, slot = outside.get((origin, slot), (origin, slot))
+        for i, (node, socket_slot, socket) in enumerate(inside.get((target, target_slot), [])):
+            socket["link"] = f"{name}.{i}"
+            links.append([socket["link"], origin, slot, node, socket_slot, kind])
+        if (target, target_slot) not in inside:
+            links.append([name, origin, slot, target, target_slot, kind])
+    return {**workflow, "nodes": nodes, "links": links}
+
+
 def to_prompt(workflow: dict, object_info: dict) -> dict:
-    """A workflow as the page saves it -> the prompt that the page queues (nodes, widgets and links; no subgraphs)."""
+    """A workflow as the page saves it -> the prompt that the page queues (nodes, widgets and links, subgraphs unfolded)."""
+    workflow = unfold(workflow)
     links = {link[0]: link for link in workflow["links"]}
     prompt = {}
     for node in workflow["nodes"]:
@@ -155,6 +206,10 @@ def to_prompt(workflow: dict, object_info: dict) -> dict:
                     next(values)
             if kind == "COMFY_DYNAMICCOMBO_V3":  # a choice, then the widgets that it brings, named "choice.widget"
                 inputs |= {socket: next(values) for socket in sockets if socket.split(".")[0] == name}
+            if kind == "COMFY_AUTOGROW_V3":  # as many sockets as are needed, named "values.a"
+                for socket, link in sockets.items():
+                    if socket.split(".")[0] == name and link is not None:
+                        inputs[socket] = [str(links[link][1]), links[link][2]]
             if kind == "IMAGECOMPARE":  # the page's slider, of which the node makes nothing
                 inputs[name] = ""
             if sockets.get(name) is not None:

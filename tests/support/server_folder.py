@@ -43,5 +43,10 @@ def photo() -> Image.Image:
     return Image.open(PHOTO).convert("RGB").resize((50, 37), Image.Resampling.BICUBIC)
 
 
+RENAMED = json.loads((ROOT / "nodes" / "renamed_templates.json").read_text())
+
+
 def load(name: str) -> dict:
+    """A template by its name, or by the name that it had."""
+    name = RENAMED.get(name, name)
     return json.loads((ROOT / "example_workflows" / f"{name}.json").read_text())
