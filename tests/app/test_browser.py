@@ -146,7 +146,7 @@ def test_blueprints_are_found(page, words):
     page.keyboard.press("Escape")
     page.evaluate("() => { app.graph.clear(); app.extensionManager.command.execute('Workspace.SearchBox.Toggle') }")
     page.keyboard.type(words, delay=20)
-    page.get_by_text("OSEDiff Upscale").first.wait_for()
+    page.get_by_text("Super Resolution (OSEDiff)").first.wait_for()
     page.keyboard.press("Escape")
 
 
@@ -214,23 +214,25 @@ def add_node(page, node_id: str) -> None:
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_help_is_shown(page, node_id):
-    """The panel has the node's page in the page's language, with its table and pictures."""
+    """The panel has the node's page in the page's language, with its list, which fits its width, and pictures."""
     add_node(page, node_id)
     page.get_by_test_id("info-button").click()
     title = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
     page.locator(".node-help-content h1", has_text=title).wait_for()
     shown = [entry["name"] for entry in NODES[node_id]["inputs"] if "default" in entry]
     for name in shown:
-        page.locator(".node-help-content td", has_text=name).first.wait_for()
+        page.locator(".node-help-content li", has_text=name).first.wait_for()
+    assert page.evaluate("() => { const help = document.querySelector('.node-help-content'); return help.scrollWidth - help.clientWidth }") <= 1
     page.wait_for_function("() => [...document.querySelectorAll('.node-help-content img')].every(image => image.complete)")
     widths = page.evaluate("() => [...document.querySelectorAll('.node-help-content img')].map(image => image.naturalWidth)")
     assert widths and all(widths)
 
 
+@pytest.mark.parametrize("language", ["zh", "ja"])
 @pytest.mark.parametrize("node_id", NODES)
-def test_help_in_chinese_is_served(server, node_id):
+def test_help_in_other_languages_is_served(server, node_id, language):
     """With the pictures of the English page, from the folder to which the panel relates them in every language."""
-    text = server.get(f"/extensions/ComfyUI-FewStepSR/docs/{node_id}/zh.md").decode()
+    text = server.get(f"/extensions/ComfyUI-FewStepSR/docs/{node_id}/{language}.md").decode()
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert text.startswith("# ") and pictures
     assert pictures == re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import pytest
 from conftest import ROOT
@@ -53,3 +54,27 @@ def test_comfyui_serves_them(comfy, monkeypatch, tmp_path):
     monkeypatch.setattr(folder_paths, "get_folder_paths", lambda kind: [str(tmp_path)])
     served = importlib.import_module("app.custom_node_manager").CustomNodeManager().build_translations()
     assert {language: served[language]["nodeDefs"] for language in LANGUAGES} == {language: locale(language) for language in LANGUAGES}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_help_calls_things_as_the_page_does(language, comfy, in_english):
+    """The help panel is narrow: lists, no tables. Its title is the node's, and each widget goes by its name on the page."""
+    for node_id, names in locale(language).items():
+        path = ROOT / "web" / "docs" / (f"{node_id}.md" if language == "en" else f"{node_id}/{language}.md")
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith(f"# {names['display_name']}\n") and "\n|" not in text, path
+        for entry in comfy.nodes[node_id].define_schema().inputs:
+            if getattr(entry, "default", None) is not None:
+                name = entry.id if language == "en" else f"{names['inputs'][entry.id]['name']}\uff08{entry.id}\uff09"
+                assert any(line.startswith("- **") and name in line.split("**")[1] for line in text.splitlines()), (path, name)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_loaders_help_has_the_links(language):
+    """In every language the same, and those that the README has."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "osediff.md").read_text(encoding="utf-8")
+    for node_id in ("OSEDiffLoader", "FewStepSRAdapterLoader", "InvSRNoisePredictorLoader", "S3DiffEstimatorLoader", "DAPETaggerLoader"):
+        pages = [f"{node_id}.md", f"{node_id}/{language}.md"] if language != "en" else [f"{node_id}.md"]
+        links = [re.findall(r"\]\((https:[^)]+)\)", (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")) for page in pages]
+        assert links[0] and links[0] == links[-1]
+        assert all(re.sub(r"/(resolve|raw)/.*", "", link).replace("/spaces", "") in readme.replace("/spaces", "") for link in links[0])

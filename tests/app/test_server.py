@@ -68,7 +68,7 @@ def test_pack_is_there(server, comfy):
     assert info["OSEDiffLoader"]["input"]["required"]["osediff_name"][1]["options"] == ["osediff.pkl"]
     for node_id in info:
         if info[node_id]["python_module"] == "custom_nodes.ComfyUI-FewStepSR":
-            for page in (f"{node_id}.md", f"{node_id}/zh.md"):
+            for page in (f"{node_id}.md", f"{node_id}/zh.md", f"{node_id}/ja.md"):
                 assert server.get(f"/extensions/ComfyUI-FewStepSR/docs/{page}").startswith(b"# ")
     templates = server.get("/workflow_templates")["ComfyUI-FewStepSR"]
     assert set(templates) == {w.stem for w in WORKFLOWS}
@@ -211,6 +211,46 @@ def test_templates_of_the_miniature(server, template):
     assert np.abs(a - b).mean() > 3
 
 
+def outside_and_inside(server, comparison: dict, inside: np.ndarray) -> list[float]:
+    """How much the slider's two pictures differ outside and inside a mask, in 8-bit steps."""
+    a, b = (np.asarray(server.image(comparison[side][0]).convert("RGB"), float) for side in ("a_images", "b_images"))
+    return [np.abs(a - b)[region].mean() for region in (~inside, inside)]
+
+
+def test_template_region(server):
+    """Outside the mask the photo is upscaled only, to the last digit; well inside it is restored."""
+    masked = np.asarray(photo().convert("RGBA")).copy()
+    masked[:, 25:, 3] = 0  # the page saves a painted mask as alpha
+    Image.fromarray(masked).save(server.base / "input" / "masked.png")
+    workflow = of_one_node("Only a region, by mask (OSEDiff)", 200)
+    for kind, value in (("LoadImage", "masked.png"), ("GrowMask", 0)):
+        [node] = [n for n in workflow["nodes"] if n["type"] == kind]
+        node["widgets_values"][0] = value
+    outputs = run(server, workflow)
+    check_saved(server, outputs)
+    inside = np.zeros((148, 200), bool)
+    inside[:, 110:] = True
+    outside = np.zeros((148, 200), bool)
+    outside[:, :90] = True
+    [comparison] = outputs["ImageCompare"]
+    assert outside_and_inside(server, comparison, ~outside)[0] == 0 and outside_and_inside(server, comparison, inside)[1] > 3
+
+
+def test_template_face(server):
+    """Only the crop changes, and its middle most."""
+    workflow = of_one_node("A face, cropped, restored, pasted back (OSEDiff)", 160)
+    for node, value in zip([n for n in workflow["nodes"] if n["type"] == "PrimitiveInt"], (10, 5, 20), strict=True):
+        node["widgets_values"][0] = value
+    [feather] = [n for n in workflow["nodes"] if n["type"] == "FeatherMask"]
+    feather["widgets_values"] = [4] * 4
+    outputs = run(server, workflow)
+    check_saved(server, outputs, (50, 37))
+    inside = np.zeros((37, 50), bool)
+    inside[5:25, 10:30] = True
+    outside, changed = outside_and_inside(server, outputs["ImageCompare"][0], inside)
+    assert outside == 0 and changed > 3
+
+
 def test_template_cutout(server):
     """A cut-out stays one: the file's green, hidden under alpha 0, is nowhere to be seen."""
     hidden = np.asarray(photo().convert("RGBA")).copy()
@@ -237,6 +277,8 @@ def test_every_template_is_run():
         *compared,
         "hypir_x4",
         "cutout_osediff_x4",
+        "Only a region, by mask (OSEDiff)",
+        "A face, cropped, restored, pasted back (OSEDiff)",
         "invsr_1_to_5_steps",
         "text_to_image_invsr_x4",
         "video_osediff_x2",
