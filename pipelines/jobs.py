@@ -187,6 +187,6 @@ def beside(inputs: Sequence[str], size: str, suffix: str | None) -> Path:
         raise ValueError(f"-o: found none for {', '.join(inputs)}, expected a folder for the results. Only a single picture's goes beside it.")
     if is_video(path):
         own = path.suffix if path.suffix.lower() in CONTAINERS else OTHERWISE
-        return path.with_name(f"{path.stem}_x{scale:g}{own}")
+        return path.with_name(f"{path.stem}_{size}{own}")
     own = path.suffix if path.suffix.lower() in WRITTEN else ".png"
     return path.with_name(f"{path.stem}_{size}{suffix or own}")

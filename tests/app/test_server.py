@@ -89,7 +89,7 @@ PHOTO_X4 = [
     "gan_then_osediff",
     "fidelity_and_detail",
     "s3diff_x4",
-    "pisasr_x4",
+    "PiSA-SR x4, step by step",
 ]
 
 

@@ -392,7 +392,7 @@ def test_help_reads_well(capsys):
     text = capsys.readouterr().out
     assert "continues where it stopped" in text and "python -m pipelines info RESULT" in text
     groups = [line[:-1] for line in text.splitlines() if re.fullmatch("[a-z ]+:", line)]
-    assert groups[2:] == ["method", "size of the results", "options of single methods", "weights", "machine", "files", "examples"]
+    assert groups[2:] == ["method", "size of the results", "options of single methods", "weights", "machine", "files", "video", "examples"]
 
 
 def test_the_exit_statuses_are_told(capsys):
