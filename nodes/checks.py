@@ -71,7 +71,7 @@ def require_conditioning(conditioning, model, name: str) -> None:
         if embedding.shape[-1] != expected:
             base = TEXT_WIDTHS.get(embedding.shape[-1], "another model")
             raise ValueError(
-                f"{name}: found text encoded {embedding.shape[-1]} wide ({base}), expected {expected}. "
+                f"{name}: found conditioning of embedding size {embedding.shape[-1]} ({base}), expected {expected}. "
                 "Use the CLIP output of the checkpoint that the MODEL comes from."
             )
 
@@ -92,7 +92,7 @@ def require_picture(latent: dict, name: str = "latent") -> torch.Tensor:
     samples = require_latent(latent, name)
     if not samples.any():
         raise ValueError(
-            f"{name}: found an empty latent, expected the encoded low-quality picture: these methods restore a picture and make none. "
+            f"{name}: found an empty latent, expected the encoded low-quality picture: these methods restore an existing image; they do not generate one. "
             "Wire 'VAE Encode (Few-Step SR)' here instead of 'Empty Latent Image'."
         )
     return samples

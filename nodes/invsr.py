@@ -75,9 +75,9 @@ class InvSRStartState(io.ComfyNode):
             inputs=[
                 NoisePredictorSocket.Input("noise_predictor", tooltip="From Load InvSR Noise Predictor."),
                 io.Image.Input(
-                    "image", tooltip="The low-quality picture as loaded, not enlarged. It is brought to a quarter of the output's size here."
+                    "image", tooltip="The low-quality picture as loaded, before it is upscaled. It is resized to a quarter of the output size here."
                 ),
-                io.Latent.Input("latent", tooltip="The same picture enlarged and encoded with VAE Encode (Few-Step SR)."),
+                io.Latent.Input("latent", tooltip="The same picture, upscaled and encoded with VAE Encode (Few-Step SR)."),
                 io.Sigmas.Input("sigmas", tooltip="From Few-Step Scheduler (InvSR); the first one is the start timestep."),
                 io.Combo.Input(
                     "posterior",
@@ -91,7 +91,7 @@ class InvSRStartState(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Draws the noise map; all pictures of a batch share the draw, so that still video stays still.",
+                    tooltip="Draws the noise map; all pictures of a batch share the draw, so static video does not flicker.",
                 ),
             ],
             outputs=[

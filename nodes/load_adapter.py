@@ -105,7 +105,8 @@ def check_base(model, vae, strength_model: float, strength_vae: float, node: str
         require_number(strength, name, -MAX_STRENGTH, MAX_STRENGTH)
     extreme = {name: strength for name, strength in strengths.items() if not 0 <= strength <= USUAL}
     warnings = [
-        f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart." for name, strength in extreme.items()
+        f"{name}: found {strength:g}, expected 1 (0 to {USUAL:g}). Use 1; values outside 0-2 usually give artefacts."
+        for name, strength in extreme.items()
     ]
     for name, patcher in {"model": model, "vae": vae.patcher}.items():
         if acting := next((mark for mark, share in acting_adapters(patcher).items() if share), None):

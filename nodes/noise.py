@@ -56,7 +56,7 @@ class PredictedNoise:
         if samples.shape[-2:] != self.noise.shape[-2:]:
             (h, w), (found_h, found_w) = self.noise.shape[-2:], samples.shape[-2:]
             raise ValueError(
-                f"noise: it was made for a latent of {w} x {h} cells and met one of {found_w} x {found_h}. "
+                f"noise: it was made for a {w} x {h} latent, but the sampler's latent is {found_w} x {found_h}. "
                 "Wire the same LATENT into the start state and the sampler."
             )
         self.require(samples)

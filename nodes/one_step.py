@@ -182,5 +182,5 @@ def _warnings(mark: Mark, acts: bool, cfg: float, controls: dict) -> list[str]:
             if value != DEFAULTS[name]:
                 warnings.append(f"{name}: found {value:g}, but the adapter is {method.title}'s, which has no such setting. It changes nothing.")
         elif name in ("pixel", "semantic") and not 0 <= value <= USUAL:
-            warnings.append(f"{name}: found {value:g}, expected 1 (0 to {USUAL:g}). Set it to 1, or the picture falls apart.")
+            warnings.append(f"{name}: found {value:g}, expected 1 (0 to {USUAL:g}). Use 1; values outside 0-2 usually give artefacts.")
     return warnings

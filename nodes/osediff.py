@@ -37,12 +37,8 @@ class OSEDiffLoader(io.ComfyNode):
                     options=list_files(OSEDIFF.weights.folder),
                     tooltip="Adapter file in models/osediff, such as osediff.pkl. osediff_face.pkl is for portraits that are already large.",
                 ),
-                strength_input(
-                    "strength_model", "How much of the adapter the UNet gets. 1 is the published method; the UNet without it does not restore."
-                ),
-                strength_input(
-                    "strength_vae", "How much of the adapter the VAE encoder gets. 1 is the published method; 0 is the base's own encoder."
-                ),
+                strength_input("strength_model", "LoRA strength on the UNet. 1 is the published method; the UNet without it does not restore."),
+                strength_input("strength_vae", "LoRA strength on the VAE encoder. 1 is the published method; 0 is the base's own encoder."),
             ],
             outputs=[
                 io.Model.Output(tooltip="The adapted UNet, for OSEDiff One Step or any sampler."),
@@ -114,7 +110,9 @@ class OSEDiffOneStep(io.ComfyNode):
         if cfg > USUAL:
             warnings.append(f"cfg: found {cfg:g}, expected 1 (to {USUAL:g}). Set it to 1, or colours and edges overshoot.")
         if mark is None:
-            warnings.append("model: found no OSEDiff adapter on it. Put Load OSEDiff before (needless where a checkpoint has it merged in).")
+            warnings.append(
+                "model: found no OSEDiff adapter on it. Add Load OSEDiff before this node, unless the checkpoint already has the adapter merged."
+            )
         elif not acts:
             warnings.append(
                 "model: the OSEDiff adapter on it acts with strength 0, lost in a merge or by strength_model. Put Load OSEDiff after the merge, "

@@ -38,7 +38,7 @@ class DAPETaggerLoader(io.ComfyNode):
             node_id="DAPETaggerLoader",
             display_name="Load DAPE Tagger",
             category="FewStepSR/OSEDiff",
-            description="Loads the tagger that reads OSEDiff's prompt off the low-quality picture: RAM with DAPE's low-rank weights.",
+            description="Loads the image tagger that generates OSEDiff's prompts: RAM with DAPE's LoRA.",
             search_aliases=["dape", "ram", "recognize anything", "tagger", "osediff", "seesr", "caption", "interrogate"],
             inputs=[
                 io.Combo.Input(

@@ -25,7 +25,7 @@ class FewStepSRTiledModel(io.ComfyNode):
             display_name="Tiled Model (Few-Step SR)",
             category="FewStepSR",
             description="Runs each model call on overlapping tiles of the latent, a few at a time, and blends them inside the step: memory no longer grows "
-            "with the picture or the batch. Prompts, ControlNet hints, masks and areas are cut along. Pictures that fit one tile are left alone.",
+            "with the picture or the batch. Prompts, ControlNet hints, masks and areas are cropped to each tile. Pictures that fit one tile are left alone.",
             search_aliases=["tile", "tiled sampling", "tiled diffusion", "multidiffusion", "large picture", "4k", "8k", "memory", "video", "batch"],
             inputs=[
                 io.Model.Input("model", tooltip="Any image model; put it last, after Load OSEDiff and LoRAs."),
@@ -38,7 +38,7 @@ class FewStepSRTiledModel(io.ComfyNode):
                     min=0,
                     max=512,
                     step=8,
-                    tooltip="Cells that neighbouring tiles share at least. More costs time, less shows seams.",
+                    tooltip="Minimum tile overlap in latent pixels. Larger is slower; smaller may show seams.",
                 ),
                 io.Int.Input("batch", default=4, min=1, max=64, tooltip="Tiles and pictures in one model call, fewer where memory is short."),
             ],
@@ -101,7 +101,7 @@ class TiledPrediction:
         if len(layout.tiles) > 1 and (placed := _placed_patches(model)):
             logging.warning(
                 "Tiled Model: this model has attention patches of other nodes (%s). To them each tile is a picture of its own: "
-                "masks and boxes that they hold for the whole canvas are not cut along.",
+                "masks and boxes that they hold for the whole canvas are not cropped to the tiles.",
                 ", ".join(placed),
             )
         first = layout.tiles[0]

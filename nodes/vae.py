@@ -34,7 +34,7 @@ class FewStepSRVAEEncode(io.ComfyNode):
             "so that VAE Decode (Few-Step SR) gives exactly the size that went in.",
             search_aliases=["vae encode", "osediff", "invsr", "latent", "pad"],
             inputs=[
-                io.Image.Input("pixels", tooltip="The low-quality picture, already enlarged to the output's size (Upscale Image By, bicubic, 4)."),
+                io.Image.Input("pixels", tooltip="The low-quality picture, already upscaled to the output size (Upscale Image By, bicubic, 4)."),
                 io.Vae.Input("vae", tooltip="OSEDiff: the VAE from Load OSEDiff. InvSR: the checkpoint's own."),
                 io.Combo.Input(
                     "posterior",

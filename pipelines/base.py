@@ -122,7 +122,7 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
             require_one_or_each(embeds, name, batch)
             if embeds.shape[-1] != self.unet.config.cross_attention_dim:
                 raise ValueError(
-                    f"{name}: found text encoded {embeds.shape[-1]} wide, expected {self.unet.config.cross_attention_dim}. "
+                    f"{name}: found embedding size {embeds.shape[-1]}, expected {self.unet.config.cross_attention_dim}. "
                     "Encode it with the text encoder of the base that the UNet comes from."
                 )
             return embeds.expand(batch, -1, -1)

@@ -11,7 +11,7 @@ from . import pipeline_class
 from .base import FewStepSRPipeline
 
 
-def load_demo(method: str = "invsr") -> tuple[FewStepSRPipeline, torch.Tensor]:
+def load_demo(method: str = "invsr", weights: str | None = None) -> tuple[FewStepSRPipeline, torch.Tensor]:
     """The miniature as a pipeline, in float32, and its one prompt, ``prompt_embeds`` (1, tokens, width), since it has no text encoder::
 
         pipeline, prompt_embeds = load_demo()
@@ -19,6 +19,7 @@ def load_demo(method: str = "invsr") -> tuple[FewStepSRPipeline, torch.Tensor]:
 
     Args:
         method: a method's key, such as ``"invsr"`` or ``"osediff"``.
+        weights: a file of that method's that was trained on the miniature (``train --base miniature``); None for the one that comes with it.
 
     Raises:
         FileNotFoundError: this copy lacks a file.
@@ -35,5 +36,5 @@ def load_demo(method: str = "invsr") -> tuple[FewStepSRPipeline, torch.Tensor]:
         unet=UNet2DConditionModel.from_pretrained(FOLDER / "unet"),
         scheduler=DDIMScheduler.from_pretrained(FOLDER / "scheduler"),
     )
-    pipeline.load_weights(find(demos[method].file), strength_vae=demos[method].strength_vae)
+    pipeline.load_weights(weights or find(demos[method].file), strength_vae=demos[method].strength_vae)
     return pipeline, load_file(find(PROMPT_FILE))["prompt_embeds"].float()

@@ -55,7 +55,7 @@ def must_compute_on_cpu() -> bool:
 def require_joined(joined: int, advice: str) -> None:
     """Raises RuntimeError where accelerate sees other processes than the launcher started, so that each would do all the work by itself."""
     if joined != launched():
-        raise RuntimeError(f"processes: {launched()} were started, but accelerate joins {joined}. {advice}")
+        raise RuntimeError(f"processes: the launcher started {launched()}, but accelerate sees {joined}. {advice}")
 
 
 class Peers:

@@ -94,13 +94,16 @@ class Settings:
             raise ValueError(f"--demo: the miniature has no weights for {self.method.title}. Choose --method {demos}.")
         refused = {
             "--base": self.base,
-            "--weights": self.weights,
             "--decoder": self.decoder,
             "--prompt": self.prompt,
             "--tagger": self.options.get("tagger"),
         }
         if given := [option for option, value in refused.items() if value is not None]:
-            raise ValueError(f"--demo: found {', '.join(given)}, but the miniature has its own weights and one prompt. Leave out one or the other.")
+            raise ValueError(f"--demo: found {', '.join(given)}, but the miniature is a base of its own with one prompt. Leave out one or the other.")
+        if self.weights and not Path(self.weights).expanduser().is_file():
+            raise FileNotFoundError(
+                f"--weights: there is no file {self.weights}. With --demo give one that was trained on the miniature, or leave it out."
+            )
         if self.cfg != 1:
             raise ValueError(f"--cfg: found {self.cfg:g}, expected 1 with --demo: the miniature has no negative prompt.")
 

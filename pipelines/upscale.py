@@ -96,7 +96,7 @@ class Upscaler:
         transformers_logging.disable_progress_bar()
         self.prompt_embeds: torch.Tensor | None = None
         if settings.demo:
-            self.pipeline, self.prompt_embeds = load_demo(settings.method.key)
+            self.pipeline, self.prompt_embeds = load_demo(settings.method.key, settings.weights and str(Path(settings.weights).expanduser()))
         else:
             self.pipeline = load_base(pipeline_class(settings.method), base, dtype, settings)
             self.pipeline.load_weights(weights)

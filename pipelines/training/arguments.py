@@ -30,7 +30,7 @@ def add_common(command: argparse.ArgumentParser, lr: float, patch_multiple: int 
     command.add_argument(
         "--patch", type=whole(8, 16_384, multiple=patch_multiple), default=512, help="side of the crops in pixels (default: %(default)s)"
     )
-    command.add_argument("--crops", type=whole(1), help="so many different crops, again and again, whose latents are kept (default: each is new)")
+    command.add_argument("--crops", type=whole(1), help="reuse a fixed set of N crops and cache their latents (default: each crop is new)")
     command.add_argument("--lr", type=real(0, 10, above=True), default=lr, help="learning rate (default: %(default)g)")
     command.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw", help="muon: for networks that start from random weights")
     command.add_argument("--matrix-lr", type=real(0, 10, above=True), default=0.02, help="learning rate of Muon's matrices (default: %(default)g)")

@@ -127,7 +127,7 @@ def test_no_such_method():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--demo", "--prompt", "cat"], "--demo: found --prompt, but the miniature has its own weights and one prompt"),
+        (["--demo", "--prompt", "cat"], "--demo: found --prompt, but the miniature is a base of its own with one prompt"),
         (["--demo", "--cfg", "2"], "--cfg: found 2, expected 1 with --demo"),
     ],
 )

@@ -203,7 +203,7 @@ def test_other_vaes_latents_and_prompts_are_refused(comfy, base, osediff, predic
         with pytest.raises(ValueError, match=r"found a latent of shape \(1, 16, 4, 4\)"):
             comfy.run(node, **inputs)
     latent = {"samples": torch.ones(1, 4, 4, 4)}
-    with pytest.raises(ValueError, match=r"positive: found text encoded 768 wide \(Stable Diffusion 1.x\), expected 64"):
+    with pytest.raises(ValueError, match=r"positive: found conditioning of embedding size 768 \(Stable Diffusion 1.x\), expected 64"):
         comfy.run("OSEDiffOneStep", model=model, positive=conditioning(SEED, width=768), latent=latent)
     with pytest.raises(ValueError, match="cfg: found 2.0 without a negative"):
         comfy.run("OSEDiffOneStep", model=model, positive=conditioning(SEED), latent=latent, cfg=2.0)
@@ -228,7 +228,7 @@ def test_start_state_refuses_what_does_not_belong(comfy, base, predictor):
     with pytest.raises(ValueError, match="other proportions"):
         start(image=picture(1, 32, 64))
     noise, _ = start().args
-    with pytest.raises(ValueError, match="made for a latent of 16 x 16 cells and met one of 8 x 16"):
+    with pytest.raises(ValueError, match="made for a 16 x 16 latent, but the sampler.s latent is 8 x 16"):
         noise.generate_noise({"samples": torch.ones(1, 4, 16, 8)})
     assert noise.generate_noise({"samples": torch.ones(5, 4, 16, 16)}).shape == (5, 4, 16, 16)
 

@@ -374,7 +374,7 @@ def test_converted_weights_in_the_nodes(comfy, models):
 def test_processes_that_do_not_find_each_other(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     require_joined(2, "Leave out --device.")
-    with pytest.raises(RuntimeError, match="processes: 2 were started, but accelerate joins 1. Leave out --device."):
+    with pytest.raises(RuntimeError, match="processes: the launcher started 2, but accelerate sees 1\\. Leave out --device."):
         require_joined(1, "Leave out --device.")
 
 
@@ -452,6 +452,24 @@ def test_success_says_what_it_wrote(models, tmp_path, capsys):
     assert upscale(models, tmp_path / "in", "-o", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert f"2 images written to {tmp_path / 'out'} by OSEDiff" in out and out.rstrip().endswith(f"({', '.join(written)})")
+
+
+@pytest.mark.slow
+def test_a_training_of_the_miniature_is_used_as_the_docs_say(tmp_path, monkeypatch, capsys):
+    """The two commands of docs/training.md, with fewer steps."""
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    train, use = (
+        line.split()[3:] for line in text.splitlines() if "--base miniature --data tests" in line or "--demo --method osediff --weights" in line
+    )
+    run = tmp_path / "run"
+    train = [str(run) if word == "run" else "1" if before == "--steps" else word for before, word in zip(["", *train], train, strict=False)]
+    use = [word.replace("run/", f"{run}/") for word in use]
+    monkeypatch.chdir(ROOT)
+    assert main(train) == 0
+    assert main(use) == 0
+    assert f"{run / 'restored.png'}: 448 x 300 pixels" in capsys.readouterr().out
+    assert main([*use[:-4], "--weights", str(tmp_path / "none.safetensors"), *use[-2:]]) == 2
+    assert "--weights: there is no file" in capsys.readouterr().err
 
 
 def test_completion(capsys, monkeypatch):

@@ -285,7 +285,7 @@ def test_wrong_pictures(loaded, image, message):
 
 
 def test_text_of_another_width(loaded):
-    with pytest.raises(ValueError, match="768 wide, expected 64"):
+    with pytest.raises(ValueError, match="embedding size 768, expected 64"):
         restore(loaded[osediff], prompt_embeds=torch.zeros(1, 77, 768))
     with pytest.raises(ValueError, match="Pass prompt_embeds"):
         restore(loaded[osediff], prompt_embeds=None)
