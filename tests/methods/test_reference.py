@@ -45,7 +45,12 @@ def alphas(index):
 
 @pytest.mark.parametrize(
     ("seed", "rank", "height", "width"),
-    [(2, 1, 64, 64), pytest.param(3, 4, 72, 136, marks=pytest.mark.slow), pytest.param(4, 16, 200, 88, marks=pytest.mark.slow), (5, 3, 24, 40)],
+    [
+        pytest.param(2, 1, 64, 64, marks=pytest.mark.slow),
+        pytest.param(3, 4, 72, 136, marks=pytest.mark.slow),
+        pytest.param(4, 16, 200, 88, marks=pytest.mark.slow),
+        (5, 3, 24, 40),
+    ],
 )
 @torch.inference_mode()
 def test_osediff(comfy, seed, rank, height, width):

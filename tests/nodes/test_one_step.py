@@ -93,6 +93,7 @@ def test_lora_after_the_adapter(comfy, full, pixel_alone):
     require_equation(comfy, full, pixel_alone, with_lora)
 
 
+@pytest.mark.slow
 def test_lora_before_the_adapter(comfy, base, full, pixel_alone):
     first = {}
     for model in (full, pixel_alone):
@@ -120,6 +121,7 @@ def test_hooked_lora(comfy, full, pixel_alone):
     require_equation(comfy, full, pixel_alone, lambda model: model, positive=hooked)
 
 
+@pytest.mark.slow
 def test_control_net(comfy, full, pixel_alone):
     from comfy import controlnet
 

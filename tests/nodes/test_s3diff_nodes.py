@@ -80,6 +80,7 @@ def single(comfy, batch, i: int):
     return (*comfy.run("S3DiffAdapt", model=model, vae=vae, scores=scores[i : i + 1]).args, upscaled[i : i + 1])
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_images(comfy, batch):
     settings, _, _, _, upscaled, model, vae = batch
     seed = settings["seed"]

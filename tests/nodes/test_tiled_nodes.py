@@ -144,6 +144,7 @@ class OutOfMemory:
         return self.run(*args)
 
 
+@pytest.mark.slow
 def test_fewer_tiles_when_memory_runs_out(comfy, base):
     model, latent = base[0].clone(), torch.randn(1, 4, 40, 40)
     expected = sample(comfy, tiled(comfy, model), conditioning(SEED), latent)
@@ -265,6 +266,7 @@ def test_vae_goes_on_in_tiles_when_memory_runs_out(comfy, base, caplog):
     assert result.shape == expected.shape and tone_shift(result, expected) < 0.2
 
 
+@pytest.mark.slow
 def test_tiles_are_chosen_before_memory_runs_out(comfy, base, monkeypatch):
     vae = base[1]
     shapes, encode = [], type(vae.first_stage_model).encode

@@ -127,10 +127,10 @@ def attempt(stages, stage, images, error) -> None:
         stages(stage, images, 128)
 
 
-@pytest.mark.parametrize(
-    "stage", ["encode", pytest.param("decode", marks=pytest.mark.slow), "one step", "start state", pytest.param("sampler", marks=pytest.mark.slow)]
-)
-@pytest.mark.parametrize("how", ["interrupted", pytest.param("failed", marks=pytest.mark.slow)])
+STOPS = [(how, stage) for how in ("interrupted", "failed") for stage in STAGES]
+
+
+@pytest.mark.parametrize(("how", "stage"), [STOPS[0], *(pytest.param(*stop, marks=pytest.mark.slow) for stop in STOPS[1:])])
 def test_stopped_in_the_middle(comfy, stages, stage, how):
     """A stop acts before the next layer. It leaves no tensor behind, and the same call then gives what it gave before."""
     from comfy import model_management

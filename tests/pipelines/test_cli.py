@@ -95,6 +95,7 @@ def test_a_folder_needs_an_output(models, tmp_path, capsys):
     assert "expected a folder for the results" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_formats(models, tmp_path):
     """Every format, with profile, orientation, transparency and greyness; in a folder with a subfolder."""
     source, out = tmp_path / "in", tmp_path / "out"

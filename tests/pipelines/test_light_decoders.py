@@ -59,7 +59,8 @@ def test_the_other_treatment_of_post_quant_conv(family):
     assert relative_error(pipeline.decode(arrays["latent"]) * 2 - 1, arrays["image"]) > 0.5
 
 
-@pytest.mark.parametrize("family", ["adcsr", pytest.param("vosr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FILES)
 def test_tiled_against_whole(family):
     """As near as the base's own decoder is on the same tiles."""
     pipeline, _ = pipeline_for(family)

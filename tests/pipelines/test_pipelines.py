@@ -237,7 +237,7 @@ def test_cpu_offload(make, tmp_path):
     assert same(restore(pipeline, prompt_embeds=None, prompt="a cat"), expected)
 
 
-@PIPELINES
+@pytest.mark.parametrize("make", [pytest.param(osediff, marks=pytest.mark.slow), invsr])
 def test_tiled_vae(make, tmp_path):
     pipeline = make(tmp_path)
     whole = restore(pipeline, scale=4)

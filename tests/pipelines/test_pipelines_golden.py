@@ -59,7 +59,7 @@ def test_osediff(osediff, draws, fused):
     pipeline.unfuse()
 
 
-@pytest.mark.parametrize("case", ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_steps5", "invsr_cfg"])
+@pytest.mark.parametrize("case", ["invsr_steps1", *(pytest.param(f"invsr_steps{n}", marks=pytest.mark.slow) for n in range(2, 6)), "invsr_cfg"])
 def test_invsr(draws, tmp_path, case):
     settings, arrays = golden(case)
     seed, image, timesteps = settings["seed"], low_quality(settings), settings["timesteps"]

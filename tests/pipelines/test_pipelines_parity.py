@@ -111,15 +111,12 @@ def test_invsr(comfy, tmp_path, seed, size, scale, steps, timesteps, cfg, poster
     assert relative_error(found, chw(expected)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "settings", "size", "knobs", "color"),
     [
-        pytest.param(
-            PiSASRPipeline, {"seed": 16, "rank_pix": 5, "rank_sem": 2}, (27, 41), {"pixel": 0.8, "semantic": 1.3}, "adain", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            PiSASRPipeline, {"seed": 17, "rank_pix": 2, "rank_sem": 7}, (20, 13), {"pixel": 0.7, "semantic": 0.7}, None, marks=pytest.mark.slow
-        ),
+        pytest.param(PiSASRPipeline, {"seed": 16, "rank_pix": 5, "rank_sem": 2}, (27, 41), {"pixel": 0.8, "semantic": 1.3}, "adain"),
+        pytest.param(PiSASRPipeline, {"seed": 17, "rank_pix": 2, "rank_sem": 7}, (20, 13), {"pixel": 0.7, "semantic": 0.7}, None),
         (HYPIRPipeline, {"seed": 18, "rank": 9}, (33, 18), {"coeff_t": 333}, None),
     ],
 )

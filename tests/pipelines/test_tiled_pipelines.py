@@ -137,7 +137,8 @@ def test_batch_equals_singles(kind, tmp_path, tile):
         assert relative_error(together[i : i + 1], single) < 1e-5
 
 
-@pytest.mark.parametrize("kind", [pytest.param(OSEDiffPipeline, marks=pytest.mark.slow), InvSRPipeline])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
 def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
     monkeypatch.setattr("pipelines.tiling.GROUP_CELLS", 4 * 9)
     pipeline, sizes = make(kind, tmp_path), []

@@ -61,6 +61,7 @@ def test_decode_of_the_miniature(miniature):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_encode_of_another_vae():
     """Random weights, whose attention and far reach alone cost more than that: what statistics have to do with is gone."""
     vae, image, layout = diffusers_vae(None), picture("coffee", 240), TileLayout(30, 30, 19, OVERLAP, MARGIN)

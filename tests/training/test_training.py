@@ -367,6 +367,7 @@ def test_resumed_run_is_the_uncut_one(folder, tmp_path, make):
     assert all(any(part in name for part in learned) for name in checkpoint), "the frozen base is no part of a checkpoint"
 
 
+@pytest.mark.slow
 def test_figures_for_tensorboard(folder, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     history = train(osediff(load_base(str(folder / "base"))), pictures(folder), LoopOptions(tmp_path, steps=2, batch=1, log_every=1))
