@@ -2,9 +2,10 @@
 
     python tools/mutate.py fewstep_sr/diffusion.py --tests tests/methods/test_equations.py --tests "tests/methods tests/pipelines/test_pipelines_golden.py"
 
-Give --tests again for tests that take longer: they get what the first ones leave alive. Each mutant is made in a copy of the tree, in which the tests run until the first failure, in a process forked off after the libraries are imported. What survives is printed with its line and change.
-Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the reason,
-with " | " between them; they do not count.
+Each mutant is made in a copy of the tree, in which the tests that are not marked slow run until the first failure, in a process forked off after
+the libraries are imported. Give --tests again for tests that take longer: they get what the first ones leave alive. What survives is printed with its
+line and change. Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the
+reason, with " | " between them; they do not count.
 
 What is changed: arithmetic and comparison operators, boolean operators and negations, conditions (made true and false), numbers, texts that code
 compares or looks up, returned values, deleted statements, and default arguments.
@@ -14,6 +15,7 @@ import argparse
 import ast
 import contextlib
 import copy
+import gc
 import importlib
 import io
 import multiprocessing
@@ -189,7 +191,7 @@ def _run(folder: Path, tests: list[str], limit: int) -> None:
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 1)
         os.dup2(silence.fileno(), 2)
-    status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *tests])
+    status = pytest.main(["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--no-header", *tests])
     os._exit(int(status))
 
 
@@ -232,6 +234,7 @@ def _import_libraries(diffusers: bool) -> None:
             importlib.import_module(module)
     with tempfile.TemporaryDirectory() as empty, contextlib.redirect_stdout(io.StringIO()):
         pytest.main(["-q", "-p", "no:cacheprovider", empty])
+    gc.freeze()  # pytest collects garbage at its end, and need not look through the libraries
 
 
 def main() -> int:
