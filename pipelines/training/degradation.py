@@ -1,6 +1,7 @@
 """Real-ESRGAN's second-order degradation (Wang et al., ICCVW 2021, section 3): blur, resize, noise and JPEG, twice, and ringing.
 
-It makes the low-quality half of a training pair. Ranges and chances are the published training configuration's.
+It makes the low-quality half of a training pair. Ranges and chances are the published training configuration's. Cameras are milder: a share of the pictures may be
+degraded once, by less, see :class:`Mild`.
 """
 
 import io
@@ -36,11 +37,24 @@ class Order:
 
 
 @dataclass(frozen=True)
+class Mild:
+    """A camera's degradation, once: a blur, the reduction, little noise, and often a good JPEG. Not of the paper."""
+
+    sigma: Range = (0.4, 2.8)
+    """Of the blur kernel, in pixels of the high-quality picture."""
+    noise: float = 6.0
+    """Largest standard deviation, in eight-bit steps; half of the pictures have less than a quarter of it."""
+    jpeg_chance: float = 0.5
+    jpeg_quality: Range = (70.0, 98.0)
+
+
+@dataclass(frozen=True)
 class Degradation:
     """Real-ESRGAN's degradation to 1/``scale`` of the size.
 
     ``sinc_chance`` is of a low-pass kernel in place of a blur, which rings; ``final_sinc_chance`` of one more at the end.
     ``gaussian_chance`` is of Gaussian instead of Poisson noise, ``gray_chance`` of the same noise in all three channels.
+    ``mild_chance`` is of ``mild`` in place of all that; the others are what they are without it.
     """
 
     scale: int = 4
@@ -50,6 +64,8 @@ class Degradation:
     final_sinc_chance: float = 0.8
     gaussian_chance: float = 0.5
     gray_chance: float = 0.4
+    mild_chance: float = 0.0
+    mild: Mild = field(default_factory=Mild)
 
     def __call__(self, picture: torch.Tensor, seed: int | tuple[int, ...]) -> torch.Tensor:
         """The low-quality picture (3, H / scale, W / scale), in eight-bit steps, of ``picture`` (3, H, W), RGB in [0, 1], float32.
@@ -60,9 +76,11 @@ class Degradation:
         height, width = picture.shape[-2:]
         if height % self.scale or width % self.scale:
             raise ValueError(f"picture: found {width} x {height} pixels, expected multiples of {self.scale}. Crop it first.")
+        size = (height // self.scale, width // self.scale)
+        if self.mild_chance and (rng := np.random.default_rng((*np.atleast_1d(seed), 2))).random() < self.mild_chance:
+            return self._once(picture[None], size, rng)
         rng = np.random.default_rng(seed)
         x = picture[None]
-        size = (height // self.scale, width // self.scale)
         for order in (self.first, self.second):
             if rng.random() < order.blur_chance:
                 x = _filter(x, self._kernel(rng, order.sigma))
@@ -81,7 +99,13 @@ class Degradation:
         x = _filter(_resize(x if jpeg_last else jpeg(x, quality), size, rng), ringing)
         if jpeg_last:
             x = jpeg(x, quality)
-        return (x[0].clamp(0, 1) * 255).round() / 255
+        return _eight_bit(x)
+
+    def _once(self, x: torch.Tensor, size: tuple[int, int], rng: np.random.Generator) -> torch.Tensor:
+        mild = self.mild
+        x = _resize(_filter(x, _blur_kernel(rng, 21, mild.sigma)), size, rng)
+        x = x + torch.from_numpy(rng.standard_normal(x.shape, np.float32)) * (mild.noise * rng.random() ** 2 / 255)
+        return _eight_bit(jpeg(x, rng.uniform(*mild.jpeg_quality)) if rng.random() < mild.jpeg_chance else x)
 
     def _kernel(self, rng: np.random.Generator, sigma: Range) -> torch.Tensor:
         side = 2 * int(rng.integers(3, 11)) + 1
@@ -106,6 +130,10 @@ class Degradation:
             counts = torch.from_numpy(rng.poisson(source.numpy() * levels).astype(np.float32))
             noise = (counts / levels - source) * rng.uniform(*order.poisson_noise)
         return (x + noise).clamp(0, 1)
+
+
+def _eight_bit(x: torch.Tensor) -> torch.Tensor:
+    return (x[0].clamp(0, 1) * 255).round() / 255
 
 
 def jpeg(x: torch.Tensor, quality: float) -> torch.Tensor:

@@ -40,6 +40,7 @@ The result, noise_predictor.safetensors in the output folder, is what upscale --
 def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command = trainings.add_parser("osediff", parents=[common], help="OSEDiff: an adapter for Stable Diffusion 2.1-base", epilog=_OSEDIFF, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
+    _add_degradation(command)
     _add_base(command, prompt="none")
     command.add_argument("--negative-prompt", help="for guidance (default: the published one)")
     command.add_argument("--rank", type=whole(1, 4096), default=4, help="of the low-rank updates (default: %(default)s)")
@@ -66,6 +67,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
         "pisasr", parents=[common], help="PiSA-SR: two sets of weights for Stable Diffusion 2.1-base", epilog=_PISASR, **RAW
     )
     add_common(command, lr=5e-5, patch_multiple=1)
+    _add_degradation(command)
     _add_base(command, prompt="none")
     command.add_argument(
         "--stage", choices=["pixel", "semantic"], default="pixel", help="which set learns; the semantic one on top of the pixel one (default: pixel)"
@@ -86,6 +88,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
+    _add_degradation(command)
     _add_base(command, prompt="the published one")
     command.add_argument(
         "--mode", choices=["start", "middle"], default="start", help="states of low-quality pictures, or of high-quality ones (default: start)"
@@ -136,6 +139,16 @@ def _add_tagger(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
 
 
+def _add_degradation(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--mild-degradation",
+        type=real(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="not in the papers: share of the pictures with one mild degradation, as cameras have, in place of the published one (default: %(default)g)",
+    )
+
+
 def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
     command.add_argument(
         "--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id (default: the published one)"
@@ -167,7 +180,7 @@ def _base(settings: "BaseSettings", method: str) -> "Base":
 def _pairs(settings: "DataSettings") -> "TrainingPictures":
     from .degradation import Degradation
 
-    return training_pictures(settings, Degradation())
+    return training_pictures(settings, Degradation(mild_chance=settings.mild))
 
 
 def _osediff(arguments: argparse.Namespace) -> int:

@@ -11,11 +11,20 @@ class Muon(torch.optim.Optimizer):
     """Muon for weights of two and more dimensions, Adam for the others.
 
     Convolutions count as matrices (out, in x height x width). First and last layers, those with fewer than 8 inputs or outputs, learn with Adam too.
+    ``dtype`` is that of the iteration that makes a step orthogonal, the weights' own without; bfloat16 is as published.
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], lr: float, matrix_lr: float = MUON_LR, momentum: float = 0.95, betas=(0.9, 0.99), weight_decay=0.0
+        self,
+        parameters: list[nn.Parameter],
+        lr: float,
+        matrix_lr: float = MUON_LR,
+        momentum: float = 0.95,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        dtype: torch.dtype | None = None,
     ):
+        self.dtype = dtype
         matrices = [p for p in parameters if p.ndim >= 2 and min(p.shape[:2]) >= 8]
         known = {id(p) for p in matrices}
         groups = [{"params": matrices, "lr": matrix_lr, "matrices": True}]
@@ -39,7 +48,7 @@ class Muon(torch.optim.Optimizer):
         momentum.mul_(group["momentum"]).add_(gradient)
         matrix = gradient.add(momentum, alpha=group["momentum"]).flatten(1)
         scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
-        return scale * orthogonalize(matrix).reshape(parameter.shape)
+        return scale * orthogonalize(matrix.to(self.dtype or matrix.dtype)).to(matrix).reshape(parameter.shape)
 
     def _adam(self, parameter, group) -> torch.Tensor:
         state, gradient = self.state[parameter], parameter.grad

@@ -27,6 +27,8 @@ def settings_of(task: "Task", pictures: "TrainingPictures", options: "LoopOption
     """Settings that a run keeps to its end, ``fixed``, and those that may change when it goes on, which is said then, ``free``."""
     fixed = {name: getattr(options, name) for name in ("batch", "accumulate", "seed", "ema", "optimizer")}
     fixed |= {"processes": processes, "patch": pictures.patch, "crops": pictures.crops}
+    if pictures.degradation and pictures.degradation.mild_chance:
+        fixed["mild_degradation"] = pictures.degradation.mild_chance
     names = ["lr", "matrix_lr", "warmup", "cosine", "weight_decay", "max_grad_norm", "mixed_precision", *(["steps"] if options.cosine else [])]
     free = {name: getattr(options, name) for name in names}
     shares = None if pictures.chances is None else [float(chance) for chance in pictures.chances]

@@ -18,6 +18,7 @@ class DataSettings:
         patch: side of the crops in pixels.
         crops: how many different ones there are; None for ever new ones.
         threads: of the CPU, for the networks; None for torch's own choice.
+        mild: share of the pictures that are degraded mildly.
     """
 
     data: tuple[str, ...]
@@ -25,6 +26,7 @@ class DataSettings:
     loop: LoopOptions
     crops: int | None = None
     threads: int | None = None
+    mild: float = 0.0
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "DataSettings":
@@ -49,7 +51,7 @@ class DataSettings:
             max_minutes=arguments.max_minutes,
             resume=arguments.resume,
         )
-        return cls(tuple(arguments.data), arguments.patch, loop, arguments.crops, arguments.threads)
+        return cls(tuple(arguments.data), arguments.patch, loop, arguments.crops, arguments.threads, getattr(arguments, "mild_degradation", 0.0))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class Task(ABC):
     def optimizer(self, phase: str, parameters: list[nn.Parameter], options: LoopOptions) -> torch.optim.Optimizer:
         """The optimizer of a phase's learning parameters: what the options name, unless the method has one of its own."""
         if options.optimizer == "muon":
-            return Muon(parameters, options.lr, options.matrix_lr, betas=options.betas, weight_decay=options.weight_decay)
+            dtype = torch.bfloat16 if options.mixed_precision == "bf16" else None
+            return Muon(parameters, options.lr, options.matrix_lr, betas=options.betas, weight_decay=options.weight_decay, dtype=dtype)
         return torch.optim.AdamW(parameters, options.lr, betas=options.betas, weight_decay=options.weight_decay)
 
     def prepared(self, phase: str, module: nn.Module) -> None:

@@ -1,6 +1,11 @@
 """The miniature's workshop: synthetic pictures, the small VAE and UNet, packing, its commands; and that the product does without it."""
 
 import ast
+import io
+import json
+import logging
+import re
+import struct
 import subprocess
 import sys
 
@@ -8,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
 from pipelines.cli import main as pipelines_main
+from tools.miniature import photos
 from tools.miniature.autoencoder import AutoencoderTask, normalize_latents, small_vae
+from tools.miniature.base_unet import BaseUNetTask, small_unet
 from tools.miniature.cli import main
 from tools.miniature.synthetic import draw_picture
 
@@ -48,6 +56,75 @@ def test_decoder_only_leaves_the_encoder():
     assert learned == {"decoder", "post_quant_conv"}
 
 
+def test_photos_have_authors_and_free_licences_and_none_is_held_out():
+    listed = json.loads(photos.PHOTOS.read_text(encoding="utf-8"))
+    assert len(listed) >= 150 and len({(photo["source"], photo["path"]) for photo in listed}) == len(listed)
+    for photo in listed:
+        assert photo["author"] and re.fullmatch(r"public-domain|CC0-1\.0|CC-BY(-SA)?-[234]\.[05]", photo["licence"]), photo
+        assert not re.search("chelsea|coffee|astronaut", photo["path"]), photo
+
+
+def test_photos_of_a_cache(tmp_path, monkeypatch, caplog):
+    """A wheel's photo as it is, a repository's in two scales, one of a Qt resource file; what a source lacks is named."""
+    listed = [
+        {"source": "scikit-image", "path": "skimage/data/a.png", "author": "A", "licence": "CC0-1.0"},
+        {"source": "scikit-image", "path": "skimage/data/missing.png", "author": "A", "licence": "CC0-1.0"},
+        {"source": "pop-wallpapers", "path": "original/b.jpg", "author": "B", "licence": "CC0-1.0"},
+        {"source": "gcompris-qt-data", "path": "x.rcc:/f/c.jpg", "author": "C", "licence": "CC0-1.0"},
+    ]
+    (tmp_path / "photos.json").write_text(json.dumps(listed))
+    monkeypatch.setattr(photos, "PHOTOS", tmp_path / "photos.json")
+    for path, size in (("scikit-image/skimage/data/a.png", (90, 60)), ("pop-wallpapers/original/b.jpg", (2160, 2160))):
+        (tmp_path / "cache" / path).parent.mkdir(parents=True)
+        Image.new("RGB", size, "red").save(tmp_path / "cache" / path)
+    rcc = tmp_path / "cache" / "gcompris-qt-data/usr/share/gcompris-qt/rcc"
+    rcc.mkdir(parents=True)
+    (rcc / "x.rcc").write_bytes(resource_file("f", "c.jpg", jpeg_file((90, 60))))
+    with caplog.at_level(logging.WARNING):
+        assert photos.collect_photos(tmp_path / "out", tmp_path / "cache") == 3
+    assert "scikit-image: can't read skimage/data/missing.png" in caplog.text
+    sizes = {str(path.relative_to(tmp_path / "out")): Image.open(path).size for path in (tmp_path / "out").rglob("*.png")}
+    assert sizes == {
+        "scikit-image/data-a-0.png": (90, 60),
+        "pop-wallpapers/original-b-0.png": (1080, 1080),
+        "pop-wallpapers/original-b-1.png": (1024, 1024),
+        "gcompris-qt-data/f-c-0.png": (60, 40),
+    }
+    (rcc / "x.rcc").write_bytes(b"PK\3\4")
+    with pytest.raises(RuntimeError, match="found a file that begins with b'PK"):
+        photos.read_resources(rcc / "x.rcc")
+
+
+def resource_file(folder: str, name: str, content: bytes) -> bytes:
+    """Qt's binary resource format, version 1, with one file in one folder."""
+    names = b"".join(struct.pack(">HI", len(text), 0) + text.encode("utf-16-be") for text in (folder, name))
+    second = 6 + 2 * len(folder)
+    nodes = struct.pack(">IHII", 0, 2, 1, 1) + struct.pack(">IHII", 0, 2, 1, 2) + struct.pack(">IHHHI", second, 0, 0, 0, 0)
+    data = struct.pack(">I", len(content)) + content
+    return b"qres" + struct.pack(">IIII", 1, 20, 20 + len(nodes), 20 + len(nodes) + len(data)) + nodes + data + names
+
+
+def jpeg_file(size: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, "blue").save(file, format="JPEG")
+    return file.getvalue()
+
+
+def test_low_timesteps_are_drawn_more_often():
+    seen = []
+
+    class Phase(torch.nn.Module):
+        def forward(self, latents, timesteps, encoder_hidden_states):
+            seen.append(timesteps)
+            return (latents,)
+
+    for low in (False, True):
+        task = BaseUNetTask(small_unet((32, 32, 32)), small_vae(), torch.zeros(1, 8, 64), low)
+        task.phases["unet"] = Phase()
+        task.loss("unet", {"hq": torch.rand(64, 3, 8, 8)}, torch.Generator().manual_seed(0))
+    assert 400 < seen[0].float().mean() < 600 and 250 < seen[1].float().mean() < 400 and seen[1].max() < 1000
+
+
 @pytest.mark.slow
 def test_synthesize_vae_base_pack(tmp_path):
     folder = tmp_path / "pictures"
@@ -61,6 +138,11 @@ def test_synthesize_vae_base_pack(tmp_path):
     for name in ("unet", "vae", "scheduler", "prompt_embeds.safetensors", "samples/0000003.png"):
         assert (tmp_path / "base" / name).exists(), name
     assert main(["base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae")]) == 2
+    again = ["--init", str(tmp_path / "base"), "--lr", "1e-30", "--low-timesteps"]
+    assert main(["base", *common, "-o", str(tmp_path / "base2"), "--steps", "1", "--vae", str(tmp_path / "vae" / "vae"), *again]) == 0
+    for name in ("unet/diffusion_pytorch_model.safetensors", "prompt_embeds.safetensors"):
+        first, second = (load_file(tmp_path / run / name) for run in ("base", "base2"))
+        assert all(torch.allclose(first[key], second[key]) for key in first)
     assert main(["pack", "--base", str(tmp_path / "base"), "-o", str(tmp_path / "packed")]) == 0
     packed = load_file(tmp_path / "packed" / "prompt_embeds.safetensors")
     assert packed["prompt_embeds"].dtype == torch.float16

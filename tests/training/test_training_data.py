@@ -87,6 +87,17 @@ def test_degradation_without_its_parts_is_a_resize():
     assert (result - ramp.unflatten(-1, (16, 4)).mean(-1)[:, ::4]).abs().max() < 0.03
 
 
+def test_a_share_is_degraded_mildly_and_the_others_as_without_it():
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(-1) / 64
+    published, mixed = Degradation(), Degradation(mild_chance=0.5)
+    same = [torch.equal(published(picture, (seed, 1)), mixed(picture, (seed, 1))) for seed in range(60)]
+    assert 15 < sum(same) < 45
+    reduced = torch.nn.functional.avg_pool2d(picture, 4)
+    errors = [[(degrade(picture, seed) - reduced).abs().mean().item() for seed in range(30)] for degrade in (published, Degradation(mild_chance=1))]
+    assert np.mean(errors[1]) < 0.5 * np.mean(errors[0])
+    assert torch.equal(Degradation(mild_chance=1)(picture, 7), Degradation(mild_chance=1)(picture, 7))
+
+
 def test_kernels_and_jpeg():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -113,6 +124,17 @@ def test_muon_makes_steps_orthogonal_and_learns():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+def test_muon_in_bfloat16_steps_nearly_the_same():
+    steps = []
+    for dtype in (None, torch.bfloat16):
+        weight = torch.nn.Parameter(torch.zeros(16, 16))
+        weight.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+        Muon([weight], lr=1.0, matrix_lr=1.0, dtype=dtype).step()
+        steps.append(weight.detach())
+    assert steps[1].dtype == torch.float32 and not torch.equal(*steps)
+    assert (steps[0] - steps[1]).norm() < 0.1 * steps[0].norm()
 
 
 def test_muon_decays_what_gets_no_gradient():

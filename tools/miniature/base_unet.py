@@ -49,16 +49,23 @@ def stable_diffusion_scheduler() -> DDPMScheduler:
 
 
 class BaseUNetTask(Task):
-    """Noise prediction on the latents of a frozen VAE (Ho et al., NeurIPS 2020, equation 14)."""
+    """Noise prediction on the latents of a frozen VAE (Ho et al., NeurIPS 2020, equation 14).
 
-    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_embeds: torch.Tensor):
+    ``low_timesteps`` draws timesteps as the square of even ones, so that half of them are below 250, where restoration happens.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, vae: AutoencoderKL, prompt_embeds: torch.Tensor, low_timesteps: bool = False):
         self.unet, self.vae, self.prompt_embeds = unet, vae.requires_grad_(False).eval(), prompt_embeds
+        self.low_timesteps = low_timesteps
         self.frozen, self._encode = [vae], Encoder(vae)
         self.phases = {"unet": unet}
 
     def loss(self, phase, batch, generator):
         latents, noise = self._encode(batch["hq"], batch.get("number")).mean, draw(batch["hq"], generator)
-        timesteps = distillation.draw_timesteps(len(latents), generator).to(latents.device, non_blocking=True)
+        timesteps = distillation.draw_timesteps(len(latents), generator)
+        if self.low_timesteps:
+            timesteps = timesteps**2 // 1000
+        timesteps = timesteps.to(latents.device, non_blocking=True)
         return distillation.regulariser_loss(latents, noise, timesteps, denoiser(self.phases[phase]), self._prompt(latents)), {}
 
     def sample(self, batch):

@@ -1,4 +1,4 @@
-"""The command line, ``python -m tools.miniature``: synthesize, vae, base, pack. The methods on top of the base train as any other does, with ``python -m pipelines train``."""
+"""The command line, ``python -m tools.miniature``: photos, synthesize, vae, base, pack. The methods on top of the base train as any other does, with ``python -m pipelines train``."""
 
 import argparse
 from pathlib import Path
@@ -7,6 +7,7 @@ from pipelines.cli import run_command
 from pipelines.training.arguments import RAW, add_common, begin, training_pictures
 from pipelines.training.settings import DataSettings
 
+_PHOTOS = "Fetches the photos that tools/miniature/photos.json lists, with authors and licences, with apt-get, pip and git."
 _SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
 
 
@@ -20,6 +21,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
+
+    command = commands.add_parser("photos", parents=[common], help="fetch photos with free licences to train on", description=_PHOTOS, **RAW)
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--cache", type=Path, required=True, metavar="FOLDER", help="keeps the packages and repositories")
+    command.set_defaults(run=_photos)
 
     command = commands.add_parser("synthesize", parents=[common], help="draw synthetic pictures to train on", description=_SYNTHESIZE, **RAW)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
@@ -39,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("base", parents=[common], help="train a small UNet of Stable Diffusion's shape on a VAE", **RAW)
     add_common(command, lr=5e-4)
     command.add_argument("--vae", type=Path, required=True, help="the VAE (a diffusers folder)")
+    command.add_argument("--init", type=Path, help="go on from this base (a diffusers folder), with its prompt, instead of random weights")
+    command.add_argument("--low-timesteps", action="store_true", help="draw timesteps as the square of even ones: restoration uses the lower quarter")
     command.add_argument("--channels", type=int, nargs="+", default=[64, 64, 64], help="of each resolution (default: 64 64 64)")
     command.add_argument("--width", type=int, default=64, help="of the prompt embedding (default: %(default)s)")
     command.set_defaults(run=_base)
@@ -50,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     command.set_defaults(run=_pack)
     return parser
+
+
+def _photos(arguments: argparse.Namespace) -> int:
+    from .photos import collect_photos
+
+    print(f"{arguments.output}: {collect_photos(arguments.output, arguments.cache)} photos")
+    return 0
 
 
 def _synthesize(arguments: argparse.Namespace) -> int:
@@ -69,7 +84,7 @@ def _vae(arguments: argparse.Namespace) -> int:
 
     settings = DataSettings.from_arguments(arguments)
     begin(settings)
-    vae = AutoencoderKL.from_pretrained(arguments.init) if arguments.init else small_vae(tuple(arguments.channels))
+    vae = AutoencoderKL.from_pretrained(arguments.init, torch_dtype=torch.float32) if arguments.init else small_vae(tuple(arguments.channels))
     pictures = training_pictures(settings)
     examples = torch.stack([pictures[i]["hq"] for i in range(256)])
     train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, settings.loop)
@@ -78,16 +93,23 @@ def _vae(arguments: argparse.Namespace) -> int:
 
 def _base(arguments: argparse.Namespace) -> int:
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from safetensors.torch import load_file
 
+    from pipelines.training.bases import PROMPT_FILE
     from pipelines.training.loop import train
 
     from .base_unet import BaseUNetTask, small_unet
 
     settings = DataSettings.from_arguments(arguments)
     begin(settings)
-    prompt_embeds = torch.randn(1, 8, arguments.width)
-    task = BaseUNetTask(small_unet(tuple(arguments.channels), arguments.width), AutoencoderKL.from_pretrained(arguments.vae), prompt_embeds)
+    if arguments.init:
+        unet = UNet2DConditionModel.from_pretrained(arguments.init / "unet", torch_dtype=torch.float32)
+        prompt_embeds = load_file(arguments.init / PROMPT_FILE)["prompt_embeds"].float()
+    else:
+        unet, prompt_embeds = small_unet(tuple(arguments.channels), arguments.width), torch.randn(1, 8, arguments.width)
+    vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.float32)
+    task = BaseUNetTask(unet, vae, prompt_embeds, arguments.low_timesteps)
     train(task, training_pictures(settings), settings.loop)
     return 0
 
