@@ -95,6 +95,15 @@ def test_photos_of_a_cache(tmp_path, monkeypatch, caplog):
         photos.read_resources(rcc / "x.rcc")
 
 
+@pytest.mark.slow
+def test_a_picture_of_held_out_photos(tmp_path):
+    photo = ROOT / "tests" / "data" / "photos" / "chelsea.png"
+    Image.open(photo).crop((0, 0, 70, 64)).save(tmp_path / "photo.png")
+    assert main(["picture", str(tmp_path / "photo.png"), str(photo), "-o", str(tmp_path / "sheet.png")]) == 0
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (64 + 256, 4 * 320, 3) and np.array_equal(sheet[64:, 960:], np.asarray(Image.open(photo).convert("RGB")))
+
+
 def resource_file(folder: str, name: str, content: bytes) -> bytes:
     """Qt's binary resource format, version 1, with one file in one folder."""
     names = b"".join(struct.pack(">HI", len(text), 0) + text.encode("utf-16-be") for text in (folder, name))

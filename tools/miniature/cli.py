@@ -1,4 +1,4 @@
-"""The command line, ``python -m tools.miniature``: photos, synthesize, vae, base, pack. The methods on top of the base train as any other does, with ``python -m pipelines train``."""
+"""The command line, ``python -m tools.miniature``: photos, synthesize, vae, base, pack, picture. The methods on top of the base train as any other does, with ``python -m pipelines train``."""
 
 import argparse
 from pathlib import Path
@@ -57,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--noise-predictor", type=Path, help="its noise predictor")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
     command.set_defaults(run=_pack)
+
+    command = commands.add_parser("picture", parents=[common], help="held-out photos beside what the miniature makes of them, as one picture", **RAW)
+    command.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
+    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    command.add_argument("--mild-degradation", type=float, default=1.0, metavar="SHARE", help="chance of the mild degradation (default: %(default)g)")
+    command.add_argument("--seed", type=int, default=0, help="of the first photo's degradation (default: %(default)s)")
+    command.set_defaults(run=_picture)
     return parser
 
 
@@ -119,4 +126,13 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     size = pack(arguments.base, arguments.osediff, arguments.noise_predictor, arguments.output)
     print(f"{arguments.output}: {size / 1e6:.1f} MB of weights")
+    return 0
+
+
+def _picture(arguments: argparse.Namespace) -> int:
+    from pipelines.training.degradation import Degradation
+
+    from .picture import compare
+
+    compare(arguments.photos, arguments.output, Degradation(mild_chance=arguments.mild_degradation), arguments.seed)
     return 0
