@@ -80,7 +80,7 @@ class FewStepSRDemoLoader(io.ComfyNode):
         chosen = DEMOS[method]
         adapter = load_weights(chosen, find(chosen.demo.file))
         if isinstance(adapter, Adapter):
-            model, vae = adapt_model(model, chosen, adapter, 1.0), adapt_vae(vae, chosen, adapter, chosen.demo.strength_vae)
+            model, vae = adapt_model(model, chosen, adapter, 1.0), adapt_vae(vae, chosen, adapter, 1.0)
         weights = load_weights(INVSR, find(INVSR.demo.file))
         predictor = manage(partial(NoisePredictor, weights.config), weights.state_dict)
         prompt = comfy.utils.load_torch_file(str(find(PROMPT_FILE)))["prompt_embeds"].float()

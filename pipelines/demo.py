@@ -36,5 +36,5 @@ def load_demo(method: str = "invsr", weights: str | None = None) -> tuple[FewSte
         unet=UNet2DConditionModel.from_pretrained(FOLDER / "unet"),
         scheduler=DDIMScheduler.from_pretrained(FOLDER / "scheduler"),
     )
-    pipeline.load_weights(weights or find(demos[method].file), strength_vae=demos[method].strength_vae)
+    pipeline.load_weights(weights or find(demos[method].file))
     return pipeline, load_file(find(PROMPT_FILE))["prompt_embeds"].float()

@@ -116,7 +116,6 @@ class Demo:
 
     file: str
     note: str
-    strength_vae: float = 1.0
     call: Mapping[str, Any] = field(default_factory=dict)
 
 

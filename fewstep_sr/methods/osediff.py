@@ -198,6 +198,5 @@ OSEDIFF = Method(
     demo=Demo(
         file="osediff.safetensors",
         note="it has the adapter on; set OSEDiff One Step's timestep to 249",
-        strength_vae=0.0,  # on photos unlike the training's, the encoder's part smooths
     ),
 )

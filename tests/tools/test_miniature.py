@@ -155,6 +155,7 @@ def test_synthesize_vae_base_pack(tmp_path):
     assert main(["pack", "--base", str(tmp_path / "base"), "-o", str(tmp_path / "packed")]) == 0
     packed = load_file(tmp_path / "packed" / "prompt_embeds.safetensors")
     assert packed["prompt_embeds"].dtype == torch.float16
+    assert all(str(tmp_path) not in (tmp_path / "packed" / name / "config.json").read_text() for name in ("unet", "vae"))
 
 
 def test_old_commands_say_where_they_went(capfd):

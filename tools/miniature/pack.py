@@ -1,5 +1,6 @@
 """Base, adapter and noise predictor into one folder in half precision, as the package carries its miniature."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def pack(base: Path, osediff: Path | None, noise_predictor: Path | None, folder:
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in networks.items():
         network.half().save_pretrained(folder / name)
+        config = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # a path of this machine
+        (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copytree(base / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     for name, source in {PROMPT_FILE: base / PROMPT_FILE, **{name: source for name, source in weights.items() if source}}.items():
         with safe_open(source, "pt") as file:
