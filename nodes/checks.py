@@ -127,19 +127,33 @@ MOST_OVERSHOOT = 0.5
 """How far below 0 bicubic enlargement of [0, 1] can reach: its negative weights in two dimensions sum to 0.445."""
 
 
-def require_image(image: torch.Tensor, name: str) -> torch.Tensor:
+DECODED_BEYOND = 2.0
+"""How far outside [0, 1] what a decoder gave without a clamp may reach: the published HYPIR's code was seen to reach 0.9 with random weights."""
+
+
+def require_image(image: torch.Tensor, name: str, decoded: bool = False) -> torch.Tensor:
     """An IMAGE (B, H, W, C) as float32 (B, 3, H, W): alpha is left out, one channel becomes three.
 
     Values a little outside [0, 1], which bicubic enlargement makes, are kept, as the methods do. Refuses an empty picture, values that
     are not finite and pictures that are not scaled to [0, 1].
+
+    Args:
+        decoded: keep what a decoder without a clamp makes, too: values far outside, on both sides.
     """
     if image.ndim != 4 or 0 in image.shape or image.shape[-1] not in (1, 3, 4):
         raise ValueError(f"{name}: found shape {tuple(image.shape)}, expected (batch, height, width, channels) with 1, 3 or 4 channels.")
     image = image[..., :3].float().movedim(-1, 1)  # BHWC -> BCHW
-    require_pixel_values(image, name)
-    if image.amin() < -MOST_OVERSHOOT or (image.amin() < -0.1 and (image < -0.1).count_nonzero() > image.numel() / 4):
+    require_pixel_values(image, name, beyond=DECODED_BEYOND if decoded else 1.0)
+    found = f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]"
+    below = (image < -0.1).count_nonzero() if image.amin() < -0.1 else 0
+    far = image.amin() < -MOST_OVERSHOOT
+    both_sides = far and 4 * (image - 1).relu().sum() > (-image).relu().sum()  # in [-1, 1], only what enlargement adds is above 1
+    if below > image.numel() / 4 or (far and not both_sides):
+        raise ValueError(f"{found}: this image is scaled to [-1, 1]. Add 1 and halve it.")
+    if far and not decoded:
         raise ValueError(
-            f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]: this image is scaled to [-1, 1]. Add 1 and halve it."
+            f"{found}: this image overshoots as a decoder's output does. Switch clamp on at 'VAE Decode (Few-Step SR)', or put 'Color Fix (Few-Step SR)' "
+            "between, which clamps after its correction."
         )
     return image.expand(-1, 3, -1, -1)
 

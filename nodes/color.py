@@ -41,7 +41,7 @@ class FewStepSRColorFix(io.ComfyNode):
     @classmethod
     def execute(cls, image, reference, method="adain", strength=1.0) -> io.NodeOutput:
         require_number(strength, "strength", 0.0, 1.0)
-        pictures, references = require_image(image, "image"), require_image(reference, "reference")
+        pictures, references = require_image(image, "image", decoded=True), require_image(reference, "reference")
         if references.shape[0] not in (1, pictures.shape[0]):
             raise ValueError(f"reference: found {references.shape[0]} pictures, expected 1 or {pictures.shape[0]}, as many as in image.")
         (height, width), (found_height, found_width) = pictures.shape[-2:], references.shape[-2:]

@@ -8,6 +8,8 @@ import torch
 import toys
 from toys import conditioning, picture
 
+from fewstep_sr.image.color import fix_color
+
 SEED = 5
 NAN, INF = float("nan"), float("inf")
 LOADERS = {"OSEDiffLoader": "osediff_name", "InvSRNoisePredictorLoader": "noise_predictor_name", "DAPETaggerLoader": "tagger_name"}
@@ -95,6 +97,33 @@ def test_images_scaled_to_minus_one(comfy, base, image):
     ):
         with pytest.raises(ValueError, match=rf"{name}: found values from -.*expected \[0, 1\]: this image is scaled to \[-1, 1\]"):
             comfy.run(node, **inputs, **{name: image})
+
+
+def test_bright_images_scaled_to_minus_one(comfy):
+    """Few values are negative, enlargement makes some larger than 1, and Color Fix, which keeps a decoder's overshoot, refuses them, too."""
+    bright = picture(1, 24, 24) ** 0.1
+    bright[:, 4:10, 4:10] = 0.2
+    enlarged = comfy.run("ImageScaleBy", image=signed(bright), upscale_method="bicubic", scale_by=4.0)[0]
+    assert (enlarged < -0.1).float().mean() < 0.2 and enlarged.max() > 1
+    with pytest.raises(ValueError, match=r"image: found values from -.*this image is scaled to \[-1, 1\]"):
+        comfy.run("FewStepSRColorFix", image=enlarged, reference=bright)
+
+
+def test_a_decoders_overshoot(comfy, base):
+    """HYPIR's colour fix comes before its clamp: Color Fix keeps what the decoder gave, where other nodes ask for a clamp."""
+    decoded, farther = ((picture(2, 24, 24) - 0.5) * contrast + 0.5 for contrast in (2.7, 4.0))
+    reference = picture(3, 24, 24)
+    for image in (decoded, farther):
+        fixed = comfy.run("FewStepSRColorFix", image=image, reference=reference, method="wavelet")[0]
+        content, colors = (each.movedim(-1, 1) for each in (image, reference))
+        assert torch.equal(fixed.movedim(-1, 1), fix_color(content, colors, "wavelet"))
+    for node, name, inputs in (
+        ("FewStepSRVAEEncode", "pixels", {"vae": base[1]}),
+        ("FewStepSRColorFix", "reference", {"image": decoded}),
+        ("FewStepSRQuality", "image", {"reference": reference}),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}: found values from -.*overshoots as a decoder's output does. Switch clamp on"):
+            comfy.run(node, **inputs, **{name: decoded})
 
 
 @pytest.mark.parametrize("method", ["bicubic", "lanczos", "bilinear", "area"])
