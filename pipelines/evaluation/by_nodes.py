@@ -53,7 +53,7 @@ def run_nodes(comfyui: Path, image: torch.Tensor, request: dict[str, Any], devic
     """Run a picture (1, 3, H, W) through the nodes of a method.
 
     Args:
-        request: demo, method, title, base, weights, prompt, scale, seed, steps, timesteps, timestep, color_fix.
+        request: what :meth:`pipelines.evaluation.subjects.Subject.request` says.
         dtype: a key of FLAGS.
 
     Raises:

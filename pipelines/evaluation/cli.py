@@ -153,7 +153,7 @@ def add_verify(command: argparse.ArgumentParser) -> None:
     prog = command.prog
     command.epilog = (
         f"examples:\n  {prog} --comfyui ~/ComfyUI --download --json verify.json\n  {prog} --demo\n\n"
-        "Always on the miniature; on OSEDiff and InvSR where their weights are found. Exit status: 0; 1 where something is wrong; 2 where nothing was begun."
+        "Always on the miniature; on each method where its weights are found. Exit status: 0; 1 where something is wrong; 2 where nothing was begun."
     )
     command.set_defaults(run=_verify)
     command.add_argument("--json", type=Path, metavar="FILE", help="the whole report, to attach to an issue")
@@ -168,7 +168,7 @@ def add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-golden", action="store_true", help="leave out the comparison with the outputs of the authors' code, which takes a minute"
     )
-    add_method(command, (), "this method alone (default: OSEDiff and InvSR)")
+    add_method(command, (), "this method alone (default: every one)")
     add_weights(command)
 
 
@@ -208,13 +208,13 @@ def _subjects(arguments: argparse.Namespace) -> tuple[list, list[str]]:
 
     from ..find import find_base, find_companions, find_weights
     from ..ranges import require_device
-    from .subjects import NODE_METHODS, Subject
+    from .subjects import Subject
 
     if arguments.device:
         require_device(arguments.device)
     best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(arguments.device) if arguments.device else best or torch.device("cpu")
-    chosen = [arguments.method] if arguments.method else list(NODE_METHODS)
+    chosen = [arguments.method] if arguments.method else list(METHODS)
     subjects, missing = [], []
     for key in chosen:
         if METHODS[key].demo:

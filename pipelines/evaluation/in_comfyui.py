@@ -30,8 +30,6 @@ def load(comfyui: str, pack: str, flags: list[str]):
         await nodes.load_custom_node(str(Path(comfyui, "comfy_extras", "nodes_custom_sampler.py")), module_parent="comfy_extras")
 
     folders = importlib.import_module("folder_paths")
-    folders.add_model_folder_path("osediff", pack)
-    folders.add_model_folder_path("invsr", pack)
     asyncio.run(load_nodes())
     return nodes.NODE_CLASS_MAPPINGS, folders
 
@@ -54,26 +52,42 @@ def main(request: dict) -> None:
         folders.add_model_folder_path(kind, str(Path(path).parent))
         return Path(path).name
 
+    def pad(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        pack = classes["FewStepSRVAEEncode"].__module__.removesuffix(".nodes.vae")
+        sizes = importlib.import_module(".fewstep_sr.image.sizes", pack)
+        return sizes.reflect_pad(pixels.movedim(-1, 1), height, width).movedim(1, -1)
+
     image = torch.load(request["image"], weights_only=True).movedim(1, -1)  # BCHW -> BHWC
     with torch.inference_mode():
-        predictor = None
+        predictor = negative = None
         if request["demo"]:
             model, vae, positive, predictor, _ = run("FewStepSRDemoLoader", method=request["title"])
         else:
             model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=file("checkpoints", request["base"]))[:3]
-            (positive,) = run("CLIPTextEncode", clip=clip, text=request["prompt"])
+            positive, negative = (run("CLIPTextEncode", clip=clip, text=request[text])[0] for text in ("prompt", "negative_prompt"))
+            weights = file(request["method"], request["weights"])
             if request["method"] == "osediff":
-                model, vae = run("OSEDiffLoader", model=model, vae=vae, osediff_name=file("osediff", request["weights"]))
+                model, vae = run("OSEDiffLoader", model=model, vae=vae, osediff_name=weights)
+            elif request["method"] == "invsr":
+                (predictor,) = run("InvSRNoisePredictorLoader", noise_predictor_name=weights)
             else:
-                (predictor,) = run("InvSRNoisePredictorLoader", noise_predictor_name=file("invsr", request["weights"]))
-        (enlarged,) = run("ImageScaleBy", image=image, upscale_method="bicubic", scale_by=request["scale"])
+                model, vae = run("FewStepSRAdapterLoader", model=model, vae=vae, adapter_name=f"{request['method']}/{weights}")
+        if request["scores"]:
+            began, scores = time.perf_counter(), None
+            if request["estimator"]:
+                (estimator,) = run("S3DiffEstimatorLoader", estimator_name=file("s3diff", request["estimator"]))
+                (scores,) = run("S3DiffDegradation", estimator=estimator, image=image)
+                keep("degradation", scores, began)
+            model, vae = run("S3DiffAdapt", model=model, vae=vae, scores=scores, **request["scores"])
+        (enlarged,) = run("ImageScaleBy", image=image, upscale_method=request["upsampling"], scale_by=request["scale"])
         began = time.perf_counter()
-        (latent,) = run("FewStepSRVAEEncode", pixels=enlarged, vae=vae, seed=request["seed"])
+        pixels = pad(enlarged, *request["canvas"]) if request["canvas"] else enlarged
+        (latent,) = run("FewStepSRVAEEncode", pixels=pixels, vae=vae, seed=request["seed"])
         keep("latent", latent["samples"] * SCALING_FACTOR, began)
         began = time.perf_counter()
         if request["method"] == "osediff":
             (restored,) = run("OSEDiffOneStep", model=model, positive=positive, latent=latent, timestep=request["timestep"])
-        else:
+        elif request["method"] == "invsr":
             (sigmas,) = run("FewStepScheduler", model=model, method="InvSR", steps=request["steps"], timesteps=request["timesteps"])
             noise, state = run("InvSRStartState", noise_predictor=predictor, image=image, latent=latent, sigmas=sigmas, seed=request["seed"])
             keep("start state", state["samples"] * SCALING_FACTOR, began)
@@ -81,16 +95,19 @@ def main(request: dict) -> None:
             (guider,) = run("BasicGuider", model=model, conditioning=positive)
             (sampler,) = run("KSamplerSelect", sampler_name="euler")
             restored = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)[0]
+        else:
+            inputs = {"positive": positive, "negative": negative, "latent": latent, "cfg": request["cfg"], **request["controls"]}
+            (restored,) = run("FewStepSROneStep", model=model, **inputs)
         keep("restored latent", restored["samples"] * SCALING_FACTOR, began)
         began = time.perf_counter()
-        (decoded,) = run("FewStepSRVAEDecode", samples=restored, vae=vae)
+        (decoded,) = run("FewStepSRVAEDecode", samples=restored, vae=vae, clamp=request["clamp"])
+        decoded = decoded[:, : enlarged.shape[1], : enlarged.shape[2]]
         keep("decoded", decoded.movedim(-1, 1), began)
         began = time.perf_counter()
         result = decoded
         if request["color_fix"]:
-            (result,) = run(
-                "FewStepSRColorFix", image=decoded, reference=enlarged if request["method"] == "osediff" else image, method=request["color_fix"]
-            )
+            reference = image if request["method"] == "invsr" else enlarged
+            (result,) = run("FewStepSRColorFix", image=decoded, reference=reference, method=request["color_fix"])
         keep("image", result.movedim(-1, 1), began)
     version = importlib.import_module("comfyui_version").__version__
     # A stage may be another one's tensor, and safetensors wants each to have its own memory.

@@ -69,6 +69,7 @@ class Published:
 
 
 _OSEDIFF = "OSEDiff's paper (https://arxiv.org/abs/2406.08177, Table 1)"
+_CODSR = "the comparison of CODSR's paper (CVPR 2026), read in a summary of it"
 
 PUBLISHED = (
     Published(
@@ -109,6 +110,38 @@ PUBLISHED = (
         {"psnr": 24.50, "ssim": 0.726, "lpips": 0.287, "niqe": 4.22, "musiq": 67.46, "clipiqa": 0.692},
         "InvSR's paper (https://arxiv.org/abs/2412.09013, Tables 2 and 7 of its first version)",
         "One step from 200 with --color-fix wavelet, as its README says. Its RealSR is the camera's own test set (RealSRV3), not StableSR's crops: expect other figures on those.",
+    ),
+    Published(
+        "pisasr",
+        "realsr",
+        {
+            "psnr": 25.50,
+            "ssim": 0.7417,
+            "lpips": 0.2672,
+            "dists": 0.2044,
+            "fid": 124.09,
+            "niqe": 5.50,
+            "musiq": 70.15,
+            "maniqa-pipal": 0.6560,
+            "clipiqa": 0.6702,
+        },
+        "PiSA-SR's paper (https://arxiv.org/abs/2412.03017, Table 2), as others quote it (FreqOrtho-SR, https://arxiv.org/abs/2606.28745)",
+        "Both knobs at 1.",
+    ),
+    Published("pisasr", "drealsr", {"psnr": 28.32, "lpips": 0.2959, "dists": 0.2169, "niqe": 6.17, "musiq": 66.11}, _CODSR, "Both knobs at 1."),
+    Published("hypir", "realsr", {"lpips": 0.3046, "musiq": 66.42, "maniqa-pipal": 0.6510}, _CODSR),
+    Published("hypir", "drealsr", {"psnr": 26.04, "lpips": 0.3356, "dists": 0.2333, "niqe": 6.39, "musiq": 61.03}, _CODSR),
+    Published(
+        "s3diff",
+        "realsr",
+        {"psnr": 25.03, "lpips": 0.2699, "musiq": 67.89, "clipiqa": 0.6722},
+        "S3Diff's paper (https://arxiv.org/abs/2409.17058, Table 1), as others quote it",
+    ),
+    Published(
+        "s3diff",
+        "div2k",
+        {"psnr": 23.53, "lpips": 0.258, "musiq": 67.92, "clipiqa": 0.699},
+        "the comparison of MoR-DASR's paper, read in a summary of it",
     ),
 )
 

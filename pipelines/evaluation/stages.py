@@ -26,7 +26,7 @@ class Stages:
 
 @contextmanager
 def recorded(pipeline: FewStepSRPipeline, device: torch.device) -> Iterator[Stages]:
-    """Inside the block the pipeline's stages are kept: latent, noise map and start state (InvSR), noise prediction of each call, restored latent, decoded."""
+    """Inside the block the pipeline's stages are kept: degradation (S3Diff), latent, noise map and start state (InvSR), noise prediction of each call, restored latent, decoded."""
     found = Stages()
     calls = {"predict_noise": 0}
 
@@ -53,6 +53,8 @@ def recorded(pipeline: FewStepSRPipeline, device: torch.device) -> Iterator[Stag
         return {f"noise prediction {calls['predict_noise']}": result}
 
     watched: list[str] = []
+    if hasattr(pipeline, "degradation"):
+        watch("degradation", lambda args, result: {"degradation": result})
     watch("encode", lambda args, result: {"latent": result})
     if hasattr(pipeline, "start_state"):
         watch("start_state", lambda args, result: {"start state": result[0], "noise map": result[1]})

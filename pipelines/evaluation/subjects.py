@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from fewstep_sr.image.sizes import VAE_MULTIPLE, padded_side
+
+from .. import pipeline_class
 from ..done import settings_to_record
 from ..settings import Settings
 from ..upscale import Upscaler
 from .machine import hash_weights
 from .stages import Stages, recorded, synchronize
-
-NODE_METHODS = ("osediff", "invsr")
-"""Methods whose nodes are run."""
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,37 @@ class Subject:
         """What the nodes need to do the same; in words why they cannot."""
         settings = self.settings
         base = "" if settings.demo else str(checkpoint or self.base)
-        if settings.method.key not in NODE_METHODS:
-            return f"only those of {NODE_METHODS[0]} and {NODE_METHODS[1]} are compared here"
+        method, options = settings.method, settings.options
         if base and not Path(base).is_file():
             return "the base is no single file. Give the same base as one with --checkpoint"
-        if settings.options.get("tagger") or settings.decoder or settings.cfg != 1:
+        if options.get("tagger") or settings.decoder or settings.cfg != method.cfg:
             return "they are compared without --tagger, --decoder and --cfg. Leave these out"
-        prompt = settings.prompt if settings.prompt is not None else settings.method.prompt
+        kind, (height, width) = pipeline_class(method), run.stages.tensors["latent"].shape[-2:]
+        canvas = [height * VAE_MULTIPLE, width * VAE_MULTIPLE]
+        padded = [padded_side(side) for side in run.stages.tensors["image"].shape[-2:]]
+        scores = {name: options[name] for companion in method.companions for name in companion.replaced_by}
+        estimator = self.companions.get("estimator")
+        prompt, negative = settings.prompt, settings.negative_prompt
         return {
             "demo": settings.demo,
-            "method": settings.method.key,
-            "title": settings.method.title,
+            "method": method.key,
+            "title": method.title,
             "base": str(Path(base).resolve()) if base else "",
             "weights": str(Path(self.weights).resolve()) if self.weights else "",
-            "prompt": prompt,
+            "estimator": str(estimator.resolve()) if estimator else "",
+            "scores": {name: -1.0 if score is None else score for name, score in scores.items()},
+            "prompt": method.prompt if prompt is None else prompt,
+            "negative_prompt": method.negative_prompt if negative is None else negative,
             "scale": settings.scale,
+            "upsampling": kind.upsampling,
+            "canvas": canvas if canvas != padded else None,
             "seed": settings.seed,
-            "steps": settings.options.get("steps", 1),
-            "timesteps": ", ".join(map(str, settings.options.get("timesteps", ()))),
+            "cfg": settings.cfg,
+            "steps": options.get("steps", 1),
+            "timesteps": ", ".join(map(str, options.get("timesteps", ()))),
             "timestep": run.timestep,
+            "controls": {name: options[name] for name in (method.one_step.controls if method.one_step else ())},
+            "clamp": kind.clamps_decoded,
             "color_fix": settings.color_fix,
         }
 

@@ -28,6 +28,11 @@ NAME = "ComfyUI-FewStepSR verify"
 REFERENCE = Path(__file__).with_name("reference.json")
 """Fingerprints of stages that were computed elsewhere, by :meth:`pipelines.evaluation.subjects.Subject.key`."""
 
+GOLDEN_TESTS = tuple(
+    f"tests/pipelines/{name}.py" for name in ("test_pipelines_golden", "test_family_golden", "test_s3diff_golden", "test_light_decoders")
+)
+"""Of a checkout: the pipelines against the outputs of the authors' own code."""
+
 TOLERANCE = 1e-3
 """Relative error in float32, between two ways of computing one stage: other kernels sum in another order."""
 HALF_TOLERANCE = {"float16": 0.05, "bfloat16": 0.2}
@@ -192,7 +197,7 @@ def _benchmark(check: Checked, data: Path) -> dict[str, Any]:
 def _golden() -> dict[str, Any]:
     """The pipelines against the outputs of the authors' own code, which are in a checkout."""
     root = Path(__file__).resolve().parents[2]
-    tests = [root / "tests" / "pipelines" / name for name in ("test_pipelines_golden.py", "test_family_golden.py")]
+    tests = [root / name for name in GOLDEN_TESTS]
     if not all(path.is_file() for path in tests):
         return {"note": "the authors' outputs are in a checkout alone (tests/golden), and this is an installation"}
     if importlib.util.find_spec("pytest") is None:

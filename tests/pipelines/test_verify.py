@@ -100,11 +100,14 @@ def test_nodes_beside_pipelines(comfyui_path, tmp_path, small):
 
 @pytest.fixture(scope="module")
 def reduced(comfy, tmp_path_factory) -> Path:
-    """Stable Diffusion 2.x' architecture with fewer levels and random weights: as one file for the nodes, as a folder for the pipelines, and both methods' weights."""
+    """Stable Diffusion 2.x' architecture with fewer levels and random weights: as one file for the nodes, as a folder for the pipelines, and all methods' weights."""
     folder = tmp_path_factory.mktemp("reduced")
     stable_diffusion.write_checkpoint(folder / "base.safetensors", "reduced")
     stable_diffusion.write_osediff(folder / "osediff.pkl", "reduced")
     stable_diffusion.write_predictor(folder / "predictor.pth", "reduced")
+    stable_diffusion.write_adapter(folder / "pisa_sr.pkl", "pisasr", "reduced")
+    stable_diffusion.write_adapter(folder / "HYPIR_sd2.pth", "hypir", "reduced")
+    stable_diffusion.write_s3diff(folder, "reduced")
     config = shutil.copytree(CONFIG, folder / "config")
     unet = json.loads((config / "unet" / "config.json").read_text())
     unet |= {"block_out_channels": [320, 640], "attention_head_dim": [5, 10], "layers_per_block": 1}
@@ -118,19 +121,47 @@ def reduced(comfy, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "weights"), [("osediff", "osediff.pkl"), ("invsr", "predictor.pth")])
-def test_stable_diffusion_with_fewer_levels(comfy, reduced, tmp_path, capsys, method, weights):
+@pytest.mark.parametrize(
+    ("method", "weights", "options"),
+    [
+        ("osediff", "osediff.pkl", []),
+        ("invsr", "predictor.pth", []),
+        ("pisasr", "pisa_sr.pkl", ["--pixel", "0.5", "--semantic", "1.5"]),
+        ("hypir", "HYPIR_sd2.pth", ["--coeff-t", "150"]),
+        ("s3diff", "s3diff.pkl", ["--noise", "0.3"]),
+    ],
+)
+def test_stable_diffusion_with_fewer_levels(comfy, reduced, tmp_path, capsys, method, weights, options):
     """As with published weights: nodes give what pipelines give, and that nobody has figures of these weights yet is said."""
     path = tmp_path / "small.png"
     Image.open(find_miniature(PHOTO)).crop((40, 20, 52, 28)).save(path)
     words = ["--method", method, "--base", reduced / "base", "--weights", reduced / weights, "--checkpoint", reduced / "base.safetensors"]
-    report = run(tmp_path, *words, "--comfyui", comfy.path, "--picture", path)
+    words += ["--estimator", reduced / "de_net.pth"] if method == "s3diff" else []
+    report = run(tmp_path, *words, *options, "--comfyui", comfy.path, "--picture", path)
     check = report["checks"][-1]
     assert check["title"].endswith("on base") and weights in check["weights"]
     exact = check["errors"]["nodes float32 against pipeline float32"]
     assert {"latent", "restored latent", "image"} <= set(exact) and max(exact.values()) < 1e-4
+    assert ("degradation" in exact) == (method == "s3diff")
     assert any("no reference figures of these weights" in note for note in check["notes"])
     assert "relative error, nodes float32 against pipeline float32" in capsys.readouterr().out
+
+
+def test_the_authors_outputs(monkeypatch):
+    """Counted where they agree, a fault with pytest's words where they do not."""
+    monkeypatch.setattr(verify, "GOLDEN_TESTS", ("tests/methods/test_family.py",))
+    assert " passed" in verify._golden()["result"]
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing_of_this_name")
+    found = verify._golden()
+    assert found["faults"] == [f"the pipelines differ from the authors' outputs: {found['result']}"] and "deselected" in found["output"]
+    monkeypatch.setattr(verify, "GOLDEN_TESTS", ("tests/nowhere.py",))
+    assert "this is an installation" in verify._golden()["note"]
+
+
+def test_the_authors_outputs_are_all_there():
+    root = Path(__file__).resolve().parents[2]
+    assert all((root / name).is_file() for name in verify.GOLDEN_TESTS)
+    assert {path.name for path in (root / "tests" / "pipelines").glob("*golden.py")} <= {Path(name).name for name in verify.GOLDEN_TESTS}
 
 
 def test_missing_weights_are_said(tmp_path, monkeypatch, small, capsys):
