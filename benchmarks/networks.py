@@ -84,7 +84,7 @@ def noise_predictor(path: str | None):
     return InvSRNoisePredictor(block_out_channels=(64, 64), layers_per_block=(1, 1), time_channels=128, temb_channels=64).eval()
 
 
-def pipeline(base: str, kind, osediff: str | None, predictor: str | None):
+def pipeline(base: str, kind, weights: str | Path):
     """A method's pipeline on a folder that ``python -m pipelines train base`` wrote, and the base's one prompt."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from safetensors.torch import load_file
@@ -97,8 +97,54 @@ def pipeline(base: str, kind, osediff: str | None, predictor: str | None):
         scheduler=DDIMScheduler.from_pretrained(base, subfolder="scheduler"),
     )
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_osediff(osediff) if hasattr(pipe, "load_osediff") else pipe.load_noise_predictor(predictor)
+    pipe.load_weights(weights)
     return pipe, load_file(Path(base) / "prompt_embeds.safetensors")["prompt_embeds"].float()
+
+
+RANK = 4
+
+
+def random_adapter(base: str, method: str, path: Path) -> Path:
+    """Writes an adapter of PiSA-SR, HYPIR or S3Diff with random weights for the base's networks: each layer's weight changes by about a tenth."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from fewstep_sr.methods import METHODS, hypir, pisasr, s3diff
+    from fewstep_sr.weights.lora import LowRank
+
+    generator = torch.Generator().manual_seed(SEED)
+    unet, vae = UNet2DConditionModel.from_pretrained(base, subfolder="unet"), AutoencoderKL.from_pretrained(base, subfolder="vae")
+
+    def normal(*shape, gain=1.0):
+        return gain * torch.randn(*shape, generator=generator)
+
+    def low_rank(network, adapted, alpha) -> dict:
+        layers = {}
+        for name, module in network.named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and adapted(name):
+                out, inside, *kernel = module.weight.shape
+                gain = 0.1 * module.weight.detach().float().std().item() * RANK**0.5 / alpha
+                layers[name] = LowRank(normal(RANK, inside, *kernel), normal(out, RANK, *(1 for _ in kernel), gain=gain), alpha)
+        return layers
+
+    if method == "hypir":
+        adapter = hypir.HYPIRAdapter(low_rank(unet, lambda name: "time" not in name and name != "conv_in", RANK))
+    elif method == "pisasr":
+        pix, sem = (low_rank(unet, lambda name: "time" not in name, 8.0) for _ in pisasr.SETS)
+        adapter = pisasr.PiSASRAdapter(pix, semantic=sem)
+    else:
+        embedding, widths = 64, {"de_mlp.0": (256, 256), "block_mlp.0": (64, 64), "fuse_mlp": (RANK**2, 320)}
+        mlps = {f"{name}.weight": normal(*shape, gain=shape[1] ** -0.5) for name, shape in widths.items()}
+        mlps |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in widths.items()}
+        modulation = {part: mlps | {"block_embeddings.weight": normal(blocks, embedding)} for part, blocks in s3diff.BLOCKS.items()}
+        adapter = s3diff.S3DiffAdapter(
+            low_rank(unet, lambda name: "time" not in name and name != "conv_in", 8.0),
+            low_rank(vae, lambda name: name.startswith("encoder."), 8.0),
+            {f"conv_in.{name}": tensor.detach().clone() for name, tensor in unet.conv_in.named_parameters()},
+            frequencies=normal(64),
+            modulation=modulation,
+        )
+    METHODS[method].save(adapter, path)
+    return path
 
 
 def smooth(size: int, seed: int = SEED) -> torch.Tensor:

@@ -5,6 +5,7 @@ It compares with the untiled result, so that it means something for any network:
     python benchmarks/seams.py                       # VAE, UNet and noise predictor
     python benchmarks/seams.py --vae PATH --unet PATH --photo FILE ...
     python benchmarks/seams.py --only results --base miniature --predictor miniature/noise_predictor.safetensors
+    python benchmarks/seams.py --only results --base miniature --random pisasr hypir s3diff --tile 384
 
 Without paths the networks have random weights; the methods' results want trained ones.
 """
@@ -12,6 +13,8 @@ Without paths the networks have random weights; the methods' results want traine
 import argparse
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -148,27 +151,27 @@ def predictor_seams(predictor, drawn, overlaps: list[int]) -> None:
             report(f"noise predictor, overlap {overlap}, {name}", tiled, whole, layout)
 
 
-def result_seams(base: str, osediff: str | None, predictor: str | None, drawn, tile: int) -> None:
+def result_seams(base: str, weights: dict[str, str | Path], drawn, tile: int) -> None:
     """The methods' whole results, four times as large as the pictures, where VAE, UNet and predictor meet 2 x 2 tiles of ``tile`` pixels and more.
 
-    For comparison, what the meter says where there are seams: quarters restored each by itself and put together.
+    For comparison, what the meter says where there are seams: quarters restored each by itself and put together. ``weights`` are files by method.
     """
     import networks
 
+    from fewstep_sr.methods import METHODS
     from fewstep_sr.tiling import predictor as tiled_noise
     from fewstep_sr.tiling import vae as tiled_coder
     from fewstep_sr.tiling.tiles import TileLayout
-    from pipelines import InvSRPipeline, OSEDiffPipeline
+    from pipelines import pipeline_class
 
     cells = tile // 8
     canvas = 2 * cells - cells // 4
     layouts = [TileLayout(canvas, canvas, cells, overlap) for overlap in (cells // 4, tiled_coder.OVERLAP)]
     windows = TileLayout(canvas, canvas, tiled_noise.WINDOW, tiled_noise.OVERLAP)
-    for kind, weights, met in ((OSEDiffPipeline, osediff, layouts), (InvSRPipeline, predictor, [*layouts, windows])):
-        if not weights:
-            continue
-        method = kind.__name__.removesuffix("Pipeline")
-        pipeline, embeds = networks.pipeline(base, kind, osediff, predictor)
+    for key, file in weights.items():
+        met = [*layouts, windows] if key == "invsr" else layouts
+        method = METHODS[key].title
+        pipeline, embeds = networks.pipeline(base, pipeline_class(METHODS[key]), file)
         found = [borders(layout, 8) for layout in met]
         rows, columns = (sorted({edge for edges in found for edge in edges[axis]}) for axis in (0, 1))
         for name, pictures in drawn(canvas * 2).items():
@@ -184,11 +187,14 @@ def _results(pipeline, pictures: torch.Tensor, embeds: torch.Tensor, window: int
     from fewstep_sr.tiling import predictor as tiled_noise
 
     pipeline.enable_tiling(tile) if tile else pipeline.disable_tiling()
+    # PiSA-SR's two calls, HYPIR's strength, S3Diff's guidance with scores that no estimator is needed for.
+    settings = {"pisasr": {"pixel": 1.0, "semantic": 0.6}, "s3diff": {"blur": 0.6, "noise": 0.4, "negative_prompt_embeds": -embeds}}
+    own = settings.get(pipeline.method.key, {})
     published, tiled_noise.WINDOW = tiled_noise.WINDOW, window
     try:
         return torch.cat(
             [
-                pipeline(picture[None], prompt_embeds=embeds, generator=torch.Generator().manual_seed(seed), output_type="pt").images
+                pipeline(picture[None], prompt_embeds=embeds, generator=torch.Generator().manual_seed(seed), output_type="pt", **own).images
                 for seed, picture in enumerate(pictures)
             ]
         )
@@ -205,10 +211,12 @@ def main() -> None:
     parser.add_argument("--predictor", help="file of a noise predictor")
     parser.add_argument("--base", help="folder of a base without text encoder, for --only results")
     parser.add_argument("--osediff", help="file of an OSEDiff adapter for that base")
+    parser.add_argument("--pisasr", help="likewise of a PiSA-SR adapter")
+    parser.add_argument("--random", nargs="+", default=[], choices=["pisasr", "hypir", "s3diff"], help="methods with random adapters for that base")
     parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the drawn ones")
     parser.add_argument("--pictures", type=int, default=1, help="drawn of each kind, measured together (default: %(default)s)")
     parser.add_argument("--size", type=int, default=768, help="of the VAE's pictures, in pixels (default: %(default)s)")
-    parser.add_argument("--tile", type=int, default=256, help="of the VAE, in pixels (default: %(default)s)")
+    parser.add_argument("--tile", type=int, help="in pixels (default: 256 of the VAE, 768 of results)")
     parser.add_argument("--only", choices=["vae", "unet", "predictor", "results"])
     arguments = parser.parse_args()
 
@@ -222,13 +230,16 @@ def main() -> None:
     print("| | seam | elsewhere | beside neighbours, worst picture | error | error from the border to the tile's middle |\n|---|---|---|---|---|---|")
     with torch.no_grad():
         if arguments.only in (None, "vae"):
-            vae_seams(networks.diffusers_vae(arguments.vae), pictures(arguments.size), arguments.tile)
+            vae_seams(networks.diffusers_vae(arguments.vae), pictures(arguments.size), arguments.tile or 256)
         if arguments.only in (None, "unet"):
             unet_seams(networks.diffusers_unet(arguments.unet), pictures, 96, [8, 16, 24, 32])
         if arguments.only in (None, "predictor"):
             predictor_seams(networks.noise_predictor(arguments.predictor), pictures, [8, 16])
         if arguments.only == "results":
-            result_seams(arguments.base, arguments.osediff, arguments.predictor, pictures, 768)
+            given = {"osediff": arguments.osediff, "invsr": arguments.predictor, "pisasr": arguments.pisasr}
+            with TemporaryDirectory() as folder:
+                drawn = {key: networks.random_adapter(arguments.base, key, Path(folder, f"{key}.safetensors")) for key in arguments.random}
+                result_seams(arguments.base, {key: file for key, file in given.items() if file} | drawn, pictures, arguments.tile or 768)
 
 
 if __name__ == "__main__":
