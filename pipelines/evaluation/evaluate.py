@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fewstep_sr.files import require_room
+from fewstep_sr.weights.strict import printable
 
 from ..done import settings_to_record
 from ..pictures import read_pixels
@@ -138,7 +139,7 @@ def _measure(pairs: Sequence[Pair], meter: Meter, journal: Journal) -> tuple[lis
                 figures |= new
         except (OSError, ValueError) as error:
             failed[one.name] = str(error)
-            tqdm.write(f"{one.name}: {error}", file=sys.stderr)
+            tqdm.write(f"{printable(one.name)}: {error}", file=sys.stderr)
         else:
             rows.append(Row(one.name, files, figures, journal.seconds(one.name, files["image"])))
     return rows, failed
@@ -208,7 +209,7 @@ def _print(report: Report, failed: Mapping[str, str], meter: Meter) -> None:
     for name, reason in meter.left_out.items():
         print(f"{name} is left out: {reason}", file=sys.stderr)
     if failed:
-        print(f"\n{len(failed)} failed:", *(f"  {name}: {reason}" for name, reason in failed.items()), sep="\n", file=sys.stderr)
+        print(f"\n{len(failed)} failed:", *(f"  {printable(name)}: {reason}" for name, reason in failed.items()), sep="\n", file=sys.stderr)
 
 
 def _first(failed: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fewstep_sr.image.formats import readable, unreadable
+from fewstep_sr.weights.strict import printable
 
 from ..pictures import find_in_folder
 
@@ -107,5 +108,5 @@ def require_single(paths: Sequence[Path], key: Callable[[Path], str]) -> None:
 
 def listed(paths: Iterable[Path], most: int = 5) -> str:
     """Names for a message, of bounded length."""
-    names = [path.name for path in paths]
+    names = [printable(path.name) for path in paths]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,6 +1,7 @@
 """The table of a run: on the terminal, as CSV, Markdown and JSON."""
 
 import csv
+import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,14 @@ from statistics import fmean, median
 from typing import Any
 
 from fewstep_sr.files import written_whole
+from fewstep_sr.weights.strict import printable
 
 from .journal import NAME
 from .metrics import METRICS
 from .published import Published
+
+_WIDEST = 60
+"""Characters of a name in a terminal's table."""
 
 
 @dataclass(frozen=True)
@@ -114,17 +119,22 @@ def _seconds(value: float | None) -> str:
 
 
 def _markdown(lines: list[list[str]]) -> str:
-    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+    rows = ["| " + " | ".join(html.escape(printable(cell), quote=False).replace("|", "\\|") for cell in line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]]) + "\n"
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """A table for the terminal: names to the left, numbers to the right."""
+    """A table for the terminal: names to the left, numbers to the right. A name's line breaks and other controls are escaped, and a long one is cut."""
+    lines = [[_narrow(printable(cell)) for cell in line] for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     )
+
+
+def _narrow(text: str) -> str:
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 3]}..."
 
 
 def write_text(path: Path, text: str) -> None:

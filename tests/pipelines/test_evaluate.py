@@ -4,6 +4,7 @@ import csv
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -119,6 +120,23 @@ def test_what_has_no_other_half_is_named(benchmark, capsys):
     assert "2 have no other half and are left out: other.png, Canon_001_HR.png." in capsys.readouterr().err
     report = measured(benchmark / "out.json")
     assert len(report["pictures"]) == 3 and report["unpaired"] == ["other.png", "Canon_001_HR.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows' names have no such characters")
+def test_names_cannot_break_the_tables(benchmark, capsys):
+    """Line breaks, a terminal's controls, Markdown's and HTML's marks, other scripts, and more characters than a line has."""
+    name = "Canon_009_a\n|\x1b[31m<b>猫" + "x" * 150
+    for folder in ("results", "test_HR"):
+        shutil.copy(benchmark / "results" / "Canon_001_LR4.png", benchmark / folder / f"{name}.png")
+    files = [benchmark / f"out.{kind}" for kind in ("json", "csv", "md")]
+    words = ["--metrics", "psnr", "--json", files[0], "--csv", files[1], "--markdown", files[2]]
+    assert run("--data", benchmark, "--results", benchmark / "results", *words) == 0
+    assert name in [row["name"] for row in measured(files[0])["pictures"]] and name in [row[0] for row in csv.reader(files[1].open(newline=""))]
+    lines = files[2].read_text().splitlines()
+    assert "\x1b" not in "".join(lines) and len([line for line in lines if line.startswith("| Canon_")]) == 5
+    assert next(line for line in lines if "Canon_009" in line).startswith("| Canon_009_a\\n\\|\\x1b[31m&lt;b&gt;\\u732b")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and max(map(len, out.splitlines())) < 100
 
 
 def test_bad_images_are_named_and_the_others_measured(benchmark, capsys):

@@ -61,6 +61,17 @@ def test_pisasr_wrong_turns():
     assert pisasr.TIMESTEP == settings["timestep"] == 1
 
 
+@pytest.mark.parametrize("kind", [PiSASRPipeline, HYPIRPipeline])
+def test_the_empty_prompt_is_no_zeros(kind, tmp_path):
+    """It is what the text encoder makes of an empty string, 77 tokens of beginning, end and padding."""
+    pipeline = kind(**pipeline_toys.components(2, tmp_path / "tokenizer"))
+    start, end, pad = 512, 513, pipeline.tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = pipeline.text_encoder(torch.tensor([[start, end, *[pad] * 75]]))[0]
+        embeds, negative = pipeline._prompts("", "", None, None, 1.0, 1)
+    assert relative_error(embeds, expected) < 1e-6 and embeds.abs().mean() > 0.1 and negative is None
+
+
 @pytest.mark.parametrize("case", ["hypir_square", pytest.param("hypir_tall", marks=pytest.mark.slow)])
 def test_hypir(case, tmp_path, monkeypatch):
     pipeline, arrays, image, embeds, noise = start(case, HYPIRPipeline, tmp_path, "pth")
