@@ -17,6 +17,7 @@ from PIL import Image
 
 from fewstep_sr.files import require_room, written_whole
 from fewstep_sr.image import quality
+from fewstep_sr.weights.strict import printable
 
 from ..pictures import UnreadableError, read_pixels
 from .evaluate import REPORT
@@ -30,6 +31,9 @@ from .sheet import draw_sheet
 TEMPLATE = Path(__file__).with_name("sheet.html")
 SHOWN = 6
 """Pictures where none are named."""
+
+MOST_PIXELS = 1 << 28
+"""Of all crops of a sheet together: 800 MB, which a browser still opens."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,13 @@ def compare(wanted: Comparison) -> int:
             lines.append(_line(name, columns, originals, wanted))
         except (OSError, ValueError) as error:
             failed[name] = str(error)
-            print(f"{name} is left out: {error}", file=sys.stderr)
+            print(f"{printable(name)} is left out: {error}", file=sys.stderr)
+        pixels = sum(tile.image.width * tile.image.height for line in lines for tile in line.tiles)
+        if pixels > MOST_PIXELS:
+            raise ValueError(
+                f"--size: found crops of more than {MOST_PIXELS >> 20} megapixels after {len(lines)} of {len(names)} pictures, expected less on one sheet. "
+                "Give a smaller --size, or fewer --pictures."
+            )
     if not lines:
         raise ValueError(f"no picture could be put on the sheet: {next(iter(failed.values()))}")
     title = "Comparison: " + ", ".join(tile.label for tile in lines[0].tiles)
@@ -180,7 +190,7 @@ def _line(name: str, columns: Sequence[Column], originals: dict[str, Path], want
         elif pixels[column.label].shape[-2:] != (height, width):
             found = pixels[column.label].shape
             raise ValueError(
-                f"{column.images[name]}: found {found[-1]} x {found[-2]} pixels, expected {width} x {height}, as the others of this picture have."
+                f"{printable(str(column.images[name]))}: found {found[-1]} x {found[-2]} pixels, expected {width} x {height}, as the others of this picture have."
             )
     box = _box(original if original is not None else pixels[results[0].label], wanted)
     tiles = [_tile(column, name, pixels[column.label], original, box) for column in columns]
@@ -193,7 +203,7 @@ def _read(path: Path) -> torch.Tensor:
     try:
         return read_pixels(path).tensor()
     except UnreadableError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{printable(str(path))}: {error}") from error
 
 
 def _tile(column: Column, name: str, image: torch.Tensor, original: torch.Tensor | None, box: tuple[int, int, int, int]) -> Tile:
@@ -266,7 +276,8 @@ def _html(title: str, lines: Sequence[Line]) -> str:
     ]
     notes = "Figures are of whole images, the crops are as they are: no resampling, lossless."
     data = json.dumps({"title": title, "notes": notes, "means": means(lines), "rows": rows}, ensure_ascii=False).replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("<title>Comparison</title>", f"<title>{html.escape(title)}</title>").replace("@DATA@", data)
+    page = TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", data)  # first, since a title may have the mark in it
+    return page.replace("<title>Comparison</title>", f"<title>{html.escape(title)}</title>")
 
 
 def _data_url(image: Image.Image) -> str:

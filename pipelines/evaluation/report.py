@@ -138,10 +138,10 @@ def _narrow(text: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all, with its folder."""
+    """Write a file whole or not at all, with its folder. Names that are no text (bytes of another encoding) are escaped, as JSON reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

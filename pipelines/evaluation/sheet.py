@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from fewstep_sr.weights.strict import printable
+
 _GAP, _TEXT, _LINE = 12, 15, 19
 _PAPER, _INK, _PALE = (255, 255, 255), (20, 20, 20), (110, 110, 110)
 
@@ -34,7 +36,8 @@ def draw_sheet(title: str, rows: Sequence[tuple[str, Sequence[Tile]]]) -> Image.
 
 
 def _fitting(text: str, font, width: int) -> str:
-    """The text, cut to what the width holds."""
+    """The text in one line, cut to what the width holds."""
+    text = printable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

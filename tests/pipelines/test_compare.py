@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -139,6 +140,29 @@ def test_names_cannot_break_the_page(folders):
     assert main(["compare", f"{name}={folders / 'lighter'}", "-o", str(folders / "sheet.html")]) == 0
     assert data(folders / "sheet.html")["rows"][0]["tiles"][0]["label"] == name
     assert (folders / "sheet.html").read_text().count("</script>") == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows' names have no such characters")
+@pytest.mark.parametrize("output", ["sheet.html", "sheet.png"])
+def test_names_that_are_no_line_of_text(folders, output):
+    """A line break, and bytes of another encoding; a label that is the template's own mark."""
+    for path in (folders / "lighter" / "p1_LR4.png", folders / "test_HR" / "p1_HR.png"):
+        shutil.copy(path, path.with_name(os.fsdecode(b"a\n\xff") + path.name))
+    words = [f"@DATA@={folders / 'lighter'}", "--hq", str(folders / "test_HR"), "-o", str(folders / output)]
+    assert main(["compare", *words]) == 0
+    if output == "sheet.html":
+        sheet = data(folders / output)
+        assert [row["name"] for row in sheet["rows"]] == [os.fsdecode(b"a\n\xffp1"), "p0", "p1", "p2"] and sheet["rows"][0]["tiles"][0][
+            "label"
+        ] == "@DATA@"
+        assert "<title>Comparison: @DATA@, original</title>" in (folders / output).read_text()
+
+
+def test_a_sheet_too_large_is_refused(folders, monkeypatch, capsys):
+    monkeypatch.setattr("pipelines.evaluation.compare.MOST_PIXELS", 4 * SIZE[0] * SIZE[1])
+    assert run(folders, "--size", 0) == 2
+    assert "--size: found crops of more than 0 megapixels after 3 of 3 pictures" in capsys.readouterr().err
+    assert not (folders / "sheet.html").exists()
 
 
 @pytest.fixture(scope="module")

@@ -139,6 +139,24 @@ def test_names_cannot_break_the_tables(benchmark, capsys):
     assert "\x1b" not in out and max(map(len, out.splitlines())) < 100
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows' names have no such characters")
+def test_names_that_are_no_text(benchmark, capsys):
+    """Bytes of another encoding, as old archives leave them: in a pair, in one that fails, and in one without its other half."""
+    pair, broken, alone = (os.fsdecode(b"Canon_00" + which + b"_\xe9") for which in (b"7", b"8", b"9"))
+    for name in (pair, broken):
+        for folder in ("results", "test_HR"):
+            shutil.copy(benchmark / "results" / "Canon_001_LR4.png", benchmark / folder / f"{name}.png")
+    (benchmark / "results" / f"{broken}.png").write_bytes(b"no image")
+    shutil.copy(benchmark / "results" / "Canon_001_LR4.png", benchmark / "results" / f"{alone}.png")
+    files = [benchmark / f"out.{kind}" for kind in ("json", "csv", "md")]
+    words = ["--metrics", "psnr", "--json", files[0], "--csv", files[1], "--markdown", files[2]]
+    assert run("--data", benchmark, "--results", benchmark / "results", *words) == 1
+    report = measured(files[0])
+    assert pair in [row["name"] for row in report["pictures"]] and list(report["failed"]) == [broken] and report["unpaired"] == [f"{alone}.png"]
+    said = capsys.readouterr()
+    assert "Canon_007_\\udce9" in said.out and "Canon_008_\\udce9" in said.err and "Canon_009_\\udce9.png" in said.err
+
+
 def test_bad_images_are_named_and_the_others_measured(benchmark, capsys):
     results = benchmark / "results"
     Image.new("RGB", (48, 31)).save(results / "Canon_000_LR4.png")
