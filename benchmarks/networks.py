@@ -133,9 +133,12 @@ def random_adapter(base: str, method: str, path: Path) -> Path:
         adapter = pisasr.PiSASRAdapter(pix, semantic=sem)
     else:
         embedding, widths = 64, {"de_mlp.0": (256, 256), "block_mlp.0": (64, 64), "fuse_mlp": (RANK**2, 320)}
-        mlps = {f"{name}.weight": normal(*shape, gain=shape[1] ** -0.5) for name, shape in widths.items()}
-        mlps |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in widths.items()}
-        modulation = {part: mlps | {"block_embeddings.weight": normal(blocks, embedding)} for part, blocks in s3diff.BLOCKS.items()}
+
+        def mlps() -> dict:
+            weights = {f"{name}.weight": normal(*shape, gain=shape[1] ** -0.5) for name, shape in widths.items()}
+            return weights | {f"{name}.bias": torch.zeros(shape[0]) for name, shape in widths.items()}
+
+        modulation = {part: mlps() | {"block_embeddings.weight": normal(blocks, embedding)} for part, blocks in s3diff.BLOCKS.items()}
         adapter = s3diff.S3DiffAdapter(
             low_rank(unet, lambda name: "time" not in name and name != "conv_in", 8.0),
             low_rank(vae, lambda name: name.startswith("encoder."), 8.0),

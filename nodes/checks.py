@@ -147,7 +147,7 @@ def require_image(image: torch.Tensor, name: str, decoded: bool = False) -> torc
     found = f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]"
     below = (image < -0.1).count_nonzero() if image.amin() < -0.1 else 0
     far = image.amin() < -MOST_OVERSHOOT
-    both_sides = far and 4 * (image - 1).relu().sum() > (-image).relu().sum()  # in [-1, 1], only what enlargement adds is above 1
+    both_sides = far and 8 * (image - 1).relu().sum() > (-image).relu().sum()  # in [-1, 1], only what enlargement adds is above 1
     if below > image.numel() / 4 or (far and not both_sides):
         raise ValueError(f"{found}: this image is scaled to [-1, 1]. Add 1 and halve it.")
     if far and not decoded:

@@ -213,7 +213,12 @@ def check(comfy, seed, z, x0, image, model, vae, pipeline, knobs=None, **inputs)
 
 @pytest.mark.parametrize(
     ("seed", "rank_pix", "rank_sem", "height", "width", "pixel", "semantic"),
-    [(2, 1, 5, 64, 64, 1.0, 1.0), (3, 8, 2, 72, 136, 0.7, 1.3), (4, 16, 4, 40, 88, 1.1, 0.0), (5, 3, 3, 64, 24, 0.0, 1.0)],
+    [
+        pytest.param(2, 1, 5, 64, 64, 1.0, 1.0, marks=pytest.mark.slow),
+        pytest.param(3, 8, 2, 72, 136, 0.7, 1.3, marks=pytest.mark.slow),
+        pytest.param(4, 16, 4, 40, 88, 1.1, 0.0, marks=pytest.mark.slow),
+        (5, 3, 2, 64, 24, 0.3, 1.2),
+    ],
 )
 @torch.inference_mode()
 def test_pisasr(comfy, seed, rank_pix, rank_sem, height, width, pixel, semantic):
@@ -230,7 +235,14 @@ def test_pisasr(comfy, seed, rank_pix, rank_sem, height, width, pixel, semantic)
     check(comfy, seed, z, x0, image, model, vae, pipeline, {"pixel": pixel, "semantic": semantic})
 
 
-@pytest.mark.parametrize(("seed", "rank", "height", "width", "coeff_t"), [(2, 1, 64, 64, 200), (3, 32, 136, 72, 50), (4, 5, 40, 88, 499)])
+@pytest.mark.parametrize(
+    ("seed", "rank", "height", "width", "coeff_t"),
+    [
+        pytest.param(2, 1, 64, 64, 200, marks=pytest.mark.slow),
+        pytest.param(3, 32, 136, 72, 50, marks=pytest.mark.slow),
+        (4, 5, 24, 40, 499),
+    ],
+)
 @torch.inference_mode()
 def test_hypir(comfy, seed, rank, height, width, coeff_t):
     checkpoint = toys.adapter_checkpoint({"adapter_weight_prefix": "hypir.unet", "seed": seed, "rank": rank})
@@ -294,7 +306,10 @@ def modulate(network, checkpoint, part, blocks, scores):
     return network
 
 
-@pytest.mark.parametrize(("seed", "rank_unet", "rank_vae", "channels", "height", "width"), [(2, 3, 1, 4, 16, 32), (3, 8, 6, 12, 32, 16)])
+@pytest.mark.parametrize(
+    ("seed", "rank_unet", "rank_vae", "channels", "height", "width"),
+    [(2, 3, 1, 4, 16, 32), pytest.param(3, 8, 6, 12, 32, 16, marks=pytest.mark.slow)],
+)
 @torch.inference_mode()
 def test_s3diff(comfy, seed, rank_unet, rank_vae, channels, height, width):
     """Two images with scores of their own: each is what it is alone."""

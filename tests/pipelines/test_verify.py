@@ -5,18 +5,24 @@ import os
 import shutil
 from pathlib import Path
 
+import pipeline_toys
 import pytest
 import stable_diffusion
 import torch
+import toys
 from PIL import Image
+from safetensors.torch import load_file
+from toys import GOLDEN
 
 from fewstep_sr.methods import METHODS
 from fewstep_sr.miniature import PHOTO
 from fewstep_sr.miniature import find as find_miniature
-from pipelines import OSEDiffPipeline
+from pipelines import OSEDiffPipeline, pipeline_class
 from pipelines.cli import main
-from pipelines.evaluation import by_nodes, verify
-from pipelines.evaluation.stages import error_of_fingerprint, fingerprint, relative_error
+from pipelines.evaluation import by_nodes, in_comfyui, verify
+from pipelines.evaluation.stages import error_of_fingerprint, fingerprint, recorded, relative_error
+from pipelines.evaluation.subjects import Run, Subject
+from pipelines.settings import Settings
 from pipelines.single_file import CONFIG, find_tokenizer
 
 STAGES = {
@@ -96,6 +102,60 @@ def test_nodes_beside_pipelines(comfyui_path, tmp_path, small):
         half = check["errors"]["nodes bfloat16 against pipeline float32"]
         assert all(1e-4 < half[stage] < 0.2 for stage in ("latent", "restored latent"))
         assert check["runs"]["nodes float32"]["comfyui"]
+
+
+class TextOf:
+    """In the place of core's CLIPTextEncode: the golden cases' embeddings of a method's two prompts."""
+
+    define_schema = None
+
+    @staticmethod
+    def execute(clip, text):
+        return (toys.conditioning(2, "negative_prompt_embeds" if text and text == clip.negative_prompt else "prompt_embeds"),)
+
+
+@pytest.mark.parametrize("key", ["pisasr", "hypir", "s3diff"])
+def test_nodes_of_the_family(comfy, tmp_path, monkeypatch, key):
+    """What the script in ComfyUI's process does with small networks, in this one: each stage is the pipeline's."""
+    method, (weights, estimator) = METHODS[key], (tmp_path / f"{key}.pkl", GOLDEN / "s3diff_square_de_net.pth")
+    if key == "s3diff":
+        shutil.copy(GOLDEN / "s3diff_square.pkl", weights)
+    else:
+        torch.save(toys.adapter_checkpoint(toys.golden(f"{key}_square")[0]), weights)
+    options = {option.name: option.default for option in method.options} | ({"pixel": 0.5} if key == "pisasr" else {})
+    settings = Settings((), None, method, options, cfg=method.cfg, color_fix=method.color_fix, tile=0)
+    pipeline = pipeline_class(method)(**pipeline_toys.components(2))
+    pipeline.load_weights(weights)
+    pipeline.prepare(options | ({"estimator": estimator} if key == "s3diff" else {}))
+    image = toys.picture(1, 12, 10).movedim(-1, 1)
+    texts = {"prompt_embeds": toys.conditioning(2)[0][0]}
+    if key == "s3diff":
+        texts["negative_prompt_embeds"] = toys.conditioning(2, "negative_prompt_embeds")[0][0]
+    with recorded(pipeline, torch.device("cpu")) as stages:
+        call = {"guidance_scale": method.cfg, "color_fix": method.color_fix, "output_type": "pt", **pipeline.call_options(options), **texts}
+        stages.tensors["image"] = pipeline(image, **call).images
+    (tmp_path / "base.safetensors").touch()
+    companions = {"estimator": estimator} if key == "s3diff" else {}
+    subject = Subject(settings, torch.device("cpu"), str(tmp_path / "base.safetensors"), str(weights), companions)
+    request = subject.request(Run(stages, 0.0, 0.0, None), None)
+
+    import folder_paths
+
+    class Base:
+        define_schema = None
+
+        @staticmethod
+        def execute(ckpt_name):
+            return toys.comfy_model(2), method, toys.comfy_vae(2)
+
+    classes = {**comfy.nodes, "CheckpointLoaderSimple": Base, "CLIPTextEncode": TextOf}
+    monkeypatch.setattr(in_comfyui, "load", lambda *_: (classes, folder_paths))
+    torch.save(image, tmp_path / "image.pt")
+    whole = {"comfyui": "", "pack": "", "flags": [], "image": str(tmp_path / "image.pt"), "output": str(tmp_path / "stages.safetensors")}
+    in_comfyui.main(request | whole)
+    found = load_file(tmp_path / "stages.safetensors")
+    assert set(found) == {"latent", "restored latent", "decoded", "image"} | ({"degradation"} if key == "s3diff" else set())
+    assert all(relative_error(found[stage], stages.tensors[stage]) < 1e-4 for stage in found)
 
 
 @pytest.fixture(scope="module")
