@@ -5,78 +5,23 @@
 
 The networks run under PyTorch's fake tensors as if on a CUDA device: every operation is dispatched with its shapes and dtypes, and nothing is
 computed. What is counted are the bytes of all live tensors on the device, without the weights. Attention counts as a fused kernel, which keeps no
-attention matrix. Not counted are the workspaces of convolutions, what the allocator loses to fragmentation, and CUDA's own context.
+attention matrix. Images in tiles lie on the host. Not counted are the workspaces of convolutions, what the allocator loses to fragmentation, and CUDA's own context.
 """
 
 import argparse
 import json
 import sys
-import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from full_size import METHODS, STAGES, Networks, stages
+from full_size import METHODS, STAGES, Networks, Runtime, stages
 from gpu_report import GIB, table
+from live_bytes import DEVICE, peak_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-DEVICE = torch.device("cuda")
 CARDS = (6, 8, 12, 24)
 CONTEXT = 0.8
 """GiB of a card that are not for tensors: CUDA's context and the workspaces of convolutions. An assumption, not a measurement."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors on ``device`` that operations make and that are still referenced. Views count as what they look at."""
-
-    def __init__(self, device: torch.device = DEVICE):
-        super().__init__()
-        self.device, self.now, self.peak = device, 0, 0
-        self._made: set[int] = set()
-        self._given: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._given |= {storage._cdata for storage in self._storages((args, kwargs))} - self._made
-        out = func(*args, **(kwargs or {}))
-        for storage in self._storages(out):
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self._made and key not in self._given:
-                self._made.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, key, size)
-        return out
-
-    def _free(self, key: int, size: int) -> None:
-        self._made.discard(key)
-        self.now -= size
-
-    def _storages(self, tree) -> Iterator[torch.UntypedStorage]:
-        for leaf in tree_leaves(tree):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.device.type:
-                yield leaf.untyped_storage()
-
-
-class FusedAttention(TorchFunctionMode):
-    """Attention as a fused kernel has it in memory: the answer alone, no matrix of queries by keys."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.scaled_dot_product_attention:
-            query, _, value = args[:3]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """Bytes that ``run`` has on the device at most, above what was there before."""
-    live = LiveBytes()
-    with torch.no_grad(), live, FusedAttention():
-        run()
-    return live.peak
 
 
 def measure(sizes: list[int], tile: int | None, dtype: torch.dtype) -> tuple[dict[int, dict[str, int]], dict[str, int]]:
@@ -87,7 +32,7 @@ def measure(sizes: list[int], tile: int | None, dtype: torch.dtype) -> tuple[dic
         peaks = {}
         for pixels in sizes:
             peaks[pixels] = {}
-            for name, run in stages(networks, pixels, tile).items():
+            for name, run in stages(networks, pixels, tile, Runtime()).items():
                 peaks[pixels][name] = peak_bytes(run)
                 print(f"{pixels}² {name}: {peaks[pixels][name] / GIB:.2f} GiB", file=sys.stderr, flush=True)
         return peaks, weights
@@ -98,6 +43,13 @@ def needed(peaks: dict[str, int], weights: dict[str, int], method: str, offload:
     used = METHODS[method]
     resident = sum(weights[name] for name in {STAGES[stage] for stage in used})
     return max(peaks[stage] + (weights[STAGES[stage]] if offload else resident) for stage in used) / GIB
+
+
+def largest_whole(whole: dict[int, dict[str, int]], weights: dict[str, int], method: str, offload: bool, room: float) -> int:
+    """Side, in steps of 64 pixels, of the largest image that goes without tiles into ``room`` GiB: peaks grow with the area."""
+    known = max(whole)
+    fits = lambda side: needed({stage: peak * side**2 // known**2 for stage, peak in whole[known].items()}, weights, method, offload) <= room  # noqa: E731
+    return max((side for side in range(64, 2 * known + 1, 64) if fits(side)), default=0)
 
 
 def report(tiled: dict[int, dict[str, int]], whole: dict[int, dict[str, int]], weights: dict[str, int]) -> str:
@@ -113,13 +65,13 @@ def report(tiled: dict[int, dict[str, int]], whole: dict[int, dict[str, int]], w
             fits = []
             for card in CARDS:
                 sizes = [pixels for pixels, found in tiled.items() if needed(found, weights, method, offload) <= card - CONTEXT]
-                fits.append(f"{max(sizes)}²" if sizes else "none")
+                fits.append(f"{max(sizes, default=0)}², {largest_whole(whole, weights, method, offload, card - CONTEXT)}²")
             rows.append([method, "one at a time" if offload else "all", *fits])
     return "\n\n".join(
         [
             table(["output", *(f"{stage}, GiB" for stage in STAGES)], peaks),
             table(["weights", *weights], [["GiB", *(f"{size / GIB:.2f}" for size in weights.values())]]),
-            table(["largest of the tiled outputs above", "weights on the card", *(f"{card} GB" for card in CARDS)], rows),
+            table(["largest output: in tiles (of those above), whole", "weights on the card", *(f"{card} GB" for card in CARDS)], rows),
         ]
     )
 

@@ -12,15 +12,25 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fewstep_sr.networks.degradation import DegradationConfig, DegradationEstimator  # noqa: E402
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
 from fewstep_sr.networks.ram import Tagger, TaggerConfig  # noqa: E402
 from fewstep_sr.networks.swin import SwinConfig  # noqa: E402
 from fewstep_sr.tiling.batching import Runtime  # noqa: E402
 from fewstep_sr.tiling.predictor import MAX_WINDOWS, predict_noise_map  # noqa: E402
 from fewstep_sr.tiling.tagging import tag_logits  # noqa: E402
+from pipelines.runtime import PipelineRuntime  # noqa: E402
 from pipelines.tiling import Tiling  # noqa: E402
 
-STAGES = {"encode": "vae", "step": "unet", "decode": "vae", "light decode": "light_vae", "start state": "predictor", "tagger": "tagger"}
+STAGES = {
+    "encode": "vae",
+    "step": "unet",
+    "decode": "vae",
+    "light decode": "light_vae",
+    "start state": "predictor",
+    "tagger": "tagger",
+    "degradation": "estimator",
+}
 """Every stage and the network that it runs."""
 
 METHODS = {
@@ -28,10 +38,11 @@ METHODS = {
     "the same, light decoder": ("encode", "step", "light decode"),
     "OSEDiff with the tagger": ("tagger", "encode", "step", "decode"),
     "PiSA-SR with two knobs": ("encode", "step", "step", "decode"),
+    "S3Diff": ("degradation", "encode", "step", "step", "decode"),
     "InvSR": ("encode", "start state", "step", "decode"),
     "InvSR, light decoder": ("encode", "start state", "step", "light decode"),
 }
-"""The stages of each method, one step, guidance 1; an adapter that is fused into the weights costs nothing."""
+"""The stages of each method as published, one step; an adapter that is added to the weights costs nothing."""
 
 
 @contextmanager
@@ -114,15 +125,21 @@ class Networks:
     def tagger(self):
         return self._build(lambda: Tagger(self.tagger_config))
 
+    @cached_property
+    def estimator(self):
+        """In float32 whatever the others are."""
+        config = DegradationConfig(8, 16, 32) if self.reduced else DegradationConfig()
+        return Networks(torch.float32, self.device)._build(lambda: DegradationEstimator(config))
+
     def weights(self, name: str) -> int:
         """Bytes of a network's weights."""
         return sum(tensor.numel() * tensor.element_size() for tensor in getattr(self, name).state_dict().values())
 
 
-def stages(networks: Networks, pixels: int, tile: int | None) -> dict[str, Callable[[], torch.Tensor]]:
+def stages(networks: Networks, pixels: int, tile: int | None, runtime: Runtime | None = None) -> dict[str, Callable[[], torch.Tensor]]:
     """Every stage for one image of ``pixels`` a side, as the pipelines run it: in tiles of ``tile`` pixels, or whole. Inputs are random and made once."""
     tiling = Tiling(tile // 8, tile // 32) if tile else Tiling()
-    dtype, device, cells, runtime = networks.dtype, networks.device, pixels // 8, Runtime()
+    dtype, device, cells, runtime = networks.dtype, networks.device, pixels // 8, runtime or PipelineRuntime()
     generator = torch.Generator().manual_seed(5)
     image = torch.rand(1, 3, pixels, pixels, generator=generator)
     low_quality = image[..., ::4, ::4].contiguous()
@@ -147,4 +164,5 @@ def stages(networks: Networks, pixels: int, tile: int | None) -> dict[str, Calla
         "light decode": lambda: tiling.decode(networks.light_vae, latents, device, runtime),
         "start state": start_state,
         "tagger": lambda: tag_logits(lambda picture: networks.tagger(picture.to(device, dtype)), low_quality, networks.tagger_config, runtime),
+        "degradation": lambda: networks.estimator(low_quality.to(device)),
     }

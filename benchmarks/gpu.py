@@ -81,6 +81,7 @@ class Work:
             "unet": lambda n: n.unet,
             "predictor": lambda n: n.predictor,
             "tagger": lambda n: n.tagger,
+            "estimator": lambda n: n.estimator,
         }
         self._networks = networks
         self._counted = Networks(torch.float32, torch.device("meta"), networks.reduced)

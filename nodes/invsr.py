@@ -17,6 +17,7 @@ from ..fewstep_sr.networks.posterior import Posterior, draw_noise
 from ..fewstep_sr.tiling.predictor import predict_noise_map
 from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
+from .memory import MARGIN, PREDICTOR_ACTIVATIONS
 from .noise import PredictedNoise, by_content, digest
 from .page import find_listed, fingerprint, list_files
 from .picture_size import picture_size
@@ -154,8 +155,8 @@ def predict_noise(predictor: ManagedNetwork, picture: torch.Tensor, timestep: in
     config = predictor.network.config
 
     def fitting(height: int, width: int) -> int:
-        # Measured on the published dimensions: a peak of 11.4 activations of the first level.
-        per_window = predictor.activation_size(12 * config.block_out_channels[0] * height * width * config.pixels_per_cell**2)
+        pixels = height * width * config.pixels_per_cell**2
+        per_window = int(MARGIN * predictor.activation_size(PREDICTOR_ACTIVATIONS * config.block_out_channels[0] * pixels))
         predictor.load(per_window)
         return int(comfy.model_management.get_free_memory(predictor.device) // per_window)
 

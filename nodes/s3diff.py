@@ -10,9 +10,10 @@ from server import PromptServer
 
 from ..fewstep_sr.methods import load_weights
 from ..fewstep_sr.methods.s3diff_estimator import ESTIMATOR
-from ..fewstep_sr.networks.degradation import SCORES, STRIP, DegradationEstimator, overrule, require_scores
+from ..fewstep_sr.networks.degradation import HALO, SCORES, STRIP, DegradationEstimator, overrule, require_scores
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
+from .memory import ESTIMATOR_ACTIVATIONS, MARGIN
 from .page import find_in_folder, fingerprint, list_files, require_number
 from .per_image import with_scores
 from .runtime import ComfyUI
@@ -130,9 +131,8 @@ class S3DiffAdapt(io.ComfyNode):
 def estimate(estimator: ManagedNetwork, images: torch.Tensor) -> torch.Tensor:
     """Scores (B, 2) of images (B, 3, h, w) in [0, 1], float32 on the CPU. One image at a time."""
     host = ComfyUI()
-    # Input, output and two activations of a residual block on a strip.
-    pixels = min(STRIP, images.shape[-2] * images.shape[-1])
-    estimator.load(4 * estimator.activation_size(estimator.network.config.channels * pixels))
+    pixels = min(STRIP + 2 * HALO * images.shape[-1], images.shape[-2] * images.shape[-1])  # a strip's
+    estimator.load(int(MARGIN * estimator.activation_size(ESTIMATOR_ACTIVATIONS * estimator.network.config.channels * pixels)))
     update, scores = host.progress(len(images)), []
     for image in images.split(1):
         host.before_call()

@@ -16,6 +16,7 @@ from ..fewstep_sr.tiling import tagging
 from ..fewstep_sr.weights.tagger import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, by_preference, load_tagger_weights
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
+from .memory import MARGIN, TAGGER_ACTIVATIONS
 from .page import find_in_folder, fingerprint, list_files, require_number, require_text
 from .runtime import ComfyUI
 
@@ -135,7 +136,6 @@ class DAPETagger(io.ComfyNode):
 def tag_logits(tagger: LoadedTagger, pictures: torch.Tensor) -> torch.Tensor:
     """Logits (B, tags) of pictures (B, 3, H, W) in [0, 1], float32 on the CPU. One picture at a time, which bounds the memory."""
     managed, config = tagger.managed, tagger.managed.network.config
-    # Measured: 310 MiB in float32 at full size, six of the tagging head's widest activation.
-    managed.load(6 * managed.activation_size(config.num_tags * config.mlp_channels))
+    managed.load(int(MARGIN * managed.activation_size(TAGGER_ACTIVATIONS * config.num_tags * config.mlp_channels)))
     logits = tagging.tag_logits(lambda image: managed.network(managed.cast(image)), pictures, config, ComfyUI())
     return require_finite(logits, "DAPE Tagger", "--fp32-unet or --bf16-unet")

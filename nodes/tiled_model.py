@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..fewstep_sr.tiling.tiles import TileLayout
 from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles, take
+from .memory import unet_memory
 from .runtime import ComfyUI
 from .tiled_conds import PlacedCond
 from .tiled_controls import PlacedControls
@@ -145,10 +146,10 @@ class TiledPrediction:
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:
-        """How many tiles go into one call, by ComfyUI's own estimate of memory."""
+        """How many tiles go into one call."""
         tile, free = items[0][1], model.current_patcher.get_free_memory(x.device)
         group = min(self.batch, len(items))
-        while group > 1 and model.memory_required([group, x.shape[1], tile.height, tile.width]) * 1.5 > free:
+        while group > 1 and unet_memory(model, [group, x.shape[1], tile.height, tile.width]) > free:
             group //= 2
         return group
 

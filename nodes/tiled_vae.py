@@ -14,6 +14,7 @@ from ..fewstep_sr.image.sizes import pad_for_vae, padded_side
 from ..fewstep_sr.tiling.vae import MIN_TILE, TiledCoder
 from ..fewstep_sr.tiling.whole_picture import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
+from .memory import vae_memory
 from .per_image import each_vae
 from .runtime import ComfyUI
 
@@ -71,7 +72,7 @@ def decode_pictures(vae, latents: torch.Tensor, tile_size: int = 0, clamp: bool 
 def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], result: torch.Tensor, prepare: Callable, tile_size: int) -> None:
     """Add the network's answer for each picture of ``source`` to ``result``."""
     scale_in, scale_out = (PIXELS_PER_CELL, 1) if method == "encode" else (1, PIXELS_PER_CELL)
-    memory_used = partial(_memory_used, vae, method)
+    memory_used = partial(vae_memory, vae, method)
     tile = _choose_tile(tile_size, vae, memory_used, *(side // scale_out for side in result.shape[-2:]))
 
     def call(network, part: torch.Tensor) -> torch.Tensor:
@@ -91,13 +92,6 @@ def _share_attention(copied, block, whole: WholePicture) -> None:
             return rearrange(attended, "b (h w) c -> b c h w", h=q.shape[-2])
 
         copied.optimized_attention = attend
-
-
-def _memory_used(vae, method: str, height: int, width: int) -> int:
-    """ComfyUI's estimate for one picture of that many cells."""
-    if method == "encode":
-        return vae.memory_used_encode((1, 3, height * PIXELS_PER_CELL, width * PIXELS_PER_CELL), vae.vae_dtype)
-    return vae.memory_used_decode((1, LATENT_CHANNELS, height, width), vae.vae_dtype)
 
 
 def _choose_tile(tile_size: int, vae, memory_used: Callable[[int, int], int], height: int, width: int) -> int:

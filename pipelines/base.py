@@ -102,6 +102,13 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
         """What the last call found out about its image, for the command line to say."""
         return ()
 
+    def convert(self, dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        """Compute in another precision from now on, and keep images in ``memory_format`` in the VAE, where most of the convolutions' work is."""
+        for network in self.components.values():
+            if isinstance(network, torch.nn.Module):
+                torch.nn.Module.to(network, dtype)  # not diffusers' own, which warns of what does not concern these networks
+        self.vae.to(memory_format=memory_format)
+
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Text embeddings (B, 77, width) of the base's own text encoder."""
         if self.text_encoder is None or self.tokenizer is None:

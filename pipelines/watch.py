@@ -66,7 +66,7 @@ def watch(settings: Settings) -> int:
     written, failures, ended = 0, 0, False
     try:
         with _stopped_by(signal.SIGTERM):
-            upscaler = Upscaler(settings, *find_files(settings, state), state, lambda job: Results(settings, [job]).record(job))
+            upscaler = Upscaler(settings, *find_files(settings, state), state, lambda job: Results(settings, [job]).record(job), by_speed=True)
             inbox = Inbox(settings)
             print(f"Watching {', '.join(settings.inputs)}; results go to {settings.output}. Ctrl+C stops.", file=sys.stderr, flush=True)
             while not ended:

@@ -87,6 +87,7 @@ class DegradationEstimator(nn.Module):
             own = features[..., above // 2 : (above + min(rows, height - top) + 1) // 2, :]
             totals.append(own.sum(dim=(-2, -1)))
             cells += own.shape[-2] * own.shape[-1]
+            del features, own  # before the next strip's are made
         return torch.stack(totals).sum(dim=0) / cells
 
 

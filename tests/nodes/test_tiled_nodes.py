@@ -270,7 +270,7 @@ def test_vae_goes_on_in_tiles_when_memory_runs_out(comfy, base, caplog):
 def test_tiles_are_chosen_before_memory_runs_out(comfy, base, monkeypatch):
     vae = base[1]
     shapes, encode = [], type(vae.first_stage_model).encode
-    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: vae.memory_used_encode((1, 3, 24 * 8, 24 * 8), vae.vae_dtype))
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: comfy.module(".nodes.memory").vae_memory(vae, "encode", 24, 24))
     monkeypatch.setattr(type(vae.first_stage_model), "encode", lambda self, x: shapes.append(x.shape) or encode(self, x))
     comfy.run("FewStepSRVAEEncode", pixels=picture(4, 330, 300), vae=vae)
     assert max(n * h * w for n, _, h, w in shapes) <= (24 * 8) ** 2 and len(shapes) > 4
