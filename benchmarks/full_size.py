@@ -19,6 +19,7 @@ from fewstep_sr.networks.swin import SwinConfig  # noqa: E402
 from fewstep_sr.tiling.batching import Runtime  # noqa: E402
 from fewstep_sr.tiling.predictor import MAX_WINDOWS, predict_noise_map  # noqa: E402
 from fewstep_sr.tiling.tagging import tag_logits  # noqa: E402
+from pipelines.compiled import Compiler  # noqa: E402
 from pipelines.runtime import PipelineRuntime  # noqa: E402
 from pipelines.tiling import Tiling  # noqa: E402
 
@@ -136,9 +137,11 @@ class Networks:
         return sum(tensor.numel() * tensor.element_size() for tensor in getattr(self, name).state_dict().values())
 
 
-def stages(networks: Networks, pixels: int, tile: int | None, runtime: Runtime | None = None) -> dict[str, Callable[[], torch.Tensor]]:
+def stages(
+    networks: Networks, pixels: int, tile: int | None, runtime: Runtime | None = None, compiler: Compiler | None = None
+) -> dict[str, Callable[[], torch.Tensor]]:
     """Every stage for one image of ``pixels`` a side, as the pipelines run it: in tiles of ``tile`` pixels, or whole. Inputs are random and made once."""
-    tiling = Tiling(tile // 8, tile // 32) if tile else Tiling()
+    tiling = Tiling(tile // 8, tile // 32, compiler) if tile else Tiling(compiler=compiler)
     dtype, device, cells, runtime = networks.dtype, networks.device, pixels // 8, runtime or PipelineRuntime()
     generator = torch.Generator().manual_seed(5)
     image = torch.rand(1, 3, pixels, pixels, generator=generator)
@@ -149,13 +152,14 @@ def stages(networks: Networks, pixels: int, tile: int | None, runtime: Runtime |
     timestep = torch.full((1,), 999, device=device)
 
     def unet(tiles: torch.Tensor, _) -> torch.Tensor:
-        return networks.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=embeds.expand(len(tiles), -1, -1)).sample
+        return tiling.call(networks.unet, tiles.to(device, dtype), timestep, encoder_hidden_states=embeds.expand(len(tiles), -1, -1)).sample
 
     def start_state() -> torch.Tensor:
         ratio = networks.predictor_config.pixels_per_cell
         window = torch.nn.functional.interpolate(low_quality, size=(ratio * cells, ratio * cells), mode="nearest")
-        call = lambda windows: networks.predictor(windows.to(device, dtype), 199)  # noqa: E731
-        return predict_noise_map(call, window, networks.predictor_config, lambda height, width: MAX_WINDOWS, runtime, device).mean
+        index = torch.full((1,), 199, device=device)
+        call = lambda windows: tiling.call(networks.predictor, windows.to(device, dtype), index)  # noqa: E731
+        return predict_noise_map(call, window, networks.predictor_config, lambda height, width: 1 if compiler else MAX_WINDOWS, runtime, device).mean
 
     return {
         "encode": lambda: tiling.encode(networks.vae, image, device, runtime),

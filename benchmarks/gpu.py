@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from full_size import METHODS, STAGES, Networks, stages
+from full_size import METHODS, STAGES, Compiler, Networks, stages
 from gpu_report import CAP, GIB, plot, report
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -147,24 +147,15 @@ def loops(networks: Networks, pixels: int, tile: int) -> dict[str, Callable[[], 
     }
 
 
-def compile_networks(networks: Networks, backend: str) -> None:
-    """Every network compiled in place; tiles of one shape take one graph."""
-    networks.unet.compile(dynamic=False, backend=backend)
-    for vae in (networks.vae, networks.light_vae):
-        vae.encoder.compile(dynamic=False, backend=backend)
-        vae.decoder.compile(dynamic=False, backend=backend)
-    networks.predictor.compile(dynamic=False, backend=backend)
-
-
 def measure(
-    networks: Networks, sizes: list[int], tile: int, repeats: int, speed: float | None, with_loops: bool
+    networks: Networks, sizes: list[int], tile: int, repeats: int, speed: float | None, compiler: Compiler | None = None
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Milliseconds, peak and share of the floor of every stage, for each size."""
+    """Milliseconds and peak of every stage, for each size; without a compiler the share of the floor and the loop's as well."""
     clock, work, found = Clock(networks.device), Work(networks), {}
     for pixels in sizes:
         found[str(pixels)] = {}
-        in_loops = loops(networks, pixels, tile) if with_loops else {}
-        for stage, call in stages(networks, pixels, tile).items():
+        in_loops = loops(networks, pixels, tile) if compiler is None else {}
+        for stage, call in stages(networks, pixels, tile, compiler=compiler).items():
             milliseconds, peak = clock.run(call, repeats)
             entry = {"ms": milliseconds, "peak_gib": peak}
             if speed:
@@ -251,10 +242,9 @@ def main(argv: list[str] | None = None) -> int:
             "reduced": arguments.reduced, "tile": arguments.tile, "speed": speed,
         }  # fmt: skip
         networks = Networks(dtype, device, arguments.reduced)
-        results["eager"] = measure(networks, arguments.sizes, arguments.tile, arguments.repeats, speed, with_loops=True)
+        results["eager"] = measure(networks, arguments.sizes, arguments.tile, arguments.repeats, speed)
         if not arguments.no_compile:
-            compile_networks(networks, arguments.backend)
-            results["compiled"] = measure(networks, arguments.sizes, arguments.tile, arguments.repeats, None, with_loops=False)
+            results["compiled"] = measure(networks, arguments.sizes, arguments.tile, arguments.repeats, None, Compiler(arguments.backend))
         del networks
         others = [torch.float16, torch.bfloat16] if device.type == "cuda" else [torch.bfloat16]
         results["errors"] = errors(device, arguments.reduced, min(arguments.sizes), others)

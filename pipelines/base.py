@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from fewstep_sr.networks.posterior import Posterior, draw_noise
 from fewstep_sr.tiling.unet import take
 
 from .checks import require_finite, require_stable_diffusion
+from .compiled import Compiler
 from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
 from .runtime import PipelineRuntime
@@ -189,8 +191,10 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
         embeds = prompt_embeds.to(device, dtype).expand(len(latents), -1, -1)
         timestep = torch.as_tensor(timestep, device=device)  # once: a number would be copied there at each call
 
+        unet = self._tiling.compiler.unet(self.unet) if self._tiling.compiler else self.unet
+
         def network(tiles: torch.Tensor, pictures: list[int]) -> torch.Tensor:
-            return self.unet(tiles.to(device, dtype), timestep, encoder_hidden_states=take(embeds, pictures)).sample
+            return self._tiling.call(unet, tiles.to(device, dtype), timestep, encoder_hidden_states=take(embeds, pictures)).sample
 
         return require_finite(self._tiling.predict(network, latents.to(device), self._runtime), "the UNet")
 
@@ -199,10 +203,17 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
         if tile < 256 or tile % 64:
             raise ValueError(f"tile: found {tile}, expected a multiple of 64 from 256 on.")
         cells = tile // VAE_MULTIPLE
-        self._tiling = Tiling(tile=cells, overlap=cells // 4)
+        self._tiling = replace(self._tiling, tile=cells, overlap=cells // 4)
 
     def disable_tiling(self) -> None:
-        self._tiling = Tiling()
+        self._tiling = replace(self._tiling, tile=None, overlap=0)
+
+    def enable_compile(self, backend: str | Callable = "inductor") -> None:
+        """UNet, VAE and noise predictor through ``torch.compile`` from the next call on. All sizes of images share two graphs of each network."""
+        self._tiling = replace(self._tiling, compiler=Compiler(backend))
+
+    def disable_compile(self) -> None:
+        self._tiling = replace(self._tiling, compiler=None)
 
     def _call_back(self, callback, names: Sequence[str], step: int, timestep, tensors: dict) -> dict:
         """Let the user's ``callback_on_step_end`` look at, and replace, the tensors that it asked for."""

@@ -92,12 +92,13 @@ class InvSRPipeline(FewStepSRPipeline):
 
     def _predict(self, picture: torch.Tensor, timestep: int) -> Posterior:
         """The noise map's posterior for pictures in [-1, 1], float32 on the CPU."""
-        device, dtype = self._execution_device, self.noise_predictor.dtype
+        device, dtype, most = self._execution_device, self.noise_predictor.dtype, 1 if self._tiling.compiler else MAX_WINDOWS
+        index = torch.full((1,), timestep, device=device)  # not a number, for each of which a graph would be compiled
 
         def call(windows: torch.Tensor) -> Posterior:
-            return self.noise_predictor(windows.to(device, dtype), timestep)
+            return self._tiling.call(self.noise_predictor, windows.to(device, dtype), index)
 
-        return predict_noise_map(call, picture, self.noise_predictor.dimensions, lambda height, width: MAX_WINDOWS, self._runtime, device)
+        return predict_noise_map(call, picture, self.noise_predictor.dimensions, lambda height, width: most, self._runtime, device)
 
     @torch.no_grad()
     def denoise(

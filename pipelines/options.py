@@ -70,4 +70,5 @@ def add_machine(command: argparse.ArgumentParser) -> None:
         help="default: float16 on a GPU; on a CPU float32, and with upscale bfloat16 where that is measured much faster",
     )
     machine.add_argument("--tile", type=int, default=1024, help="tile size in pixels for larger results; 0: no tiles (default: %(default)s)")
+    machine.add_argument("--compile", action="store_true", help="compile the networks, which takes minutes and is for many images of whatever sizes")
     machine.add_argument("--offload", action="store_true", help="keep only the active network on the GPU")

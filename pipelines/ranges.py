@@ -37,6 +37,10 @@ def require_ranges(settings: "Settings") -> None:
         raise ValueError(f"--segment: found {settings.segment}, expected 1 frame or more.")
     if settings.output is not None and settings.output.suffix.lower() in CONTAINERS:
         require_video_options(settings.output, settings.codec, settings.crf, settings.pixel_format)
+    if settings.compile and settings.offload:
+        raise ValueError(
+            "--compile: found it with --offload, which moves the networks between calls, expected one of them. Leave out one or the other."
+        )
     if settings.device is not None:
         require_device(settings.device)
 

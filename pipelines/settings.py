@@ -64,6 +64,7 @@ class Settings:
     dtype: str | None = None
     tile: int = 1024
     offload: bool = False
+    compile: bool = False
     suffix: str | None = None
     quality: int = 95
     overwrite: bool = False
@@ -156,6 +157,7 @@ class Settings:
             dtype=arguments.dtype,
             tile=arguments.tile,
             offload=arguments.offload,
+            compile=arguments.compile,
             suffix=f".{arguments.format}" if arguments.format else None,
             quality=arguments.quality,
             overwrite=arguments.overwrite,

@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from einops import rearrange
+from torch import nn
 
 from fewstep_sr.image.sizes import VAE_MULTIPLE, pad_for_vae, padded_side, size_of
 from fewstep_sr.tiling.batching import Runtime
@@ -15,6 +17,8 @@ from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.unet import Item, cut_items, predict_in_tiles
 from fewstep_sr.tiling.vae import TiledCoder
 from fewstep_sr.tiling.whole_picture import WholePicture
+
+from .compiled import Compiler, call_plainly
 
 GROUP_CELLS = 128**2
 """Latent cells in one call, where a single tile or picture has no more by itself: memory then does not grow with the batch."""
@@ -27,31 +31,43 @@ def fitting(height: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of ``tile`` latent cells a side, those of the UNet with ``overlap``. What fits into one tile is not tiled; without a ``tile`` nothing is."""
+    """Tiles of ``tile`` latent cells a side, those of the UNet with ``overlap``. What fits into one tile is not tiled; without a ``tile`` nothing is.
+
+    With a ``compiler`` tiles and images go through the networks one at a time: other numbers of them would need graphs of their own.
+    """
 
     tile: int | None = None
     overlap: int = 0
+    compiler: Compiler | None = None
 
     def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device, runtime: Runtime) -> torch.Tensor:
         """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1] of any size, float32 on the CPU."""
 
-        def call(vae, part):
-            return vae.encode((part * 2 - 1).to(device, vae.dtype)).latent_dist.parameters.float()
+        def call(network, part):
+            part = (part * 2 - 1).to(device, vae.dtype)
+            if self._compiles(network, whole):
+                return self.call(_encode, part, network.encoder, network.quant_conv).float()
+            return network.encode(part).latent_dist.parameters.float()
 
+        whole = self._untiled(vae)
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device)
+        coder = TiledCoder(whole, call, _share_attention, VAE_MULTIPLE, 1, self._coder_fitting(moments), runtime, device)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
     def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, runtime: Runtime) -> torch.Tensor:
         """Pictures (B, 3, 8h, 8w) in [-1, 1] of the VAE's own latents (B, 4, h, w), float32 on the CPU."""
 
-        def call(vae, part):
-            return vae.decode(part.to(device, vae.dtype)).sample.float()
+        def call(network, part):
+            part = part.to(device, vae.dtype)
+            if self._compiles(network, whole):
+                return self.call(_decode, part, network.decoder, network.post_quant_conv).float()
+            return network.decode(part).sample.float()
 
+        whole = self._untiled(vae)
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(self._untiled(vae), call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime, device)
+        coder = TiledCoder(whole, call, _share_attention, 1, VAE_MULTIPLE, self._coder_fitting(latents), runtime, device)
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 
@@ -63,9 +79,25 @@ class Tiling:
         def predict(items: Sequence[Item]) -> list[torch.Tensor]:
             return [network(cut_items(latents, items), [picture for picture, _ in items])]
 
-        group = fitting(layout.tiles[0].height, layout.tiles[0].width)
+        group = self.fitting(layout.tiles[0].height, layout.tiles[0].width)
         predict_in_tiles(predict, [blended], layout, group, runtime)
         return blended
+
+    def call(self, function: Callable, image: torch.Tensor, *args, **kwargs) -> Any:
+        """``function(image, ...)``, compiled where there is a compiler."""
+        return (self.compiler or call_plainly)(function, image, *args, **kwargs)
+
+    def _compiles(self, network: AutoencoderKL, whole: AutoencoderKL) -> bool:
+        """Whether a VAE is compiled: not what shares the statistics of a whole picture among its tiles, which is made for each picture."""
+        return self.compiler is not None and network is whole and not (network.use_tiling or network.use_slicing)
+
+    def fitting(self, height: int, width: int) -> int:
+        """How many tiles or pictures of so many cells go through a network in one call."""
+        return 1 if self.compiler else fitting(height, width)
+
+    def _coder_fitting(self, latents: torch.Tensor) -> Callable[[int, int], int]:
+        """How many go through the VAE: tiles, which are not compiled, as many as ever."""
+        return self.fitting if max(latents.shape[-2:]) <= self._side(latents) else fitting
 
     def _side(self, latents: torch.Tensor) -> int:
         return self.tile or max(latents.shape[-2:])
@@ -77,6 +109,15 @@ class Tiling:
         untiled = copy.copy(vae)
         untiled.use_tiling = untiled.use_slicing = False
         return untiled
+
+
+def _encode(image: torch.Tensor, encoder: nn.Module, quant_conv: nn.Module | None) -> torch.Tensor:
+    moments = encoder(image)
+    return moments if quant_conv is None else quant_conv(moments)
+
+
+def _decode(latents: torch.Tensor, decoder: nn.Module, post_quant_conv: nn.Module | None) -> torch.Tensor:
+    return decoder(latents if post_quant_conv is None else post_quant_conv(latents))
 
 
 class _SharedAttention:

@@ -127,6 +127,8 @@ class Upscaler:
         self.pipeline.set_progress_bar_config(leave=False, dynamic_ncols=True, disable=state.num_processes > 1 or None)  # None: in a terminal alone
         if settings.tile:
             self.pipeline.enable_tiling(settings.tile)
+        if settings.compile:
+            self.pipeline.enable_compile()
         if settings.offload:
             self.pipeline.enable_model_cpu_offload(device=device)
         else:

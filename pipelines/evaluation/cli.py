@@ -252,6 +252,16 @@ def _settings(arguments: argparse.Namespace, device, **changes: Any) -> "Setting
 
     arguments = copy.copy(arguments)
     vars(arguments).update(
-        input=[], output=None, format="png", quality=95, overwrite=False, dtype=None, tile=0, offload=False, device=str(device), **changes
+        input=[],
+        output=None,
+        format="png",
+        quality=95,
+        overwrite=False,
+        dtype=None,
+        tile=0,
+        offload=False,
+        compile=False,
+        device=str(device),
+        **changes,
     )
     return Settings.from_arguments(arguments)

@@ -158,7 +158,7 @@ def test_what_does_not_change_a_result(tmp_path):
     touch(tmp_path, "a.png", "b.png")
     jobs = [Job(tmp_path / f"{n}.png", tmp_path / "out" / f"{n}.png") for n in "ab"]
     result(jobs[0], settings())
-    for same in ({"device": "cpu"}, {"offload": True}, {"quality": 50}, {"negative_prompt": "x"}, {"weights": None}):
+    for same in ({"device": "cpu"}, {"offload": True}, {"compile": True}, {"quality": 50}, {"negative_prompt": "x"}, {"weights": None}):
         assert Results(settings(**same), jobs)(jobs[0]), same
     (tmp_path / "a.png").write_bytes(b"another photo of the same name")
     look = Results(settings(), jobs)

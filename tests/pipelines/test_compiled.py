@@ -1,0 +1,81 @@
+"""Compiled networks: the same results, and as few graphs as promised whatever sizes images have."""
+
+import pipeline_toys
+import pytest
+import torch
+import toys
+from diffusers import UNet2DConditionModel
+
+from pipelines import InvSRPipeline
+
+SIZES = [(96, 96), (40, 88), (33, 57), (72, 24), (304, 40)]
+"""Of the upscaled images: an even and an odd number of latent pixels, square and not, the last one in two tiles."""
+
+
+class Graphs(list):
+    """A backend that computes graphs as they are and keeps them."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs) -> torch.nn.Module:
+        self.append(graph)
+        return graph
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Without oneDNN, before which PyTorch asks of each convolution on a CPU whether its input is small: a graph for each answer."""
+    torch._dynamo.reset()
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> InvSRPipeline:
+    folder = tmp_path_factory.mktemp("compiled")
+    torch.save(toys.predictor_state_dict(3), folder / "predictor.pth")
+    parts = pipeline_toys.components(3)
+    torch.manual_seed(3)
+    parts["unet"] = UNet2DConditionModel(
+        block_out_channels=(32, 32), layers_per_block=1, attention_head_dim=8, cross_attention_dim=64, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    pipeline = InvSRPipeline(**parts)
+    pipeline.enable_tiling(256)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_noise_predictor(folder / "predictor.pth")
+    return pipeline
+
+
+def graphs_of(pipeline, run) -> int:
+    """How many graphs ``run(pipeline, height, width)`` takes for all sizes, each with the same result as without compiling."""
+    graphs = Graphs()
+    expected = [run(pipeline, *size) for size in SIZES]
+    pipeline.enable_compile(graphs)
+    try:
+        for size, without in zip(SIZES, expected, strict=True):
+            assert torch.allclose(run(pipeline, *size), without, rtol=1e-4, atol=1e-5), size
+    finally:
+        pipeline.disable_compile()
+    return len(graphs)
+
+
+def latents(height: int, width: int) -> torch.Tensor:
+    return torch.randn(2, 4, -(-height // 8), -(-width // 8), generator=torch.Generator().manual_seed(1))
+
+
+EMBEDS = torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(2))
+RUNS = {
+    "encode": lambda pipeline, height, width: pipeline.encode(toys.picture(1, height, width).movedim(-1, 1).expand(2, -1, -1, -1)),
+    "decode": lambda pipeline, height, width: pipeline.decode(latents(height, width)),
+    "predict": lambda pipeline, height, width: pipeline.predict_noise(latents(height, width), 999, EMBEDS),
+    "noise map": lambda pipeline, height, width: (
+        pipeline._predict(torch.rand(2, 3, 2 * (-(-height // 8)), 2 * (-(-width // 8)), generator=torch.Generator().manual_seed(1)), 199).mean
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", RUNS)
+def test_two_graphs_at_most(pipeline, stage):
+    with torch.no_grad():
+        assert 1 <= graphs_of(pipeline, RUNS[stage]) <= 2
