@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from urllib.parse import quote
@@ -12,7 +15,7 @@ import numpy as np
 import pytest
 import tagger_toys
 import torch
-from comfy_server import Server, to_prompt
+from comfy_server import Server, execution_errors, to_prompt
 from conftest import ROOT
 from PIL import Image
 from server_folder import RENAMED, fill, load, photo
@@ -266,6 +269,57 @@ def test_template_cutout(server):
     alpha = np.asarray(saved)[..., 3]
     expected = np.asarray(Image.fromarray(hidden[..., 3]).resize((200, 148), Image.Resampling.BILINEAR))
     assert np.abs(alpha.astype(int) - expected).mean() < 3 and alpha.min() == 0 and alpha.max() == 255
+
+
+SERVICE = ROOT / "docs" / "service"
+
+
+def test_service_client(server, tmp_path):
+    """docs/service.md: the client restores a picture, tells of the nodes as they run, and repeats a node's own words where one fails."""
+    photo().save(tmp_path / "cat.png")
+    words = [sys.executable, SERVICE / "client.py", tmp_path / "cat.png", tmp_path / "cat_x4.png", "--server", server.url]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "cat_x4.png").size == (200, 148)
+    lines = done.stdout.splitlines()
+    assert lines.index("OSEDiffOneStep") < lines.index("SaveImage") and lines[-1] == f"{tmp_path / 'cat_x4.png'} written"
+    assert any(re.fullmatch(r"  \d+ of \d+", line) for line in lines)
+    workflow = json.loads((SERVICE / "osediff.json").read_text())
+    workflow["step"]["inputs"]["timestep"] = -5
+    (tmp_path / "wrong.json").write_text(json.dumps(workflow))
+    refused = subprocess.run([*words, "--workflow", tmp_path / "wrong.json"], capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 1 and "timestep" in refused.stderr
+
+
+def test_service_curl(server):
+    """docs/service.md: the command as it stands there, at this server's port."""
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    [command] = re.findall(r"^curl .*$", (ROOT / "docs" / "service.md").read_text(), re.MULTILINE)
+    command = command.replace("http://127.0.0.1:8188", server.url)
+    answer = json.loads(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=True, timeout=60).stdout)
+    entry = server._wait(answer["prompt_id"], 600)
+    assert entry["status"]["status_str"] == "success", execution_errors(entry)
+    [image] = entry["outputs"]["save"]["images"]
+    assert server.image(image).size == (200, 148)
+
+
+def test_a_clip_in_groups(server):
+    """docs/service.md: Trim Video hands on a part alone, and the parts have all three frames."""
+    import av
+
+    prompt = to_prompt(load("video_osediff_x2"), server.schemas)
+    [components] = [node for node in prompt.values() if node["class_type"] == "GetVideoComponents"]
+    prompt["trim"] = {"class_type": "Video Slice", "inputs": {"video": components["inputs"]["video"], "strict_duration": False}}
+    components["inputs"]["video"] = ["trim", 0]
+    numbers = []
+    for start in (0.0, 0.25):
+        prompt["trim"]["inputs"] |= {"start_time": start, "duration": 0.25}
+        outputs = server.run(prompt)["outputs"]
+        [saved] = [image for output in outputs.values() for image in output.get("images", []) if image["filename"].endswith(".mp4")]
+        with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
+            numbers.append(sum(1 for _ in video.decode(video=0)))
+    assert numbers == [2, 1]
 
 
 def test_every_template_is_run():
