@@ -40,7 +40,7 @@ def find(source: Source, option: str, given: str | None, comfyui: Path | None, d
         comfyui: a ComfyUI with a ``models`` folder.
 
     Raises:
-        FileNotFoundError: it is nowhere; the message says where it was looked for, where to put it and how to have it fetched.
+        FileNotFoundError: it is nowhere, or cannot be fetched; the message says where it was looked for, where to put it and how to have it fetched.
     """
     folder = comfyui / "models" / source.folder if comfyui else None
     for name in (given,) if given else source.names:
@@ -65,6 +65,16 @@ def find(source: Source, option: str, given: str | None, comfyui: Path | None, d
             f"{source.page} (licence: {source.licence})."
         )
     print(f"Fetching {source.what}. Licence: {source.licence}", file=sys.stderr)
+    try:
+        return _fetch(source)
+    except OSError as error:  # no connection, no such page, no licence agreed to; the hub's and urllib's errors are among them
+        raise FileNotFoundError(
+            f"{source.what} ({source.names[0]}) could not be fetched from {source.page}: {error}. Check the connection, or fetch it by hand and give "
+            f"its path with {option}."
+        ) from error
+
+
+def _fetch(source: Source) -> str:
     if source.url:
         target = _hub_folder() / Path(source.url).name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,23 @@ def test_hypir(case, tmp_path, monkeypatch):
     assert relative_error(pipeline.one_step(latent, embeds), arrays["x0_200_200"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("scale", [4, 0.5])
+def test_hypirs_enlargement(scale):
+    """As the published program's: cubic convolution with a = -0.75 at the pixels' centres, no antialiasing."""
+
+    def kernel(x, a=-0.75):
+        x = x.abs()
+        near, far = (a + 2) * x**3 - (a + 3) * x**2 + 1, a * (x**3 - 5 * x**2 + 8 * x - 4)
+        return torch.where(x <= 1, near, torch.where(x < 2, far, 0.0))
+
+    point = torch.zeros(1, 3, 10, 10)
+    point[..., 4, 5] = 1
+    _, enlarged = HYPIRPipeline(**pipeline_toys.components(2)).preprocess(point, scale)
+    centres = (torch.arange(round(10 * scale)) + 0.5) / scale - 0.5
+    expected = kernel(centres - 4)[:, None] * kernel(centres - 5)[None]
+    assert (enlarged - expected).abs().max() < 1e-6
+
+
 def test_hypir_wrong_turns(tmp_path):
     pipeline, arrays, _, embeds, _ = start("hypir_square", HYPIRPipeline, tmp_path, "pth")
     assert relative_error(pipeline.predict_noise(arrays["latent"], 199, embeds), arrays["noise_pred"]) > 0.01

@@ -4,24 +4,28 @@ import json
 import os
 import shutil
 from pathlib import Path
+from urllib.error import URLError
 
 import pipeline_toys
 import pytest
 import stable_diffusion
 import torch
 import toys
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
 from toys import GOLDEN
 
+from fewstep_sr.image.quality import compare
 from fewstep_sr.methods import METHODS
 from fewstep_sr.miniature import PHOTO
 from fewstep_sr.miniature import find as find_miniature
-from pipelines import OSEDiffPipeline, pipeline_class
+from pipelines import HYPIRPipeline, OSEDiffPipeline, pipeline_class
 from pipelines.cli import main
 from pipelines.evaluation import by_nodes, in_comfyui, verify
 from pipelines.evaluation.stages import error_of_fingerprint, fingerprint, recorded, relative_error
 from pipelines.evaluation.subjects import Run, Subject
+from pipelines.pictures import read_pixels
 from pipelines.settings import Settings
 from pipelines.single_file import CONFIG, find_tokenizer
 
@@ -230,6 +234,45 @@ def test_missing_weights_are_said(tmp_path, monkeypatch, small, capsys):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
     assert main(["verify", "--method", "pisasr", "--device", "cpu"]) == 2
     assert f"({METHODS['pisasr'].weights.names[0]})" in (error := capsys.readouterr().err) or METHODS["pisasr"].base.what in error
+
+
+@pytest.mark.slow
+def test_downloads_without_a_connection(tmp_path, monkeypatch, small):
+    """Each file is named with its page, whether the hub or another server does not answer, and the miniature is verified all the same."""
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+
+    def unreachable(error: OSError):
+        def fetch(*_):
+            raise error
+
+        return fetch
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable(URLError("Name or service not known")))
+    monkeypatch.setattr("pipelines.find.hf_hub_download", unreachable(LocalEntryNotFoundError("An error happened while trying to locate the file")))
+    monkeypatch.setattr("pipelines.find.try_to_load_from_cache", lambda *_: None)
+    for method, error in (("osediff", "Name or service not known"), ("invsr", "trying to locate the file")):
+        report = run(tmp_path, "--method", method, "--download", "--picture", small, output=f"{method}.json")
+        (missing,), source = report["missing"], METHODS[method].weights
+        assert f"({source.names[0]}) could not be fetched from {source.page}: " in missing and error in missing and "--weights" in missing
+        assert report["ok"] and [check["method"] for check in report["checks"]] == [method]
+
+
+@pytest.mark.slow
+def test_a_benchmark(tmp_path, monkeypatch, small):
+    """Methods on weights that were found, the miniature apart, restore the whole folder; the figures are evaluate's own."""
+    monkeypatch.chdir(tmp_path)
+    HYPIRPipeline(**pipeline_toys.components(2, tmp_path / "tokenizer")).save_pretrained(tmp_path / "base")
+    torch.save(toys.adapter_checkpoint(toys.golden("hypir_square")[0]), tmp_path / "hypir.pth")
+    for folder, side in (("test_LR", 8), ("test_HR", 32)):
+        (tmp_path / "data" / folder).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray((toys.picture(i, side, side)[0] * 255).byte().numpy()).save(tmp_path / "data" / folder / f"p{i}.png")
+    words = ["--method", "hypir", "--base", tmp_path / "base", "--weights", tmp_path / "hypir.pth"]
+    (check,) = run(tmp_path, *words, "--data", tmp_path / "data", "--picture", small)["checks"]
+    written = [read_pixels(tmp_path / "results_hypir" / f"p{i}.png").tensor() for i in range(2)]
+    originals = [read_pixels(tmp_path / "data" / "test_HR" / f"p{i}.png").tensor() for i in range(2)]
+    expected = sum(compare(*pair)["psnr"].item() for pair in zip(written, originals, strict=True)) / 2
+    assert check["benchmark"]["mean"]["psnr"] == pytest.approx(expected, abs=1e-3) and check["benchmark"]["failed"] == {}
 
 
 @pytest.mark.parametrize(
