@@ -50,7 +50,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="OUT",
-        help="folder for the restored images and their report (default: results_METHOD in the current folder)",
+        help="folder for the restored images and their report (default: results_METHOD in the current folder, with --demo results_METHOD_demo)",
     )
     files.add_argument("--json", type=Path, metavar="FILE", help="everything: mean, pictures, settings, versions, file hashes, seconds, memory")
     files.add_argument("--csv", type=Path, metavar="FILE", help="the table")

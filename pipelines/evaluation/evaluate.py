@@ -109,6 +109,8 @@ def evaluate(wanted: Evaluation) -> int:
     _write(report, wanted, own_report)
     journal.close()
     _print(report, failed, meter)
+    if wanted.output:
+        print(f"\nThe restored images and {REPORT} are in {wanted.output}.")
     return 1 if failed or unpaired else 0
 
 

@@ -104,6 +104,16 @@ def test_a_batch_is_its_images(comfy, batch):
         step(comfy, first_model, encoded * SCALE, seed)
 
 
+def test_each_image_has_its_own_adapter(comfy, batch):
+    """The same latent in each place of a batch is restored in as many ways as there are scores."""
+    settings, _, _, _, _, model, _ = batch
+    latent = torch.ones(1, 4, 8, 8)
+    restored = step(comfy, model, latent.expand(3, -1, -1, -1), settings["seed"], cfg=1.0)
+    alone = torch.cat([step(comfy, single(comfy, batch, i)[0], latent, settings["seed"], cfg=1.0) for i in (0, 1)])
+    assert relative_error(alone[1], alone[0]) > 0.01
+    assert relative_error(restored, alone[[0, 1, 0]]) < TOLERANCE
+
+
 def sampler(model, samples, seed):
     positive, negative = conditioning(seed), conditioning(seed, "negative_prompt_embeds")
     settings = {"seed": 1, "steps": 1, "cfg": 1.07, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}

@@ -344,6 +344,7 @@ def test_a_method_on_the_miniature(benchmark, capsys):
     assert run(*words) == 0
     error = capsys.readouterr()
     assert "RealSR has 100 images, and these are 4" in error.err and "published" in error.out
+    assert f"evaluation.json are in {out}." in error.out
     first = measured(out / "evaluation.json")
     assert first["settings"]["method"] == "invsr" and first["settings"]["demo"] and first["peak_memory"]["bytes"] > 2**20
     assert "noise_predictor.safetensors" in first["weights"] and first["expected"]["figures"]["psnr"] == 24.5

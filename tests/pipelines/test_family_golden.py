@@ -61,6 +61,25 @@ def test_pisasr_wrong_turns():
     assert pisasr.TIMESTEP == settings["timestep"] == 1
 
 
+def test_pisasrs_sets_have_ranks_of_their_own(tmp_path):
+    """Each set changes a layer by 8 / rank of its own product."""
+    ranks = {"pix": 2, "sem": 4}
+    checkpoint = toys.adapter_checkpoint(golden("pisasr_square")[0] | {f"rank_{which}": rank for which, rank in ranks.items()})
+    torch.save(checkpoint, tmp_path / "adapter.pkl")
+    pipeline = PiSASRPipeline(**pipeline_toys.components(2))
+    pipeline.load_pisasr(tmp_path / "adapter.pkl")
+    state = checkpoint["state_dict_unet"]
+    downs = [key for key, tensor in state.items() if ".lora_A." in key and tensor.ndim == 2]
+    assert {key.rpartition("_")[2] for key in downs} == {"pix.weight", "sem.weight"}
+    for key in downs:
+        layer, _, name = key.removesuffix(".weight").partition(".lora_A.")
+        which = name.rpartition("_")[2]
+        module = pipeline.unet.get_submodule(layer)
+        (loaded,) = (adapter for adapter in module.lora_A if adapter.endswith(which))
+        expected = 8 / ranks[which] * state[key.replace(".lora_A.", ".lora_B.")] @ state[key]
+        assert relative_error(module.get_delta_weight(loaded), expected) < 1e-5
+
+
 @pytest.mark.parametrize("kind", [PiSASRPipeline, HYPIRPipeline])
 def test_the_empty_prompt_is_no_zeros(kind, tmp_path):
     """It is what the text encoder makes of an empty string, 77 tokens of beginning, end and padding."""
