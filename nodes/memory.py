@@ -32,7 +32,7 @@ def vae_memory(vae, method: str, height: int, width: int) -> int:
 
     And on AMD, where convolutions have large workspaces.
     """
-    coder = getattr(vae.first_stage_model, f"{method}r")
+    coder = getattr(vae.first_stage_model, f"{method}r", None)  # TAESD has none of this name
     pixels = height * width * PIXELS_PER_CELL**2
     if isinstance(coder, Encoder | Decoder) and isinstance(coder.conv_in, torch.nn.Conv2d) and not comfy.model_management.is_amd():
         return int(MARGIN * coder_activations(coder) * pixels * comfy.model_management.dtype_size(vae.vae_dtype))

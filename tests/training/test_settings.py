@@ -40,7 +40,7 @@ def other(action: argparse.Action) -> list[str]:
         return [next(choice for choice in action.choices if choice != action.default)]
     values = {"--data": ["other"], "--steps": ["9"], "--output": ["elsewhere"], "--patch": ["128"], "--timesteps": ["250", "10"]}
     values |= {"--predictor-channels": ["64", "128"], "--predictor-layers": ["1", "2"], "--predictor-time": ["64", "128"]}
-    values |= {"--discriminator-channels": ["32", "64"], "--ema": ["0.25"], "--null-prompt": ["0.25"]}
+    values |= {"--discriminator-channels": ["32", "64"], "--ema": ["0.25"], "--mild-degradation": ["0.25"], "--null-prompt": ["0.25"]}
     return values.get(action.option_strings[-1], ["3"])
 
 
