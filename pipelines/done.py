@@ -83,7 +83,7 @@ def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:
     """
     record = {
         "method": settings.method.key,
-        "scale": settings.scale if settings.size_in_words.startswith("x") else None,
+        "scale": None if settings.sized else settings.scale,
         "long_side": settings.long_side,
         "short_side": settings.short_side,
         "megapixels": settings.megapixels,

@@ -44,7 +44,7 @@ def _one(image: Any, name: str) -> torch.Tensor:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
         tensor = tensor.movedim(-1, -3) if tensor.ndim in (3, 4) else tensor
     elif isinstance(image, torch.Tensor):
         tensor = image

@@ -108,6 +108,11 @@ class Settings:
         if self.cfg != 1:
             raise ValueError(f"--cfg: found {self.cfg:g}, expected 1 with --demo: the miniature has no negative prompt.")
 
+    @property
+    def sized(self) -> bool:
+        """Whether a side or an area says the results' size, and not ``scale``."""
+        return (self.long_side, self.short_side, self.megapixels) != (None, None, None)
+
     def scale_of(self, size: tuple[int, int]) -> float:
         """The factor for an image of (width, height) pixels."""
         if self.long_side is not None:

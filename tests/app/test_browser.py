@@ -293,13 +293,7 @@ def test_templates_name_the_sources_of_the_docs():
     nodes = [node for path in TEMPLATES for node in all_nodes(json.loads(path.read_text()))]
     named = {(model["name"], model["directory"], model["url"]) for node in nodes for model in node["properties"].get("models", [])}
     ours = {name: (directory, url) for name, directory, url in named if f"`{name}`" in readme}
-    assert set(ours) == {
-        "v2-1_512-ema-pruned.safetensors",
-        "sd_turbo.safetensors",
-        "HYPIR_sd2.pth",
-        "noise_predictor_sd_turbo_v5.pth",
-        "ram_swin_large_14m.pth",
-    }
+    assert set(ours) == {"v2-1_512-ema-pruned.safetensors", "sd_turbo.safetensors", "noise_predictor_sd_turbo_v5.pth", "ram_swin_large_14m.pth"}
     for name, (directory, url) in ours.items():
         repository, _, path = url.partition("/resolve/main/")
         assert path == name and f"`{directory}`" in readme
