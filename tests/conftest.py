@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one of several processes; torch reads it when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # which torch reads when it is imported: a forked process would wait for this one's other threads
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support"), str(ROOT / "tests" / "weights"), str(ROOT / "tests")]
 
 
@@ -44,6 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if "browser" in fixtures:
             item.add_marker(pytest.mark.browser)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_may_be_forked():
+    """Autograd starts a thread for each device at its first backward pass, and processes that are forked from then on cannot take one.
+
+    PyTorch's fake tensors register a CUDA device that is not there. A first pass before them finds none, and starts nothing for good.
+    """
+    import torch
+
+    torch.ones(1, requires_grad=True).backward()
 
 
 @pytest.fixture(autouse=True)
