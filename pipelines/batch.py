@@ -97,9 +97,9 @@ def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialSt
                 written = work(job)
             except Exception as error:  # whatever is wrong with one image, the others are done
                 logging.getLogger(__name__).debug("%s", job.source, exc_info=True)
-                found.append((str(job.source), _reason(error)))
-                tqdm.write(f"{job.source}: {_reason(error)}", file=sys.stderr)
-                if _meets_all(error):
+                found.append((str(job.source), reason(error)))
+                tqdm.write(f"{job.source}: {reason(error)}", file=sys.stderr)
+                if meets_all(error):
                     found.append(len(jobs) - number)
                     break
             else:
@@ -124,12 +124,12 @@ def _done(found: list, jobs: int) -> str:
     return f"It has written {written} of its {jobs} images. The same command goes on with what is left.{failed}"
 
 
-def _meets_all(error: Exception) -> bool:
+def meets_all(error: Exception) -> bool:
     """A disk that is full or not writable, and a GPU that has failed."""
     return isinstance(error, OutputError) or (not is_out_of_memory(error) and isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return "the device's memory is too small for it. Try a smaller --tile, or --offload."
     return str(error).strip() or type(error).__name__

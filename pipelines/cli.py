@@ -25,6 +25,7 @@ examples:
   {PROG} upscale photos -o restored --method invsr --download
   {PROG} upscale photos -o restored --long-side 2048
   {PROG} upscale cat.png -o cat_x4.png --method osediff --prompt "cat, fur, whiskers" --comfyui ~/ComfyUI
+  {PROG} upscale photos.txt -o s3://bucket/restored --ray
   {PROG} upscale --watch inbox -o outbox
   {PROG} upscale clip.mp4 -o clip_x2.mp4 --scale 2
   accelerate launch --multi_gpu --num_processes 4 -m {__package__} upscale photos -o restored --method invsr      (GPUs share the folder)
@@ -125,7 +126,11 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     command.epilog = _UPSCALE
     command.add_argument("input", nargs="+", metavar="INPUT", help="pictures, folders (with their subfolders) and globs; videos by their names")
     command.add_argument(
-        "-o", "--output", type=Path, metavar="OUT", help="folder for the results, or a file for one picture or video (default: beside it, cat_x4.png)"
+        "-o",
+        "--output",
+        type=_place,
+        metavar="OUT",
+        help="folder for the results, or a file for one picture or video (default: beside it, cat_x4.png)",
     )
 
     add_method(command, targets=True)
@@ -137,6 +142,13 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     files.add_argument("--quality", type=int, default=95, help="JPEG and WebP quality (default: %(default)s)")
     files.add_argument("--overwrite", action="store_true", help="redo pictures whose results exist")
     files.add_argument("--watch", action="store_true", help="INPUT is a folder: do its pictures, then those that come, until Ctrl+C or SIGTERM")
+    files.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="share the work on a Ray cluster (default: the one around, else this machine); INPUT and OUT may be addresses such as s3://bucket/photos",
+    )
 
     video = command.add_argument_group(
         "video", "A video's file as INPUT, or one as OUT: frames one after another, sound and all else kept. Needs PyAV."
@@ -149,6 +161,11 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
         "--fps", type=Fraction, default=Fraction(24), help="of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
     )
     video.add_argument("--segment", type=int, default=120, metavar="FRAMES", help="a run that was cut loses so many at most (default: %(default)s)")
+
+
+def _place(text: str) -> Path | str:
+    """A path, or an address that names its file system."""
+    return text if "://" in text else Path(text)
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
@@ -183,6 +200,10 @@ def _upscale(arguments: argparse.Namespace) -> int:
     from .watch import watch
 
     settings = Settings.from_arguments(arguments)
+    if settings.ray is not None:
+        from .cluster.run import upscale_on_cluster
+
+        return upscale_on_cluster(settings)
     return watch(settings) if settings.watch else upscale(settings)
 
 

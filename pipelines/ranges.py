@@ -41,7 +41,7 @@ def require_ranges(settings: "Settings") -> None:
         raise ValueError(
             "--compile: found it with --offload, which moves the networks between calls, expected one of them. Leave out one or the other."
         )
-    if settings.device is not None:
+    if settings.device is not None and settings.ray is None:  # which is the workers'
         require_device(settings.device)
 
 

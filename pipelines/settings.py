@@ -18,7 +18,7 @@ from .ranges import require_ranges, say_ignored
 DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
 """Methods where none is named."""
 
-_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "watch", "long_side", "short_side", "megapixels")
+_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "watch", "long_side", "short_side", "megapixels", "ray")
 """Options that ``upscale`` has and the other commands that restore have not."""
 
 
@@ -42,6 +42,8 @@ class Settings:
         fps: frames a second of a video that is made of pictures.
         segment: frames after which a video that was cut can go on.
         watch: wait for what comes into the inputs, which are folders.
+        address: the output's address on another file system (``s3://bucket/results``), in place of ``output``.
+        ray: address of a Ray cluster; "" for the one of the environment, or this machine; None for a run without Ray.
     """
 
     inputs: tuple[str, ...]
@@ -77,9 +79,19 @@ class Settings:
     long_side: int | None = None
     short_side: int | None = None
     megapixels: float | None = None
+    address: str | None = None
+    ray: str | None = None
 
     def __post_init__(self):
         require_ranges(self)
+        if self.address and self.ray is None:
+            raise ValueError(f"-o: found {self.address}, expected a folder of this machine. Other file systems need --ray.")
+        if self.ray is not None and self.watch:
+            raise ValueError("--ray: found --watch, which is for one machine. Leave out one or the other.")
+        if self.ray is not None and self.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--ray: found --device {self.device}, expected cpu or cuda: which GPU a worker gets is Ray's to say.")
+        if self.ray is None and (remote := [text for text in self.inputs if "://" in text]):
+            raise ValueError(f"INPUT: found {remote[0]}, expected files of this machine. Other file systems need --ray.")
         if self.demo:
             self._require_demo()
         if self.decoder and not self.decoder.is_file():
@@ -143,7 +155,8 @@ class Settings:
         color_fix = arguments.color_fix or (COLOR_FIX if arguments.demo else method.color_fix)
         settings = cls(
             inputs=tuple(arguments.input),
-            output=arguments.output,
+            output=None if isinstance(arguments.output, str) else arguments.output,
+            address=arguments.output if isinstance(arguments.output, str) else None,
             method=method,
             options=_method_options(method, arguments),
             scale=arguments.scale,

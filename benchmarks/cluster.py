@@ -1,0 +1,165 @@
+"""What ``upscale --ray`` adds to a picture, and runs in which a machine is killed.
+
+    python benchmarks/cluster.py
+    python benchmarks/cluster.py --kills 10
+
+The first: the miniature enlarges pictures of 128 x 128 pixels four times, in turns by the process itself and by one worker of Ray's, both with a single thread; medians of the
+rounds. Then blocks that hold nothing show what a call costs.
+
+The second: on a cluster of two Ray nodes on this machine, one is killed at a random moment while it has a block, and another joins. A run is good where every picture is
+there once and whole, and the report names the one that is no picture.
+"""
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
+
+import ray  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from pipelines.cli import main as command  # noqa: E402
+from pipelines.cli import make_parser  # noqa: E402
+from pipelines.cluster import listing  # noqa: E402
+from pipelines.cluster.listing import Item, list_items, pack  # noqa: E402
+from pipelines.cluster.pool import Ahead, Pool  # noqa: E402
+from pipelines.cluster.worker import Row, Worker  # noqa: E402
+from pipelines.settings import Settings  # noqa: E402
+
+
+class Nothing:
+    """A worker that does nothing."""
+
+    def start(self) -> None:
+        pass
+
+    def work(self, block: list[Item]) -> list[Row]:
+        return [Row(item) for item in block]
+
+
+NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+
+
+def is_at_work(node) -> bool:
+    """Whether a worker of a node has a block: Ray names a process by what it does."""
+    import psutil
+
+    for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith("ray::Worker.work"):
+                return True
+    return False
+
+
+def kills(number: int, seed: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    listing.BLOCK_PICTURES = 2
+    draw, good, pictures = random.Random(seed), 0, 24
+    machines = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+    second = machines.add_node(**NODE)
+    ray.init(address=machines.address, log_to_driver=False, logging_level=logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "in")
+        source.mkdir()
+        photo = Image.open(ROOT / "miniature" / "photo.png").convert("RGB").resize((64, 64))
+        for i in range(pictures):
+            photo.rotate(i).save(source / f"{i:02}.png")
+        (source / "bad.png").write_text("no picture")
+        for run in range(number):
+            out, said, ended = Path(folder, f"out{run}"), io.StringIO(), []
+            words = ["upscale", str(source), "-o", str(out), "--demo", "--scale", "4", "--device", "cpu", "--ray", machines.address]
+            begin = time.monotonic()
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                thread = threading.Thread(target=lambda words=words, ended=ended: ended.append(command(words)))
+                thread.start()
+                while not (is_at_work(second) and list(out.glob("*.png"))) and thread.is_alive():
+                    time.sleep(0.05)
+                time.sleep(draw.uniform(0, 1))
+                at = len(list(out.glob("*.png")))
+                machines.remove_node(second, allow_graceful=False)
+                second = machines.add_node(**NODE)
+                thread.join()
+            (status,) = ended
+            whole = 0
+            for path in out.glob("*.png"):
+                with Image.open(path) as image:
+                    image.load()
+                    whole += image.size == (256, 256)
+            right = status == 1 and whole == pictures == len(list(out.glob("*.png"))) and at < pictures
+            right &= f"1 of {pictures + 1} failed" in said.getvalue() and "bad.png: cannot identify" in said.getvalue()
+            good += right
+            lost = [line for line in said.getvalue().splitlines() if "was lost" in line]
+            print(
+                f"run {run + 1}: killed at {at} of {pictures} results, {whole} whole, {len(lost)} workers lost, {time.monotonic() - begin:.0f} s",
+                flush=True,
+            )
+            if not right:
+                print(said.getvalue())
+    ray.shutdown()
+    machines.shutdown()
+    print(f"{good} of {number} runs good")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=16, help="in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=2000, help="that hold nothing")
+    parser.add_argument("--kills", type=int, default=0, help="runs in which a machine is killed, in place of the measurement")
+    parser.add_argument("--seed", type=int, default=1, help="of the moments at which it is")
+    a = parser.parse_args()
+    if a.kills:
+        return kills(a.kills, a.seed)
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "in"), str(Path(folder, "out"))
+        source.mkdir()
+        photo = Image.open(ROOT / "miniature" / "photo.png").convert("RGB").resize((128, 128))
+        for i in range(a.pictures):
+            photo.rotate(i).save(source / f"{i}.png")
+        argv = ["upscale", str(source), "-o", out, "--demo", "--scale", "4", "--device", "cpu", "--ray"]
+        settings = Settings.from_arguments(make_parser(argv).parse_args(argv))
+        blocks = list(pack(list_items([str(source)], out, None), settings))
+        here = Worker(settings)
+        here.start()
+        here.work(blocks[0][:1])
+        pool = Pool(ray, Worker, "CPU", settings)
+        warm = list(pool.run(Ahead([blocks[0][:1]], 1)))
+        assert not warm[0].error
+        seconds: dict[str, list[float]] = {"one process": [], "one worker": []}
+        for _ in range(a.rounds):
+            begin = time.perf_counter()
+            rows = [row for block in blocks for row in here.work(block)]
+            seconds["one process"].append((time.perf_counter() - begin) / len(rows))
+            begin = time.perf_counter()
+            rows = list(pool.run(Ahead(pack(list_items([str(source)], out, None), settings), 10)))
+            seconds["one worker"].append((time.perf_counter() - begin) / len(rows))
+            assert not any(row.error for row in rows)
+        pool.close()
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    for name, found in seconds.items():
+        print(f"{name}: {medians[name] * 1000:.0f} ms a picture (rounds {' '.join(f'{s * 1000:.0f}' for s in found)})")
+    print(f"Ray adds {medians['one worker'] / medians['one process'] - 1:+.1%}, listing and headers included")
+    empty = Pool(ray, Nothing, "CPU")
+    list(empty.run(Ahead([[Item("", "")]], 1)))
+    begin = time.perf_counter()
+    list(empty.run(Ahead(([Item("", "")] for _ in range(a.blocks)), 100)))
+    print(f"a block that holds nothing: {(time.perf_counter() - begin) / a.blocks * 1000:.1f} ms")
+    empty.close()
+
+
+if __name__ == "__main__":
+    main()
