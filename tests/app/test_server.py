@@ -356,8 +356,11 @@ def test_a_wrong_file_is_named_to_the_user(server):
         server.run(prompt)
 
 
-@pytest.mark.skipif(not os.environ.get("FEWSTEP_SR_FULL"), reason="2.6 GB of weights and several minutes: set FEWSTEP_SR_FULL=1")
+@pytest.mark.skipif(not os.environ.get("FEWSTEP_SR_FULL"), reason="4 GB of weights and several minutes: set FEWSTEP_SR_FULL=1")
 def test_full_size_architecture(comfy, tmp_path):
+    """Every method on SD 2.1's own shape, with files of the released layouts and ranks."""
     with start(comfy, tmp_path, "full") as server:
-        for name in ("osediff_x4", "osediff_x4_tagged", "invsr_x4"):
-            check_saved(server, run(server, load(name)))
+        results = []
+        for name in ("osediff_x4", "osediff_x4_tagged", "invsr_x4", "PiSA-SR x4, step by step", "hypir_x4", "s3diff_x4"):
+            results += check_saved(server, run(server, load(name)))
+        assert len(set(results)) == len(results)

@@ -114,8 +114,8 @@ def diffusers_encoder_shapes() -> dict[str, tuple]:
 
 
 def write_adapter(path: Path, family: str, size: str) -> None:
-    """PiSA-SR's or HYPIR's adapter in the published layout for :func:`write_checkpoint`'s UNet."""
-    settings = toys.golden(f"{family}_square")[0]
+    """PiSA-SR's or HYPIR's adapter in the published layout, and where it is full in the published ranks, for :func:`write_checkpoint`'s UNet."""
+    settings = toys.golden(f"{family}_square")[0] | ({"rank": 256, "rank_pix": 4, "rank_sem": 4} if size == "full" else {})
     torch.save(toys.adapter_checkpoint(settings, {"unet": diffusers_unet_shapes(size)}, random_weights), path)
 
 
