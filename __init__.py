@@ -1,18 +1,18 @@
-"""ComfyUI-FewStepSR: few-step diffusion super-resolution (OSEDiff, InvSR, PiSA-SR, HYPIR) as native ComfyUI nodes."""
+"""ComfyUI-FewStepSR: few-step diffusion super-resolution as native ComfyUI nodes."""
 
 import os
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
-from .fewstep_sr.methods import METHODS
+from .fewstep_sr.methods import records
 from .nodes import NODES
 from .nodes.templates import serve_renamed
 
 WEB_DIRECTORY = "./web"  # holds each node's help page, docs/<node id>.md
 
 # An extra_model_paths.yaml is read before this, so that the user's folders stay first; a folder new to ComfyUI has no extensions yet.
-for folder in (*(method.weights.folder for method in METHODS.values()), "dape"):
+for folder in dict.fromkeys([*(record.weights.folder for record in records()), "dape"]):
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     folder_paths.folder_names_and_paths[folder][1].update({".pkl", ".pt", ".pth", ".safetensors"})
 

@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fewstep_sr.methods import METHODS as records  # noqa: E402
 from fewstep_sr.networks.degradation import DegradationConfig, DegradationEstimator  # noqa: E402
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
 from fewstep_sr.networks.ram import Tagger, TaggerConfig  # noqa: E402
@@ -39,7 +40,7 @@ METHODS = {
     "the same, light decoder": ("encode", "step", "light decode"),
     "OSEDiff with the tagger": ("tagger", "encode", "step", "decode"),
     "PiSA-SR with two knobs": ("encode", "step", "step", "decode"),
-    "S3Diff": ("degradation", "encode", "step", "step", "decode"),
+    **{method.title: ("degradation", "encode", "step", "step", "decode") for method in records.values() if method.companions and method.cfg != 1},
     "InvSR": ("encode", "start state", "step", "decode"),
     "InvSR, light decoder": ("encode", "start state", "step", "light decode"),
 }

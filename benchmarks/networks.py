@@ -101,55 +101,6 @@ def pipeline(base: str, kind, weights: str | Path):
     return pipe, load_file(Path(base) / "prompt_embeds.safetensors")["prompt_embeds"].float()
 
 
-RANK = 4
-
-
-def random_adapter(base: str, method: str, path: Path) -> Path:
-    """Writes an adapter of PiSA-SR, HYPIR or S3Diff with random weights for the base's networks: each layer's weight changes by about a tenth."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
-    from fewstep_sr.methods import METHODS, hypir, pisasr, s3diff
-    from fewstep_sr.weights.lora import LowRank
-
-    generator = torch.Generator().manual_seed(SEED)
-    unet, vae = UNet2DConditionModel.from_pretrained(base, subfolder="unet"), AutoencoderKL.from_pretrained(base, subfolder="vae")
-
-    def normal(*shape, gain=1.0):
-        return gain * torch.randn(*shape, generator=generator)
-
-    def low_rank(network, adapted, alpha) -> dict:
-        layers = {}
-        for name, module in network.named_modules():
-            if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) and adapted(name):
-                out, inside, *kernel = module.weight.shape
-                gain = 0.1 * module.weight.detach().float().std().item() * RANK**0.5 / alpha
-                layers[name] = LowRank(normal(RANK, inside, *kernel), normal(out, RANK, *(1 for _ in kernel), gain=gain), alpha)
-        return layers
-
-    if method == "hypir":
-        adapter = hypir.HYPIRAdapter(low_rank(unet, lambda name: "time" not in name and name != "conv_in", RANK))
-    elif method == "pisasr":
-        pix, sem = (low_rank(unet, lambda name: "time" not in name, 8.0) for _ in pisasr.SETS)
-        adapter = pisasr.PiSASRAdapter(pix, semantic=sem)
-    else:
-        embedding, widths = 64, {"de_mlp.0": (256, 256), "block_mlp.0": (64, 64), "fuse_mlp": (RANK**2, 320)}
-
-        def mlps() -> dict:
-            weights = {f"{name}.weight": normal(*shape, gain=shape[1] ** -0.5) for name, shape in widths.items()}
-            return weights | {f"{name}.bias": torch.zeros(shape[0]) for name, shape in widths.items()}
-
-        modulation = {part: mlps() | {"block_embeddings.weight": normal(blocks, embedding)} for part, blocks in s3diff.BLOCKS.items()}
-        adapter = s3diff.S3DiffAdapter(
-            low_rank(unet, lambda name: "time" not in name and name != "conv_in", 8.0),
-            low_rank(vae, lambda name: name.startswith("encoder."), 8.0),
-            {f"conv_in.{name}": tensor.detach().clone() for name, tensor in unet.conv_in.named_parameters()},
-            frequencies=normal(64),
-            modulation=modulation,
-        )
-    METHODS[method].save(adapter, path)
-    return path
-
-
 def smooth(size: int, seed: int = SEED) -> torch.Tensor:
     """(1, 3, size, size) in [0, 1] without any detail."""
     generator = torch.Generator().manual_seed(seed)

@@ -5,7 +5,7 @@ It compares with the untiled result, so that it means something for any network:
     python benchmarks/seams.py                       # VAE, UNet and noise predictor
     python benchmarks/seams.py --vae PATH --unet PATH --photo FILE ...
     python benchmarks/seams.py --only results --base miniature --predictor miniature/noise_predictor.safetensors
-    python benchmarks/seams.py --only results --base miniature --random pisasr hypir s3diff --tile 384
+    python benchmarks/seams.py --only results --base miniature --random pisasr hypir --tile 384
 
 Without paths the networks have random weights; the methods' results want trained ones.
 """
@@ -184,12 +184,12 @@ def result_seams(base: str, weights: dict[str, str | Path], drawn, tile: int) ->
 
 def _results(pipeline, pictures: torch.Tensor, embeds: torch.Tensor, window: int, tile: int | None) -> torch.Tensor:
     """Each picture's with noise of its own, the predictor in windows of ``window`` cells and the other networks in tiles of ``tile`` pixels, or whole."""
+    import random_adapters
+
     from fewstep_sr.tiling import predictor as tiled_noise
 
     pipeline.enable_tiling(tile) if tile else pipeline.disable_tiling()
-    # PiSA-SR's two calls, HYPIR's strength, S3Diff's guidance with scores that no estimator is needed for.
-    settings = {"pisasr": {"pixel": 1.0, "semantic": 0.6}, "s3diff": {"blur": 0.6, "noise": 0.4, "negative_prompt_embeds": -embeds}}
-    own = settings.get(pipeline.method.key, {})
+    own = random_adapters.own_settings(pipeline.method.key, embeds)
     published, tiled_noise.WINDOW = tiled_noise.WINDOW, window
     try:
         return torch.cat(
@@ -203,7 +203,8 @@ def _results(pipeline, pictures: torch.Tensor, embeds: torch.Tensor, window: int
 
 
 def main() -> None:
-    import networks
+    import networks  # which puts the tests' support on the path
+    import random_adapters
 
     parser = argparse.ArgumentParser(description="What tiles do to pictures, against the same network without tiles.")
     parser.add_argument("--vae", help="folder of an AutoencoderKL")
@@ -212,7 +213,7 @@ def main() -> None:
     parser.add_argument("--base", help="folder of a base without text encoder, for --only results")
     parser.add_argument("--osediff", help="file of an OSEDiff adapter for that base")
     parser.add_argument("--pisasr", help="likewise of a PiSA-SR adapter")
-    parser.add_argument("--random", nargs="+", default=[], choices=["pisasr", "hypir", "s3diff"], help="methods with random adapters for that base")
+    parser.add_argument("--random", nargs="+", default=[], choices=random_adapters.METHODS, help="methods with random adapters for that base")
     parser.add_argument("--photo", nargs="*", default=[], help="pictures besides the drawn ones")
     parser.add_argument("--pictures", type=int, default=1, help="drawn of each kind, measured together (default: %(default)s)")
     parser.add_argument("--size", type=int, default=768, help="of the VAE's pictures, in pixels (default: %(default)s)")
@@ -238,7 +239,9 @@ def main() -> None:
         if arguments.only == "results":
             given = {"osediff": arguments.osediff, "invsr": arguments.predictor, "pisasr": arguments.pisasr}
             with TemporaryDirectory() as folder:
-                drawn = {key: networks.random_adapter(arguments.base, key, Path(folder, f"{key}.safetensors")) for key in arguments.random}
+                drawn = {
+                    key: random_adapters.write_random_adapter(arguments.base, key, Path(folder, f"{key}.safetensors")) for key in arguments.random
+                }
                 result_seams(arguments.base, {key: file for key, file in given.items() if file} | drawn, pictures, arguments.tile or 768)
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from fewstep_sr.methods import METHODS  # noqa: E402
 from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig  # noqa: E402
 from fewstep_sr.tiling.predictor import OVERLAP, WINDOW  # noqa: E402
 from fewstep_sr.tiling.tiles import TileLayout  # noqa: E402
@@ -91,11 +92,8 @@ def row(pixels: int) -> dict[str, float | int | str]:
 
 
 CALLS = {
-    "OSEDiff": {"unet": 1},
-    "PiSA-SR": {"unet": 1},
+    **{method.title: {"unet": 1 if method.cfg == 1 else 2} for method in METHODS.values() if method.one_step},
     "PiSA-SR, other knobs": {"unet": 2},
-    "HYPIR": {"unet": 1},
-    "S3Diff": {"unet": 2},
     "InvSR, 1 step": {"unet": 1, "predictor": 1},
     "InvSR, 5 steps": {"unet": 5, "predictor": 1},
 }
@@ -103,7 +101,7 @@ CALLS = {
 
 
 def method_row(method: str, cells: int) -> dict[str, float | str]:
-    """Of a whole image; the adapters' own multiply-adds, the text encoder and S3Diff's estimator are not counted."""
+    """Of a whole image; the adapters' own multiply-adds, the text encoder and companions' networks are not counted."""
     work = sum(calls * tera_macs(name, cells) for name, calls in CALLS[method].items()) + tera_macs("encode", cells)
     calls = ", ".join(f"{name} {count}" for name, count in CALLS[method].items())
     return {

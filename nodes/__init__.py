@@ -1,25 +1,34 @@
 """The methods' stages as ComfyUI nodes on native sockets."""
 
+from importlib import import_module
+from importlib.util import find_spec
+
+from comfy_api.latest import io
+
+from ..fewstep_sr.methods import METHODS
 from .color import FewStepSRColorFix
 from .cutout import FewStepSRFillTransparent
 from .demo import FewStepSRDemoLoader
-from .invsr import InvSRNoisePredictorLoader, InvSRStartState
 from .load_adapter import FewStepSRAdapterLoader
 from .one_step import FewStepSROneStep
-from .osediff import OSEDiffLoader, OSEDiffOneStep, OSEDiffStartState
 from .quality import FewStepSRQuality
-from .s3diff import S3DiffAdapt, S3DiffDegradation, S3DiffEstimatorLoader
 from .scheduler import FewStepScheduler
 from .tagger import DAPETagger, DAPETaggerLoader
 from .tiled_model import FewStepSRTiledModel
 from .vae import FewStepSRVAEDecode, FewStepSRVAEEncode
 
+
+def nodes_of(key: str) -> list[type[io.ComfyNode]]:
+    """The nodes of a method's own: those in the module of its key, where there is one."""
+    if find_spec(f".{key}", __name__) is None:
+        return []
+    module = import_module(f".{key}", __name__)
+    found = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, io.ComfyNode)]
+    return [node for node in found if node.__module__ == module.__name__]
+
+
 NODES = [
-    OSEDiffLoader,
-    OSEDiffOneStep,
-    OSEDiffStartState,
-    InvSRNoisePredictorLoader,
-    InvSRStartState,
+    *(node for key in METHODS for node in nodes_of(key)),
     FewStepScheduler,
     DAPETaggerLoader,
     DAPETagger,
@@ -31,8 +40,5 @@ NODES = [
     FewStepSRFillTransparent,
     FewStepSRAdapterLoader,
     FewStepSROneStep,
-    S3DiffEstimatorLoader,
-    S3DiffDegradation,
-    S3DiffAdapt,
     FewStepSRQuality,
 ]

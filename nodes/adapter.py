@@ -22,7 +22,7 @@ def adapt_model(model, method: Method, adapter: Adapter, strength: float):
             f"model: found a text width of {context_dim(model)}, but the adapter was trained for {adapter.context_dim}. "
             "Load the base that the adapter belongs to: SD 2.1-base (512 pixels) for the published ones."
         )
-    names = {k: f"diffusion_model.{v}" for k, v in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()}
+    names = layer_names(model)
     patched = model.clone()
     marks = {lora_set: mark_of(method, adapter, lora_set) for lora_set in adapter.sets}
     patched.set_attachments(ATTACHMENT, next(iter(marks.values())))
@@ -32,6 +32,11 @@ def adapt_model(model, method: Method, adapter: Adapter, strength: float):
     for lora_set, layers in adapter.sets.items():
         _patch_low_rank(patched, layers, names, "model", strength, marks[lora_set])
     return patched
+
+
+def layer_names(model) -> dict[str, str]:
+    """ComfyUI's names of a MODEL's weights by diffusers'."""
+    return {k: f"diffusion_model.{v}" for k, v in comfy.utils.unet_to_diffusers(model.model.model_config.unet_config).items()}
 
 
 def mark_of(method: Method, adapter: Adapter, lora_set: str = "") -> Mark:

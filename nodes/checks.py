@@ -3,6 +3,7 @@
 import comfy.model_management
 import comfy.model_sampling
 import torch
+import torch.nn.functional as F
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..fewstep_sr.bases import BASES, TEXT_WIDTHS, require_text_width
@@ -138,24 +139,59 @@ def require_image(image: torch.Tensor, name: str, decoded: bool = False) -> torc
     are not finite and pictures that are not scaled to [0, 1].
 
     Args:
-        decoded: keep what a decoder without a clamp makes, too: values far outside, on both sides.
+        decoded: keep what a decoder without a clamp makes, too: values far outside. :func:`require_same_scale` looks at their scale.
     """
     if image.ndim != 4 or 0 in image.shape or image.shape[-1] not in (1, 3, 4):
         raise ValueError(f"{name}: found shape {tuple(image.shape)}, expected (batch, height, width, channels) with 1, 3 or 4 channels.")
     image = image[..., :3].float().movedim(-1, 1)  # BHWC -> BCHW
     require_pixel_values(image, name, beyond=DECODED_BEYOND if decoded else 1.0)
-    found = f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]"
-    below = (image < -0.1).count_nonzero() if image.amin() < -0.1 else 0
-    far = image.amin() < -MOST_OVERSHOOT
-    both_sides = far and 8 * (image - 1).relu().sum() > (-image).relu().sum()  # in [-1, 1], only what enlargement adds is above 1
-    if below > image.numel() / 4 or (far and not both_sides):
-        raise ValueError(f"{found}: this image is scaled to [-1, 1]. Add 1 and halve it.")
-    if far and not decoded:
+    if not decoded and (mostly_negative(image) or image.amin() < -MOST_OVERSHOOT):
+        if not overshoots(image):
+            raise scaled_to_minus_one(image, name)
         raise ValueError(
-            f"{found}: this image overshoots as a decoder's output does. Switch clamp on at 'VAE Decode (Few-Step SR)', or put 'Color Fix (Few-Step SR)' "
-            "between, which clamps after its correction."
+            f"{_found(image, name)}: this image overshoots as a decoder's output does. Switch clamp on at 'VAE Decode (Few-Step SR)', or put "
+            "'Color Fix (Few-Step SR)' between, which clamps after its correction."
         )
     return image.expand(-1, 3, -1, -1)
+
+
+def require_same_scale(image: torch.Tensor, reference: torch.Tensor, name: str) -> None:
+    """Refuse an image (B, 3, H, W) scaled to [-1, 1] beside a reference (B or 1, 3, h, w) in [0, 1].
+
+    A decoder without a clamp overshoots on both sides of [0, 1] alike. Where an image does so below alone it is scaled to [-1, 1] if a quarter of it is
+    below, or if it is more like the reference in that scale.
+    """
+    if image.amin() >= -0.1 or overshoots(image):
+        return
+    if not mostly_negative(image):
+        if image.amin() >= -MOST_OVERSHOOT:
+            return
+        small, colors = (F.adaptive_avg_pool2d(each, COMPARED) for each in (image, reference))
+        if (small - colors).abs().mean() <= (small - (2 * colors - 1)).abs().mean():
+            return
+    raise scaled_to_minus_one(image, name)
+
+
+COMPARED = 32
+"""Sides of the averages by which an image and its reference are compared."""
+
+
+def mostly_negative(image: torch.Tensor) -> bool:
+    """Whether more than a quarter of the values are clearly below 0."""
+    return bool(image.amin() < -0.1 and (image < -0.1).count_nonzero() > image.numel() / 4)
+
+
+def overshoots(image: torch.Tensor) -> bool:
+    """Whether values reach beyond [0, 1] above, too, and not only by what enlargement adds to an image in [-1, 1]."""
+    return bool(8 * (image - 1).relu().sum() > (-image).relu().sum())
+
+
+def scaled_to_minus_one(image: torch.Tensor, name: str) -> ValueError:
+    return ValueError(f"{_found(image, name)}: this image is scaled to [-1, 1]. Add 1 and halve it.")
+
+
+def _found(image: torch.Tensor, name: str) -> str:
+    return f"{name}: found values from {image.amin():.4g} to {image.amax():.4g}, expected [0, 1]"
 
 
 def require_finite(tensor: torch.Tensor, what: str, flag: str) -> torch.Tensor:

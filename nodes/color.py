@@ -6,8 +6,23 @@ from comfy_api.latest import io
 
 from ..fewstep_sr.image.color import COLOR_FIXES, PIXEL_BY_PIXEL, fix_color
 from ..fewstep_sr.image.sizes import same_proportions
-from .checks import require_finite, require_image
-from .page import require_number
+from ..fewstep_sr.methods import METHODS
+from .checks import require_finite, require_image, require_same_scale
+from .page import listing, require_number
+
+WHAT = {
+    "adain": "matches mean and contrast of each channel",
+    "wavelet": "takes all low frequencies from the reference",
+    "ycbcr": "keeps the result's luma and takes the reference's chroma pixel by pixel",
+    "lab": "matches mean and contrast in CIELAB",
+    "luma": "keeps the result's luma and takes only the smooth part of the reference's chroma",
+    "none": "changes nothing",
+}
+
+
+def _default_of(name: str) -> str:
+    titles = [f"{method.title}'s" for method in METHODS.values() if (method.color_fix or "none") == name]
+    return f" ({listing(titles)} default)" if titles else ""
 
 
 class FewStepSRColorFix(io.ComfyNode):
@@ -26,10 +41,7 @@ class FewStepSRColorFix(io.ComfyNode):
                     "method",
                     options=[*COLOR_FIXES, "none"],
                     default="adain",
-                    tooltip="adain matches mean and contrast of each channel (OSEDiff's and PiSA-SR's default). wavelet takes all low frequencies from the "
-                    "reference (HYPIR's and S3Diff's default). ycbcr keeps the result's luma and takes the reference's chroma pixel by pixel. lab matches mean "
-                    "and contrast in CIELAB. luma keeps the result's luma and takes only the smooth part of the reference's chroma. none changes nothing "
-                    "(InvSR's default).",
+                    tooltip=" ".join(f"{name} {what}{_default_of(name)}." for name, what in WHAT.items()),
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture as it is, 1 is the full correction."
@@ -44,6 +56,7 @@ class FewStepSRColorFix(io.ComfyNode):
         pictures, references = require_image(image, "image", decoded=True), require_image(reference, "reference")
         if references.shape[0] not in (1, pictures.shape[0]):
             raise ValueError(f"reference: found {references.shape[0]} pictures, expected 1 or {pictures.shape[0]}, as many as in image.")
+        require_same_scale(pictures, references, "image")
         (height, width), (found_height, found_width) = pictures.shape[-2:], references.shape[-2:]
         if method in PIXEL_BY_PIXEL and not same_proportions((height, width), (found_height, found_width)):
             raise ValueError(

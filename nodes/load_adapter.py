@@ -5,11 +5,11 @@ import logging
 import folder_paths
 from comfy_api.latest import io
 
-from ..fewstep_sr.methods import METHODS, load_adapter
+from ..fewstep_sr.methods import METHODS, OSEDIFF, load_adapter
 from .adapter import adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
-from .marks import acting_adapters
-from .page import find_listed, fingerprint, quoted, require_number, warn
+from .marks import PER_IMAGE, acting_adapters
+from .page import find_listed, fingerprint, listing, quoted, require_number, warn
 from .per_image import carry_model, carry_vae
 from .sampling import USUAL
 
@@ -30,12 +30,17 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             category="FewStepSR",
             description="Puts an adapter on the UNet of its base, and on the VAE encoder where it has a part for that. The method is recognised by what is "
             f"in the file: {', '.join(method.title for method in FAMILIES.values())}. Wire both outputs; Few-Step SR One Step then takes the method's "
-            "step; S3Diff Adapt comes between for S3Diff. HYPIR's weights are for non-commercial use only.",
-            search_aliases=["osediff", "pisa-sr", "hypir", "s3diff", "lora", "one-step diffusion", "super resolution", "upscale", "restore"],
+            f"step{_exceptions()}",
+            search_aliases=[
+                *(method.title.lower() for method in FAMILIES.values()),
+                "lora",
+                "one-step diffusion",
+                "super resolution",
+                "upscale",
+                "restore",
+            ],
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="The method's base from Load Checkpoint: SD 2.1-base (512 pixels, predicts noise), SD-Turbo for S3Diff."
-                ),
+                io.Model.Input("model", tooltip=f"The method's base from Load Checkpoint: SD 2.1-base (512 pixels, predicts noise){_other_bases()}."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Combo.Input(
                     "adapter_name",
@@ -44,10 +49,11 @@ class FewStepSRAdapterLoader(io.ComfyNode):
                 ),
                 strength_input(
                     "strength_model",
-                    "Adapter strength on the UNet. Use 1, the published method; PiSA-SR's and HYPIR's knobs are on Few-Step SR One Step.",
+                    f"Adapter strength on the UNet. Use 1, the published method; {_with_knobs()} knobs are on Few-Step SR One Step.",
                 ),
                 strength_input(
-                    "strength_vae", "Adapter strength on the VAE encoder. 1 is the published method. PiSA-SR and HYPIR leave the VAE as it is."
+                    "strength_vae",
+                    "Adapter strength on the VAE encoder. 1 is the published method. Adapters without a part for the VAE leave it as it is.",
                 ),
             ],
             outputs=[
@@ -91,6 +97,22 @@ class FewStepSRAdapterLoader(io.ComfyNode):
         return io.NodeOutput(adapt_model(model, method, adapter, strength_model), adapt_vae(vae, method, adapter, strength_vae))
 
 
+def _exceptions() -> str:
+    """What a user is to know of single methods, from their records."""
+    between = "".join(f"; {method.one_step.between} comes between for {method.title}" for method in FAMILIES.values() if method.one_step.between)
+    restricted = [f"{method.title}'s" for method in FAMILIES.values() if "non-commercial" in method.weights.licence]
+    return f"{between}." + (f" {listing(restricted)} weights are for non-commercial use only." if restricted else "")
+
+
+def _other_bases() -> str:
+    usual = OSEDIFF.base
+    return "".join(f", {method.base.what} for {method.title}" for method in FAMILIES.values() if method.base != usual)
+
+
+def _with_knobs() -> str:
+    return listing(f"{method.title}'s" for method in FAMILIES.values() if method.one_step.controls)
+
+
 def strength_input(name: str, tooltip: str) -> io.Float.Input:
     """A loader's LoRA strength, 1 as published."""
     return io.Float.Input(name, default=1.0, min=-MAX_STRENGTH, max=MAX_STRENGTH, step=0.01, tooltip=tooltip)
@@ -110,9 +132,9 @@ def check_base(model, vae, strength_model: float, strength_vae: float, node: str
     ]
     for name, patcher in {"model": model, "vae": vae.patcher}.items():
         if acting := next((mark for mark, share in acting_adapters(patcher).items() if share), None):
+            both = "Take" if patcher.get_attachment(PER_IMAGE) else "Both act now: take"
             warnings.append(
-                f"{name}: found {acting.method.kind.phrase} on it already, expected the base's own. Both act now: take one '{node}' out, or set its "
-                "strength to 0."
+                f"{name}: found {acting.method.kind.phrase} on it already, expected the base's own. {both} one '{node}' out, or set its strength to 0."
             )
     return warnings
 

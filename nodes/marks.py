@@ -12,6 +12,9 @@ from ..fewstep_sr.weights.lora import LowRank
 ATTACHMENT = "fewstep_sr_adapter"
 """A MODEL's attachment, which its clones keep: the :class:`Mark` of the adapter on it."""
 
+PER_IMAGE = "fewstep_sr_per_image"
+"""A MODEL's and a VAE's patcher's attachment: an adapter that is another one for each image, a :class:`nodes.per_image.PerImage`."""
+
 
 @dataclass(frozen=True, eq=False)
 class Mark:
@@ -37,12 +40,16 @@ class MarkedLoRA(LoRAAdapter):
 
 
 def acting_adapters(patcher) -> dict[Mark, float]:
-    """The sets whose patches a MODEL or a VAE's patcher carries, and how much of each is left: 1 as published, 0 after a merge that lost it."""
+    """The sets whose patches a MODEL or a VAE's patcher carries, and how much of each is left: 1 as published, 0 after a merge that lost it.
+
+    An adapter that is another one for each image is among them before it is patches.
+    """
     layers: dict[Mark, list[float]] = {}
     for patches in patcher.patches.values():
         for mark, share in _shares(patches).items():
             layers.setdefault(mark, []).append(share)
-    return {mark: sum(shares) / len(shares) for mark, shares in layers.items()}
+    carried = patcher.get_attachment(PER_IMAGE)
+    return {mark: sum(shares) / len(shares) for mark, shares in layers.items()} | ({} if carried is None else {carried.mark: carried.share(patcher)})
 
 
 def _shares(patches: list[tuple]) -> dict[Mark, float]:

@@ -23,9 +23,6 @@ PREDICTOR_ACTIVATIONS = 10
 TAGGER_ACTIVATIONS = 3
 """Of the tagging head's widest layer."""
 
-ESTIMATOR_ACTIVATIONS = 4
-"""Input, output and two activations of a residual block."""
-
 
 def vae_memory(vae, method: str, height: int, width: int) -> int:
     """Bytes that ``method`` ("encode" or "decode") of one image of so many latent pixels takes; ComfyUI's estimate for a VAE of another kind.

@@ -1,4 +1,4 @@
-"""One node for the single step of every method whose adapter the loader puts on: OSEDiff, PiSA-SR, HYPIR, S3Diff."""
+"""One node for the single step of every method whose adapter the loader puts on."""
 
 from functools import partial
 
@@ -6,22 +6,21 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..fewstep_sr.diffusion import NUM_TRAIN_TIMESTEPS
 from ..fewstep_sr.methods import METHODS
+from ..fewstep_sr.methods.method import Method, Option
 from .marks import Mark, found_adapter, with_sets
-from .page import require_number, warn
+from .page import listing, require_number, warn
 from .per_image import each_model
 from .sampling import USUAL, require_step, sample_step
 
 NODE = "Few-Step SR One Step"
 
-DEFAULTS = {
-    option.name: option.default
-    for method in METHODS.values()
-    if method.one_step
-    for option in method.options
-    if option.name in method.one_step.controls
-}
+FAMILIES = [method for method in METHODS.values() if method.one_step]
+
+CONTROLS = {option.name: (method, option) for method in FAMILIES for option in method.options if option.name in method.one_step.controls}
+"""All methods' controls by their names, each with its method."""
+
+DEFAULTS = {name: option.default for name, (_, option) in CONTROLS.items()}
 """Published values of all methods' controls."""
 
 
@@ -32,13 +31,11 @@ class FewStepSROneStep(io.ComfyNode):
             node_id="FewStepSROneStep",
             display_name=NODE,
             category="FewStepSR",
-            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: OSEDiff, PiSA-SR, "
-            "HYPIR or S3Diff. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
+            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: "
+            f"{listing((method.title for method in FAMILIES), 'or')}. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and "
+            "previews work.",
             search_aliases=[
-                "osediff",
-                "pisa-sr",
-                "hypir",
-                "s3diff",
+                *(method.title.lower() for method in FAMILIES),
                 "one-step diffusion",
                 "sampler",
                 "restore",
@@ -50,14 +47,14 @@ class FewStepSROneStep(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model from Load Few-Step SR Adapter; LoRAs and other patches may follow it."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The content as text, by the base's CLIP. OSEDiff: tags. PiSA-SR: empty, as published. HYPIR: a sentence, or empty. "
-                    "S3Diff: the prompt of its template.",
+                    tooltip="The content as text, by the base's CLIP. "
+                    + " ".join(f"{method.title}: {method.one_step.prompt}." for method in FAMILIES),
                 ),
                 io.Latent.Input("latent", tooltip="The upscaled low-quality image, encoded with the VAE from Load Few-Step SR Adapter."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Only used where cfg is not 1. S3Diff: the negative prompt of its template. OSEDiff, PiSA-SR and HYPIR have none.",
+                    tooltip=f"Only used where cfg is not 1. {_negatives()}",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -65,50 +62,17 @@ class FewStepSROneStep(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Classifier-free guidance. 0 takes the method's published value, which is 1.07 for S3Diff and 1 (none) for the others; other values "
+                    tooltip=f"Classifier-free guidance. 0 takes the method's published value, which is {_guidance()}; other values "
                     "than 1 need the negative input and run the model twice.",
                 ),
-                io.Float.Input(
-                    "pixel",
-                    default=DEFAULTS["pixel"],
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="PiSA-SR: weight of the pixel-level prediction. More removes more degradation.",
-                ),
-                io.Float.Input(
-                    "semantic",
-                    default=DEFAULTS["semantic"],
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="PiSA-SR: weight of the semantic-level prediction. Less keeps closer to the image, more adds detail. Values other than pixel's "
-                    "or 0 call the model twice.",
-                ),
-                io.Int.Input(
-                    "coeff_t",
-                    default=DEFAULTS["coeff_t"],
-                    min=0,
-                    max=NUM_TRAIN_TIMESTEPS - 1,
-                    tooltip="HYPIR: strength, as a timestep of the noise schedule. 200 is the published value; less keeps closer to the image.",
-                ),
+                *(_control(method, option) for method, option in CONTROLS.values()),
             ],
             outputs=[io.Latent.Output(tooltip="The restored latent. Decode it with VAE Decode (Few-Step SR).")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        positive,
-        latent,
-        negative=None,
-        cfg=0.0,
-        pixel=DEFAULTS["pixel"],
-        semantic=DEFAULTS["semantic"],
-        coeff_t=DEFAULTS["coeff_t"],
-    ) -> io.NodeOutput:
+    def execute(cls, model, positive, latent, negative=None, cfg=0.0, **controls) -> io.NodeOutput:
         mark, acts = found_adapter(model)
         if mark is None:
             raise ValueError(
@@ -122,13 +86,30 @@ class FewStepSROneStep(io.ComfyNode):
                 "template, or set cfg to 1."
             )
         conds = require_step(model, positive, latent, negative, cfg)
-        require_number(pixel, "pixel", -10.0, 10.0)
-        require_number(semantic, "semantic", -10.0, 10.0)
-        require_number(coeff_t, "coeff_t", 0, NUM_TRAIN_TIMESTEPS - 1)
-        controls = {"pixel": pixel, "semantic": semantic, "coeff_t": coeff_t}
+        controls = DEFAULTS | controls
+        for name, value in controls.items():
+            require_number(value, name, CONTROLS[name][1].widget.low, CONTROLS[name][1].widget.high)
         warn(cls, _warnings(mark, acts, cfg, controls))
         own = {name: controls[name] for name in mark.method.one_step.controls}
         return io.NodeOutput({**latent, "samples": restore(model, mark, latent, conds, cfg, own)})
+
+
+def _control(method: Method, option: Option) -> io.Input:
+    """The widget of a method's control."""
+    widget = option.widget
+    kind = io.Int if isinstance(option.default, int) else io.Float
+    return kind.Input(
+        option.name, default=option.default, min=widget.low, max=widget.high, step=widget.step, tooltip=f"{method.title}: {widget.tooltip}"
+    )
+
+
+def _negatives() -> str:
+    having = "".join(f"{method.title}: the negative prompt of its template. " for method in FAMILIES if method.negative_prompt)
+    return f"{having}{listing(method.title for method in FAMILIES if not method.negative_prompt)} have none."
+
+
+def _guidance() -> str:
+    return "".join(f"{method.cfg:g} for {method.title} and " for method in FAMILIES if method.cfg != 1) + "1 (none) for the others"
 
 
 def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: dict) -> torch.Tensor:
@@ -181,6 +162,10 @@ def _warnings(mark: Mark, acts: bool, cfg: float, controls: dict) -> list[str]:
         if name not in method.one_step.controls:
             if value != DEFAULTS[name]:
                 warnings.append(f"{name}: found {value:g}, but the adapter is {method.title}'s, which has no such setting. It changes nothing.")
-        elif name in ("pixel", "semantic") and not 0 <= value <= USUAL:
-            warnings.append(f"{name}: found {value:g}, expected 1 (0 to {USUAL:g}). Use 1; values outside 0-2 usually give artefacts.")
+        elif (usual := CONTROLS[name][1].widget.usual) and not usual[0] <= value <= usual[1]:
+            low, high = usual
+            warnings.append(
+                f"{name}: found {value:g}, expected {DEFAULTS[name]:g} ({low:g} to {high:g}). Use {DEFAULTS[name]:g}; values outside {low:g}-{high:g} "
+                "usually give artefacts."
+            )
     return warnings

@@ -49,6 +49,12 @@ def find_in_folder(folder: str, name: str | None, published: str, source: str) -
     return f"found {found} in {here}, expected {name}. {action}, and press R on the page."
 
 
+def listing(words: Iterable[str], last: str = "and") -> str:
+    """Words as a sentence has them: "a, b and c"."""
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else end
+
+
 def quoted(value) -> str:
     """A widget's value for a message: of bounded length, and of characters that can be written anywhere."""
     text = value if isinstance(value, str) else repr(value)

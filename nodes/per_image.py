@@ -9,17 +9,15 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..fewstep_sr.methods.method import Method
-from .adapter import adapt_model, adapt_vae, mark_of
-from .marks import ATTACHMENT
-
-KEY = "fewstep_sr_per_image"
-"""A MODEL's and a VAE's patcher's attachment: a :class:`PerImage`."""
+from .adapter import adapt_model, adapt_vae, layer_names, mark_of
+from .marks import ATTACHMENT, PER_IMAGE, Mark
 
 Images = tuple[int, ...] | None
 """Places in a batch, None for the whole of it."""
@@ -43,16 +41,29 @@ class PerImage:
     any_batch: bool = False
     token: uuid.UUID = field(default_factory=uuid.uuid4)
 
+    @property
+    def mark(self) -> Mark:
+        return mark_of(self.method, self.adapter)
+
+    def share(self, patcher) -> float:
+        """How much of the adapter a MODEL's own patches leave, which come after it; of a VAE's patcher, whose merges keep the first one's, its strength."""
+        if not hasattr(patcher.model, "model_config"):
+            return self.strength
+        names = layer_names(patcher)
+        kept = [prod(keep for _, _, keep, *_ in patcher.patches.get(names[f"{layer}.weight"], [])) for layer in self.adapter.unet]
+        return self.strength * sum(kept) / len(kept)
+
     def groups(self, batch: int, what: str) -> list[tuple[torch.Tensor, Images]]:
         """The different scores of a batch, and the places of the images that have them.
 
         Raises:
             ValueError: the scores are not known, or not as many as images.
         """
-        title = self.method.title
+        title, step = self.method.title, self.method.one_step
+        assert step
         if self.scores is None:
             raise ValueError(
-                f"{what}: found {title}'s adapter without the images' scores, expected it adapted to them. Put '{title} Adapt' between "
+                f"{what}: found {title}'s adapter without the images' scores, expected it adapted to them. Put '{step.between}' between "
                 "'Load Few-Step SR Adapter' and this node."
             )
         if self.any_batch:
@@ -60,7 +71,7 @@ class PerImage:
         if len(self.scores) != batch:
             raise ValueError(
                 f"{what}: found {title}'s adapter for {len(self.scores)} images, but a batch of {batch}; each image has an adapter of its own. Give "
-                f"'{title} Degradation' the same images."
+                f"'{step.between}' the scores of the same images."
             )
         rows = self.scores.tolist()
         different = [row for i, row in enumerate(rows) if row not in rows[:i]]
@@ -72,9 +83,9 @@ def carry_model(model, method: Method, adapter, strength: float):
     adapt_model(model, method, adapter.for_image("unet", torch.zeros(2)), strength)
     carrying = model.clone()
     carrying.set_attachments(ATTACHMENT, mark_of(method, adapter))
-    carrying.set_attachments(KEY, PerImage(method, adapter, strength))
-    carrying.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
-    carrying.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _sample)
+    carrying.set_attachments(PER_IMAGE, PerImage(method, adapter, strength))
+    carrying.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, PER_IMAGE)
+    carrying.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, PER_IMAGE, _sample)
     return carrying
 
 
@@ -84,35 +95,36 @@ def carry_vae(vae, method: Method, adapter, strength: float):
     return _with_patcher(vae, PerImage(method, adapter, strength))
 
 
-def with_scores(model, vae, scores: torch.Tensor, any_batch: bool = False) -> tuple:
+def with_scores(model, vae, method: Method, scores: torch.Tensor, any_batch: bool = False) -> tuple:
     """Clones of MODEL and VAE that carry the images' scores, in place of those before.
 
     Raises:
-        ValueError: they carry no adapter of this kind.
+        ValueError: they carry no adapter of ``method``.
     """
     for what, patcher in (("model", model), ("vae", vae.patcher)):
-        if patcher.get_attachment(KEY) is None:
+        carried = patcher.get_attachment(PER_IMAGE)
+        if carried is None or carried.method is not method:
+            found = "no adapter on it that follows the images' scores" if carried is None else f"{carried.method.title}'s adapter on it"
             raise ValueError(
-                f"{what}: found no adapter on it that follows the images' scores, expected S3Diff's. Take {what.upper()} from 'Load Few-Step SR Adapter' "
-                "with an S3Diff file."
+                f"{what}: found {found}, expected {method.title}'s. Take {what.upper()} from 'Load Few-Step SR Adapter' with {method.kind.phrase}."
             )
     scored = model.clone()
-    scored.set_attachments(KEY, replace(model.get_attachment(KEY), scores=scores, any_batch=any_batch))
-    return scored, _with_patcher(vae, replace(vae.patcher.get_attachment(KEY), scores=scores, any_batch=any_batch))
+    scored.set_attachments(PER_IMAGE, replace(model.get_attachment(PER_IMAGE), scores=scores, any_batch=any_batch))
+    return scored, _with_patcher(vae, replace(vae.patcher.get_attachment(PER_IMAGE), scores=scores, any_batch=any_batch))
 
 
 def _with_patcher(vae, carried: PerImage):
     carrying = copy.copy(vae)
     carrying.__class__ = _encoding_each(type(vae))
     carrying.patcher = vae.patcher.clone()
-    carrying.patcher.set_attachments(KEY, carried)
+    carrying.patcher.set_attachments(PER_IMAGE, carried)
     return carrying
 
 
 def each_model(model, batch: int) -> Iterator[tuple[Any, Images]]:
     """MODELs with the adapters that a batch's images have, and the images of each; MODEL itself where all have the same."""
-    carried = model.get_attachment(KEY)
-    if carried is None:
+    carried = model.get_attachment(PER_IMAGE)
+    if carried is None or not carried.strength:
         yield model, None
         return
     for scores, images in carried.groups(batch, "model"):
@@ -126,8 +138,8 @@ def _adapted(model, carried: PerImage, scores: torch.Tensor):
     own = adapt_model(bare, carried.method, carried.adapter.for_image("unet", scores), carried.strength)
     own.patches = {key: own.patches.get(key, []) + model.patches.get(key, []) for key in {**own.patches, **model.patches}}
     own.patches_uuid = uuid.uuid5(carried.token, f"{model.patches_uuid} {scores.tolist()}")  # the same weights are not patched again
-    own.remove_attachments(KEY)
-    own.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, KEY)
+    own.remove_attachments(PER_IMAGE)
+    own.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, PER_IMAGE)
     return own
 
 
@@ -135,7 +147,7 @@ def _sample(executor, noise, latent_image, *args, **kwargs):
     """A sampler's run with the one adapter that all images share. Refused where they have several: they would get the first one's."""
     guider = executor.class_obj
     carrying = guider.model_patcher
-    carried = carrying.get_attachment(KEY)
+    carried = carrying.get_attachment(PER_IMAGE)
     adapted = list(each_model(carrying, len(latent_image)))
     if len(adapted) > 1:
         title = carried.method.title
@@ -152,14 +164,14 @@ def _sample(executor, noise, latent_image, *args, **kwargs):
 
 def each_vae(vae, batch: int) -> Iterator[tuple[Any, list[int] | None]]:
     """VAEs with the adapters that a batch's images have, and the images of each; VAE itself where all have the same."""
-    carried = vae.patcher.get_attachment(KEY)
+    carried = vae.patcher.get_attachment(PER_IMAGE)
     if carried is None:
         yield vae, None
         return
     plain = copy.copy(vae)
     plain.__class__ = vae.plain
     plain.patcher = vae.patcher.clone()
-    plain.patcher.remove_attachments(KEY)
+    plain.patcher.remove_attachments(PER_IMAGE)
     for scores, images in carried.groups(batch, "vae"):
         own = adapt_vae(plain, carried.method, carried.adapter.for_image("vae", scores), carried.strength)
         own.patcher.patches_uuid = uuid.uuid5(carried.token, f"{vae.patcher.patches_uuid} {scores.tolist()}")
@@ -190,7 +202,7 @@ class _EncodesEach:
         return torch.cat([encoded[i] for i in range(len(pixels))])
 
     def get_sd(self) -> dict[str, torch.Tensor]:
-        title = self.patcher.get_attachment(KEY).method.title  # type: ignore[attr-defined]
+        title = self.patcher.get_attachment(PER_IMAGE).method.title  # type: ignore[attr-defined]
         raise ValueError(
             f"vae: found {title}'s, whose encoder is another one for each image, expected one that can be saved. Save the checkpoint's own."
         )

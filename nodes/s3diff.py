@@ -9,11 +9,11 @@ from comfy_api.latest import io, ui
 from server import PromptServer
 
 from ..fewstep_sr.methods import load_weights
-from ..fewstep_sr.methods.s3diff_estimator import ESTIMATOR
+from ..fewstep_sr.methods.s3diff import ESTIMATOR, S3DIFF
 from ..fewstep_sr.networks.degradation import HALO, SCORES, STRIP, DegradationEstimator, overrule, require_scores
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
-from .memory import ESTIMATOR_ACTIVATIONS, MARGIN
+from .memory import MARGIN
 from .page import find_in_folder, fingerprint, list_files, require_number
 from .per_image import with_scores
 from .runtime import ComfyUI
@@ -23,6 +23,9 @@ ScoresSocket = io.Custom("DEGRADATION_SCORES")
 
 ESTIMATED = -1.0
 """A score's widget value that leaves the estimate."""
+
+ESTIMATOR_ACTIVATIONS = 4
+"""Input, output and two activations of a residual block, for the estimate of memory."""
 
 FOLDER, PUBLISHED = ESTIMATOR.weights.folder, ESTIMATOR.weights.names[-1]
 
@@ -124,7 +127,7 @@ class S3DiffAdapt(io.ComfyNode):
             missing = " and ".join(name for name, value in given.items() if value is None)
             raise ValueError(f"{missing}: found neither a value nor scores, expected 0 to 1. Set it, or wire 'S3Diff Degradation' into scores.")
         acting = require_scores(overrule(torch.zeros(1, 2) if scores is None else scores, **given))
-        adapted = with_scores(model, vae, acting[:1] if None not in given.values() else acting, any_batch=None not in given.values())
+        adapted = with_scores(model, vae, S3DIFF, acting[:1] if None not in given.values() else acting, any_batch=None not in given.values())
         return io.NodeOutput(*adapted, ui=_show(cls, acting))
 
 

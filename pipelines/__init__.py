@@ -10,14 +10,6 @@ if TYPE_CHECKING:
     from fewstep_sr.methods.method import Method
 
     from .base import FewStepSRPipeline
-    from .hypir import HYPIRPipeline
-    from .invsr import InvSRPipeline
-    from .noise_predictor import InvSRNoisePredictor
-    from .osediff import OSEDiffPipeline
-    from .pisasr import PiSASRPipeline
-    from .s3diff import S3DiffPipeline
-
-__all__ = ["HYPIRPipeline", "InvSRNoisePredictor", "InvSRPipeline", "OSEDiffPipeline", "PiSASRPipeline", "S3DiffPipeline", "pipeline_class"]
 
 
 def pipeline_class(method: "Method") -> "type[FewStepSRPipeline]":
@@ -30,7 +22,9 @@ def __getattr__(name: str) -> Any:
         return import_module(".noise_predictor", __name__).InvSRNoisePredictor
     from fewstep_sr.methods import METHODS
 
-    for method in METHODS.values():
-        if method.pipeline == name:
-            return pipeline_class(method)
+    pipelines = {method.pipeline: method for method in METHODS.values()}
+    if name == "__all__":
+        return sorted([*pipelines, "InvSRNoisePredictor", "pipeline_class"])
+    if name in pipelines:
+        return pipeline_class(pipelines[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,6 +50,9 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     upsampling: ClassVar[str] = "bicubic"
     """How images are upscaled before the networks see them, as the published program does: ``"bicubic"`` or ``"bilinear"``."""
 
+    own_stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Stages beside encode, predict_noise and decode: names of methods, and of each what its result, or each of its results, is called in reports."""
+
     _optional_components = ["text_encoder", "tokenizer"]
     _callback_tensor_inputs = ["latents", "prompt_embeds"]
 
@@ -99,6 +102,16 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     def call_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The method's own options as arguments of a call."""
         return {}
+
+    @classmethod
+    def node_calls(cls, options: Mapping[str, Any], companions: Mapping[str, Path | None]) -> list[dict[str, Any]]:
+        """For ``verify``: which nodes come between the adapter's loader and the encoder in ComfyUI, in their order.
+
+        Of each its id, ``node``; ``inputs`` by name; ``files``, inputs whose file (model folder, path) is to be listed; ``takes``, inputs that are earlier
+        outputs, by the names in ``gives``: "image", "model" and "vae" are there from the start, and the last ones of these names go on. ``stage`` names
+        the report's stage that the first output is, if any.
+        """
+        return []
 
     def notes(self) -> tuple[str, ...]:
         """What the last call found out about its image, for the command line to say."""

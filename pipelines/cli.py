@@ -94,7 +94,7 @@ class _PrintCompletion(argparse.Action):
 
 def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentParser:
     """All commands by name, of which the one that ``argv`` asks for, or every one, knows its arguments."""
-    description = "Few-step diffusion super-resolution without ComfyUI: OSEDiff, PiSA-SR, HYPIR, S3Diff and InvSR."
+    description = f"Few-step diffusion super-resolution without ComfyUI. The methods: {PROG} upscale --help."
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help says the rest.", formatter_class=shape)
     parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=_PrintCompletion, help="completion of fewstep-sr for a shell")
@@ -175,7 +175,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="INPUT",
-        help="a method's weights (osediff.pkl, noise_predictor.pth, s3diff.pkl, de_net.pth and so on), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
+        help="a method's weights or a file beside them (osediff.pkl, noise_predictor.pth and so on), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
     )
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")

@@ -32,6 +32,7 @@ class InvSRPipeline(FewStepSRPipeline):
     """
 
     method = INVSR
+    own_stages = {"start_state": ("start state", "noise map")}
     model_cpu_offload_seq = "text_encoder->noise_predictor->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "noise_predictor"]
 

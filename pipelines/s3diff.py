@@ -38,6 +38,7 @@ class S3DiffPipeline(AdapterPipeline):
 
     method = S3DIFF
     upsampling = "bilinear"
+    own_stages = {"degradation": ("degradation",)}
 
     def __init__(
         self,
@@ -109,6 +110,19 @@ class S3DiffPipeline(AdapterPipeline):
 
     def call_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {name: options[name] for name in SCORES}
+
+    @classmethod
+    def node_calls(cls, options: Mapping[str, Any], companions: Mapping[str, Path | None]) -> list[dict[str, Any]]:
+        overruled = {name: -1.0 if options[name] is None else options[name] for name in SCORES}
+        adapt = {"node": "S3DiffAdapt", "inputs": overruled, "takes": {"model": "model", "vae": "vae"}, "gives": ["model", "vae"]}
+        estimator = companions.get(paper.ESTIMATOR.option)
+        if estimator is None:
+            return [adapt]
+        files = {"estimator_name": (paper.ESTIMATOR.weights.folder, str(estimator.resolve()))}
+        load = {"node": "S3DiffEstimatorLoader", "files": files, "gives": ["estimator"]}
+        takes = {"estimator": "estimator", "image": "image"}
+        estimate = {"node": "S3DiffDegradation", "takes": takes, "gives": ["scores"], "stage": "degradation"}
+        return [load, estimate, adapt | {"takes": {"model": "model", "vae": "vae", "scores": "scores"}}]
 
     def notes(self) -> tuple[str, ...]:
         """The scores of the last call."""

@@ -11,7 +11,7 @@ from ..networks.noise_predictor import NoisePredictor, NoisePredictorConfig
 from ..weights.kinds import FileKind, has_key, unwrap, without_wrappers
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
-from .method import Demo, Method, Option, Paper, Source
+from .method import Demo, Method, Option, Paper, Published, Source
 from .schedule import Schedule, parse_timesteps
 
 MAX_START = 250
@@ -160,5 +160,13 @@ INVSR = Method(
         file="noise_predictor.safetensors",
         note="MODEL is the base's own; start at timestep 100",
         call={"timesteps": (100,)},  # there it keeps more of the photo than at the published 200
+    ),
+    published=(
+        Published(
+            "realsr",
+            {"psnr": 24.50, "ssim": 0.726, "lpips": 0.287, "niqe": 4.22, "musiq": 67.46, "clipiqa": 0.692},
+            "InvSR's paper (https://arxiv.org/abs/2412.09013, Tables 2 and 7 of its first version)",
+            "One step from 200 with --color-fix wavelet, as its README says. Its RealSR is the camera's own test set (RealSRV3), not StableSR's crops: expect other figures on those.",
+        ),
     ),
 )

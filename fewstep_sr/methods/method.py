@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,23 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Widget:
+    """An option as a node shows it: a number's range, its tooltip, its step, and the range outside of which results usually have artefacts."""
+
+    low: float
+    high: float
+    tooltip: str
+    step: float | None = None
+    usual: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
 class Option:
     """A setting that a method has beside those that all have, as the command line offers it.
 
     ``parse`` reads one word of it and raises ValueError where it is wrong; ``many`` takes several words, each of which ``parse`` turns into a tuple.
     ``needed`` refuses the option beside another method, whose result would lack what was asked for; others are passed over with a word.
+    ``widget`` is of those among ``OneStep.controls``.
     """
 
     name: str
@@ -61,6 +74,19 @@ class Option:
     metavar: str | None = None
     many: bool = False
     needed: bool = False
+    widget: Widget | None = None
+
+
+def control(name: str, help: str, default: float, widget: Widget) -> Option:
+    """An option for a number of the one step's, whole where ``default`` is, on the command line and on Few-Step SR One Step alike."""
+    return Option(name, help, partial(_parse_number, type(default), widget), default=default, widget=widget)
+
+
+def _parse_number(kind: type[int] | type[float], widget: Widget, text: str) -> float:
+    value = kind(text)
+    if not widget.low <= value <= widget.high:
+        raise ValueError(f"found {text}, expected a {'whole ' if kind is int else ''}number from {widget.low:g} to {widget.high:g}.")
+    return value
 
 
 def _one_call(**controls: Any) -> tuple[tuple[str, ...], ...]:
@@ -76,13 +102,17 @@ class OneStep:
         equation: ``equation(z_lq, noise_preds, timestep, **controls)``: the restored latents (B, 4, h, w) from the low-quality ones, times the scaling
             factor, and from what the network predicts at them in each of ``calls``.
         calls: ``calls(**controls)``: for each call of the network the LoRA sets that act in it, by the names in ``Adapter.sets``.
-        controls: the options of the method's that both take.
+        controls: the options of the method's that both take, each with a widget (:func:`control`).
+        prompt: in a few words, what a user gives as the prompt.
+        between: the node's display name that comes between the adapter's loader and the step, "" where none does.
     """
 
     timestep: int
     equation: Callable[..., torch.Tensor]
     calls: Callable[..., tuple[tuple[str, ...], ...]] = _one_call
     controls: tuple[str, ...] = ()
+    prompt: str = ""
+    between: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,6 +138,20 @@ class Companion:
     def is_needed(self, options: Mapping[str, Any]) -> bool:
         """Whether options leave something for the file to say."""
         return not self.replaced_by or any(options.get(name) is None for name in self.replaced_by)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A method's means over a benchmark (a key of ``pipelines.evaluation.published.BENCHMARKS``), as published."""
+
+    benchmark: str
+    figures: Mapping[str, float]
+    source: str
+    note: str = ""
+
+
+CODSR = "the comparison of CODSR's paper (CVPR 2026), read in a summary of it"
+"""Source of the figures of several methods."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +182,7 @@ class Method:
         options: of its own, beside those that all methods have.
         companions: files beside the weights.
         demo: None where the miniature has no weights for it.
+        published: its figures on benchmarks.
     """
 
     key: str
@@ -161,6 +206,7 @@ class Method:
     options: tuple[Option, ...] = ()
     companions: tuple[Companion, ...] = ()
     demo: Demo | None = None
+    published: tuple[Published, ...] = ()
 
     @property
     def published_name(self) -> str:

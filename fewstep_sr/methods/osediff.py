@@ -12,7 +12,7 @@ from ..weights.kinds import FileKind, is_pisasr, strip_wrappers, without_wrapper
 from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
-from .method import Demo, Method, OneStep, Option, Paper, Source
+from .method import Demo, Method, OneStep, Option, Paper, Published, Source
 from .schedule import Schedule
 
 TIMESTEP = 999
@@ -190,7 +190,7 @@ OSEDIFF = Method(
         reason="OSEDiff's timesteps are indices of Stable Diffusion's noise table",
         fixed_start="OSEDiff's start state is exact only at the end of the noise table. For another single timestep use the 'OSEDiff One Step' node.",
     ),
-    one_step=OneStep(TIMESTEP, _equation),
+    one_step=OneStep(TIMESTEP, _equation, prompt="tags"),
     options=(
         Option("tagger", "a tagger that reads each picture's prompt off it; --prompt is added at its end", Path, needed=True),
         Option("dape", "DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)", Path),
@@ -198,5 +198,37 @@ OSEDIFF = Method(
     demo=Demo(
         file="osediff.safetensors",
         note="it has the adapter on; set OSEDiff One Step's timestep to 249",
+    ),
+    published=(
+        Published(
+            "realsr",
+            {
+                "psnr": 25.1511,
+                "ssim": 0.7341,
+                "lpips": 0.2921,
+                "dists": 0.2128,
+                "fid": 123.4938,
+                "niqe": 5.6476,
+                "musiq": 69.0896,
+                "maniqa-pipal": 0.6331,
+                "clipiqa": 0.6693,
+            },
+            "the authors' log of their published results, https://github.com/cswry/OSEDiff",
+        ),
+        Published(
+            "drealsr",
+            {
+                "psnr": 27.92,
+                "ssim": 0.784,
+                "lpips": 0.297,
+                "dists": 0.217,
+                "fid": 135.3,
+                "niqe": 6.49,
+                "musiq": 64.65,
+                "maniqa-pipal": 0.590,
+                "clipiqa": 0.696,
+            },
+            "OSEDiff's paper (https://arxiv.org/abs/2406.08177, Table 1)",
+        ),
     ),
 )

@@ -11,14 +11,13 @@ import torch.nn.functional as F
 
 from ..bases import TEXT_WIDTHS
 from ..diffusion import alpha_bar_at, predict_x0
-from ..networks.degradation import EstimatorWeights, parse_estimator
+from ..networks.degradation import DegradationConfig, EstimatorWeights, parse_estimator
 from ..weights.kinds import FileKind, has_key, without_wrappers
 from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
 from .invsr import INVSR
-from .method import Method, OneStep, Option, Paper, Source
-from .s3diff_estimator import ESTIMATOR
+from .method import Companion, Method, OneStep, Option, Paper, Published, Source
 
 TIMESTEP = 999
 """Index of the noise schedule of the one step, counted from 0."""
@@ -245,6 +244,37 @@ def _score(text: str) -> float:
     return value
 
 
+def save_estimator(weights: EstimatorWeights, path: str | Path) -> None:
+    """Write an estimator as safetensors under its published keys."""
+    save_safetensors(weights.state_dict, path, {"family": "S3Diff degradation estimator"})
+
+
+def _summary_estimator(weights: EstimatorWeights) -> list[str]:
+    published = "as published" if weights.config == DegradationConfig() else "not the published dimensions"
+    channels = f"{weights.config.channels} and {weights.config.out_channels} channels ({published})"
+    return [f"  network: {channels}; blur and noise of an image, 0 to 1", "  fits: S3Diff (--estimator)"]
+
+
+ESTIMATOR = Companion(
+    option="estimator",
+    weights=Source(
+        what="S3Diff's degradation estimator",
+        folder="s3diff",
+        names=("de_net.safetensors", "de_net.pth"),
+        licence="Apache-2.0, https://github.com/ArcticHare105/S3Diff",
+        size="about 9 MB (computed from tensor shapes)",
+        url="https://github.com/ArcticHare105/S3Diff/raw/main/assets/mm-realsr/de_net.pth",
+    ),
+    kind=FileKind("s3diff-estimator", "S3Diff's degradation estimator", has_key(r"^fc_degree\.0\.0\.")),
+    contents="two small networks that estimate blur and noise",
+    source="de_net.pth is at github.com/ArcticHare105/S3Diff, in assets/mm-realsr.",
+    parse=parse_estimator,
+    save=save_estimator,
+    summary=_summary_estimator,
+    replaced_by=("blur", "noise"),
+)
+
+
 S3DIFF = Method(
     key="s3diff",
     title="S3Diff",
@@ -276,11 +306,23 @@ S3DIFF = Method(
     prompt="A high-resolution, 8K, ultra-realistic image with sharp focus, vibrant colors, and natural lighting.",
     negative_prompt="oil painting, cartoon, blur, dirty, messy, low quality, deformation, low resolution, oversmooth",
     cfg=1.07,
-    one_step=OneStep(TIMESTEP, _equation),
+    one_step=OneStep(TIMESTEP, _equation, prompt="the prompt of its template", between="S3Diff Adapt"),
     options=(
         Option("estimator", "the file of the degradation estimator, de_net.pth", Path),
         Option("blur", "how blurred the images are, 0 to 1, instead of the estimate", _score),
         Option("noise", "how noisy the images are, 0 to 1, instead of the estimate", _score),
     ),
     companions=(ESTIMATOR,),
+    published=(
+        Published(
+            "realsr",
+            {"psnr": 25.03, "lpips": 0.2699, "musiq": 67.89, "clipiqa": 0.6722},
+            "S3Diff's paper (https://arxiv.org/abs/2409.17058, Table 1), as others quote it",
+        ),
+        Published(
+            "div2k",
+            {"psnr": 23.53, "lpips": 0.258, "musiq": 67.92, "clipiqa": 0.699},
+            "the comparison of MoR-DASR's paper, read in a summary of it",
+        ),
+    ),
 )

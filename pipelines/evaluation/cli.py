@@ -5,14 +5,15 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .published import BENCHMARKS, PUBLISHED
-
 if TYPE_CHECKING:
     from ..settings import Settings
 
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:
+    from fewstep_sr.methods import METHODS
+
     from ..options import add_machine, add_method, add_weights
+    from .published import BENCHMARKS
 
     prog = command.prog
     sets = "\n".join(f"  {b.title} ({b.key}; {b.images} images, {b.what}): {b.where}" for b in BENCHMARKS.values())
@@ -42,7 +43,9 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     figures.add_argument("--pyiqa", action="store_true", help="psnr, ssim and gmsd through pyiqa, too (the same values)")
     figures.add_argument(
-        "--expect", choices=sorted({published.method for published in PUBLISHED}), help="show this method's published figures beside ours"
+        "--expect",
+        choices=sorted(key for key, method in METHODS.items() if method.published),
+        help="show this method's published figures beside ours",
     )
     files = command.add_argument_group("files")
     files.add_argument(

@@ -105,7 +105,9 @@ def evaluate(wanted: Evaluation) -> int:
     of_folder = meter.of_folder([one.image for one in done], [one.original for one in done if one.original])
     rows = [Row(row.name, row.files, known(meter.names, row.figures), row.seconds) for row in rows]
     problems = {"failed": failed, "unpaired": [path.name for path in unpaired], "left_out": meter.left_out}
-    report = Report(_title(wanted, first), rows, meter.by, of_folder, _context(wanted, restored, done, meter.device), problems, published)
+    report = Report(
+        _title(wanted, first), rows, meter.by, of_folder, _context(wanted, restored, done, meter.device), problems, published, wanted.expect
+    )
     _write(report, wanted, own_report)
     journal.close()
     _print(report, failed, meter)

@@ -72,13 +72,15 @@ def main(request: dict) -> None:
                 (predictor,) = run("InvSRNoisePredictorLoader", noise_predictor_name=weights)
             else:
                 model, vae = run("FewStepSRAdapterLoader", model=model, vae=vae, adapter_name=f"{request['method']}/{weights}")
-        if request["scores"]:
-            began, scores = time.perf_counter(), None
-            if request["estimator"]:
-                (estimator,) = run("S3DiffEstimatorLoader", estimator_name=file("s3diff", request["estimator"]))
-                (scores,) = run("S3DiffDegradation", estimator=estimator, image=image)
-                keep("degradation", scores, began)
-            model, vae = run("S3DiffAdapt", model=model, vae=vae, scores=scores, **request["scores"])
+        found = {"model": model, "vae": vae, "image": image}
+        for call in request["node_calls"]:
+            inputs = call.get("inputs", {}) | {name: found[taken] for name, taken in call.get("takes", {}).items()}
+            began = time.perf_counter()
+            outputs = run(call["node"], **inputs, **{name: file(*place) for name, place in call.get("files", {}).items()})
+            if stage := call.get("stage"):
+                keep(stage, outputs[0], began)
+            found |= zip(call["gives"], outputs, strict=True)
+        model, vae = found["model"], found["vae"]
         (enlarged,) = run("ImageScaleBy", image=image, upscale_method=request["upsampling"], scale_by=request["scale"])
         began = time.perf_counter()
         pixels = pad(enlarged, *request["canvas"]) if request["canvas"] else enlarged

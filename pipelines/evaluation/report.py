@@ -11,11 +11,11 @@ from statistics import fmean, median
 from typing import Any
 
 from fewstep_sr.files import written_whole
+from fewstep_sr.methods.method import Published
 from fewstep_sr.weights.strict import printable
 
 from .journal import NAME
 from .metrics import METRICS
-from .published import Published
 
 _WIDEST = 60
 """Characters of a name in a terminal's table."""
@@ -41,6 +41,7 @@ class Report:
         metrics: what each metric was computed by.
         context: settings, versions, machine, hashes of weights and the like, for the JSON.
         problems: left_out, failed and unpaired, by name with the reason.
+        published, published_of: what is published of the method of this key.
     """
 
     title: str
@@ -50,6 +51,7 @@ class Report:
     context: Mapping[str, Any] = field(default_factory=dict)
     problems: Mapping[str, Any] = field(default_factory=dict)
     published: Published | None = None
+    published_of: str | None = None
 
     @property
     def mean(self) -> dict[str, float]:
@@ -68,7 +70,7 @@ class Report:
             found["seconds"] = {"mean": fmean(self.seconds), "median": median(self.seconds), "images": len(self.seconds)}
         if self.published:
             found["expected"] = {
-                "method": self.published.method,
+                "method": self.published_of,
                 "benchmark": self.published.benchmark,
                 "source": self.published.source,
                 "figures": self.published.figures,

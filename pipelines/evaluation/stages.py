@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class Stages:
 
 @contextmanager
 def recorded(pipeline: FewStepSRPipeline, device: torch.device) -> Iterator[Stages]:
-    """Inside the block the pipeline's stages are kept: degradation (S3Diff), latent, noise map and start state (InvSR), noise prediction of each call, restored latent, decoded."""
+    """Inside the block the pipeline's stages are kept: its own, latent, noise prediction of each call, restored latent, decoded."""
     found = Stages()
     calls = {"predict_noise": 0}
 
@@ -52,12 +53,13 @@ def recorded(pipeline: FewStepSRPipeline, device: torch.device) -> Iterator[Stag
         calls["predict_noise"] += 1
         return {f"noise prediction {calls['predict_noise']}": result}
 
+    def of_own(labels: tuple[str, ...], args: tuple, result: Any) -> dict[str, torch.Tensor]:
+        return dict(zip(labels, result if isinstance(result, tuple) else (result,), strict=True))
+
     watched: list[str] = []
-    if hasattr(pipeline, "degradation"):
-        watch("degradation", lambda args, result: {"degradation": result})
+    for name, labels in pipeline.own_stages.items():
+        watch(name, partial(of_own, labels))
     watch("encode", lambda args, result: {"latent": result})
-    if hasattr(pipeline, "start_state"):
-        watch("start_state", lambda args, result: {"start state": result[0], "noise map": result[1]})
     watch("predict_noise", of_prediction)
     watch("decode", lambda args, result: {"restored latent": args[0], "decoded": result})
     try:

@@ -62,8 +62,6 @@ class Subject:
         kind, (height, width) = pipeline_class(method), run.stages.tensors["latent"].shape[-2:]
         canvas = [height * VAE_MULTIPLE, width * VAE_MULTIPLE]
         padded = [padded_side(side) for side in run.stages.tensors["image"].shape[-2:]]
-        scores = {name: options[name] for companion in method.companions for name in companion.replaced_by}
-        estimator = self.companions.get("estimator")
         prompt, negative = settings.prompt, settings.negative_prompt
         return {
             "demo": settings.demo,
@@ -71,8 +69,7 @@ class Subject:
             "title": method.title,
             "base": str(Path(base).resolve()) if base else "",
             "weights": str(Path(self.weights).resolve()) if self.weights else "",
-            "estimator": str(estimator.resolve()) if estimator else "",
-            "scores": {name: -1.0 if score is None else score for name, score in scores.items()},
+            "node_calls": [] if settings.demo else kind.node_calls(options, self.companions),
             "prompt": method.prompt if prompt is None else prompt,
             "negative_prompt": method.negative_prompt if negative is None else negative,
             "scale": settings.scale,

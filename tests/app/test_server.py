@@ -143,11 +143,6 @@ def of_one_node(name: str, longest_side: int) -> dict:
         if "largest_size" in names:
             assert node["widgets_values"][names.index("largest_size")] == 1024
             node["widgets_values"][names.index("largest_size")] = longest_side
-            if "HYPIR" in node["title"]:  # a random decoder overshoots as no trained one does, and Color Fix would take it for [-1, 1]
-                for graph in workflow["definitions"]["subgraphs"]:
-                    for inner in graph["nodes"]:
-                        if inner["type"] == "FewStepSRVAEDecode" and graph["id"] == node["type"]:
-                            inner["widgets_values"] = [0, True]
     return workflow
 
 

@@ -83,7 +83,7 @@ def test_unet(memory, dtype, batch):
 
 @pytest.mark.slow
 @DTYPES
-def test_our_own_networks(memory, dtype):
+def test_our_own_networks(comfy, memory, dtype):
     from fewstep_sr.networks.degradation import DegradationConfig, DegradationEstimator
     from fewstep_sr.networks.noise_predictor import NoisePredictor, NoisePredictorConfig
     from fewstep_sr.networks.ram import Tagger, TaggerConfig
@@ -98,7 +98,7 @@ def test_our_own_networks(memory, dtype):
     elements = (
         memory.PREDICTOR_ACTIVATIONS * predictor.config.block_out_channels[0] * 2 * 4 * height * width,
         memory.TAGGER_ACTIVATIONS * tagger.config.num_tags * tagger.config.mlp_channels,
-        memory.ESTIMATOR_ACTIVATIONS * estimator.config.channels * 2 * 4 * height * width,
+        comfy.module(".nodes.s3diff").ESTIMATOR_ACTIVATIONS * estimator.config.channels * 2 * 4 * height * width,
     )
     for estimate, peak in zip(elements, peaks, strict=True):
         assert agrees(memory.MARGIN * estimate * dtype.itemsize, peak)
