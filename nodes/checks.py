@@ -158,8 +158,8 @@ def require_image(image: torch.Tensor, name: str, decoded: bool = False) -> torc
 def require_same_scale(image: torch.Tensor, reference: torch.Tensor, name: str) -> None:
     """Refuse an image (B, 3, H, W) scaled to [-1, 1] beside a reference (B or 1, 3, h, w) in [0, 1].
 
-    A decoder without a clamp overshoots on both sides of [0, 1] alike. Where an image does so below alone it is scaled to [-1, 1] if a quarter of it is
-    below, or if it is more like the reference in that scale.
+    A decoder without a clamp overshoots on both sides of [0, 1] alike. Where an image does so below alone it is scaled to [-1, 1], unless less than a
+    quarter of it is below and it is much more like the reference as it is than like the reference in that scale: then it is the decoder's, too.
     """
     if image.amin() >= -0.1 or overshoots(image):
         return
@@ -167,7 +167,7 @@ def require_same_scale(image: torch.Tensor, reference: torch.Tensor, name: str) 
         if image.amin() >= -MOST_OVERSHOOT:
             return
         small, colors = (F.adaptive_avg_pool2d(each, COMPARED) for each in (image, reference))
-        if (small - colors).abs().mean() <= (small - (2 * colors - 1)).abs().mean():
+        if 2 * (small - colors).abs().mean() <= (small - (2 * colors - 1)).abs().mean():
             return
     raise scaled_to_minus_one(image, name)
 

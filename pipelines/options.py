@@ -2,8 +2,9 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), what: str | None = None, targets: bool = False) -> None:
@@ -40,11 +41,23 @@ def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), wha
         default = "" if option.default in (None, ()) else f" (default: {option.default})"
         single.add_argument(
             f"--{name.replace('_', '-')}",
-            type=option.parse,
+            type=_in_words(option.parse),
             nargs="+" if option.many else None,
             metavar=option.metavar,
             help=f"{titles}: {option.help}{default}",
         )
+
+
+def _in_words(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """``parse`` with its own words where it refuses a value; argparse has others for a ValueError, which name the function."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse if isinstance(parse, type) else parsed
 
 
 def add_weights(command: argparse.ArgumentParser) -> None:

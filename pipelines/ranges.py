@@ -25,6 +25,13 @@ def require_ranges(settings: "Settings") -> None:
         raise ValueError(f"--megapixels: found {settings.megapixels:g}, expected a finite number of more than 0, such as 2.")
     if not math.isfinite(settings.cfg):
         raise ValueError(f"--cfg: found {settings.cfg:g}, expected a finite number.")
+    if settings.cfg != 1 and not settings.method.guided:
+        step = settings.method.one_step
+        controls = " and ".join("--" + name.replace("_", "-") for name in (step.controls if step else ()))
+        raise ValueError(
+            f"--cfg: found {settings.cfg:g}, expected 1: {settings.method.title} has no negative prompt. Leave it out"
+            + (f", and say with {controls} how much is restored." if controls else ".")
+        )
     if not 0 <= settings.seed < 2**64:
         raise ValueError(f"--seed: found {settings.seed}, expected 0 to 2**64 - 1.")
     if not 1 <= settings.quality <= 100:

@@ -93,6 +93,7 @@ HYPIR = Method(
     summary=_summary,
     pipeline="HYPIRPipeline",
     color_fix="wavelet",
+    guided=False,
     one_step=OneStep(TIMESTEP, _equation, controls=("coeff_t",), prompt="a sentence, or empty"),
     options=(
         control(

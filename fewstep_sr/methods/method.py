@@ -1,5 +1,6 @@
 """What there is to say of a published method, in one record: everything that lists methods reads it."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -79,13 +80,21 @@ class Option:
 
 def control(name: str, help: str, default: float, widget: Widget) -> Option:
     """An option for a number of the one step's, whole where ``default`` is, on the command line and on Few-Step SR One Step alike."""
-    return Option(name, help, partial(_parse_number, type(default), widget), default=default, widget=widget)
+    return Option(name, help, number(type(default), widget.low, widget.high), default=default, widget=widget)
 
 
-def _parse_number(kind: type[int] | type[float], widget: Widget, text: str) -> float:
-    value = kind(text)
-    if not widget.low <= value <= widget.high:
-        raise ValueError(f"found {text}, expected a {'whole ' if kind is int else ''}number from {widget.low:g} to {widget.high:g}.")
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """An option's ``parse`` for numbers in a range."""
+    return partial(_parse_number, kind, low, high)
+
+
+def _parse_number(kind: type[int] | type[float], low: float, high: float, text: str) -> float:
+    try:
+        value: float = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high:  # NaN compares false
+        raise ValueError(f"found {text}, expected a {'whole ' if kind is int else ''}number from {low:g} to {high:g}.")
     return value
 
 
@@ -177,6 +186,7 @@ class Method:
         summary: a few lines on them for ``info``.
         pipeline: name of the class in ``pipelines/<key>.py``.
         color_fix, prompt, negative_prompt, cfg: as published, where nothing else is said; a colour fix of None and a cfg of 1 where the method has none.
+        guided: whether its pipeline takes a cfg of other than 1.
         schedule: for samplers; None for methods whose step no sampler takes.
         one_step: None for methods that are no adapter with a single step.
         options: of its own, beside those that all methods have.
@@ -201,6 +211,7 @@ class Method:
     prompt: str = ""
     negative_prompt: str = ""
     cfg: float = 1.0
+    guided: bool = True
     schedule: Schedule | None = None
     one_step: OneStep | None = None
     options: tuple[Option, ...] = ()

@@ -152,6 +152,7 @@ PISASR = Method(
     summary=_summary,
     pipeline="PiSASRPipeline",
     color_fix="adain",
+    guided=False,
     one_step=OneStep(TIMESTEP, _equation, calls, ("pixel", "semantic"), prompt="empty, as published"),
     options=(
         control(

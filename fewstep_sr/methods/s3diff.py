@@ -17,7 +17,7 @@ from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_l
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
 from .invsr import INVSR
-from .method import Companion, Method, OneStep, Option, Paper, Published, Source
+from .method import Companion, Method, OneStep, Option, Paper, Published, Source, number
 
 TIMESTEP = 999
 """Index of the noise schedule of the one step, counted from 0."""
@@ -237,13 +237,6 @@ def _summary(adapter: S3DiffAdapter) -> list[str]:
     ]
 
 
-def _score(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError(f"found {text}, expected a number from 0 to 1.")
-    return value
-
-
 def save_estimator(weights: EstimatorWeights, path: str | Path) -> None:
     """Write an estimator as safetensors under its published keys."""
     save_safetensors(weights.state_dict, path, {"family": "S3Diff degradation estimator"})
@@ -309,8 +302,8 @@ S3DIFF = Method(
     one_step=OneStep(TIMESTEP, _equation, prompt="the prompt of its template", between="S3Diff Adapt"),
     options=(
         Option("estimator", "the file of the degradation estimator, de_net.pth", Path),
-        Option("blur", "how blurred the images are, 0 to 1, instead of the estimate", _score),
-        Option("noise", "how noisy the images are, 0 to 1, instead of the estimate", _score),
+        Option("blur", "how blurred the images are, 0 to 1, instead of the estimate", number(float, 0, 1)),
+        Option("noise", "how noisy the images are, 0 to 1, instead of the estimate", number(float, 0, 1)),
     ),
     companions=(ESTIMATOR,),
     published=(

@@ -81,6 +81,7 @@ def with_lora(model, strength=1.0):
     return patched
 
 
+@pytest.mark.slow
 def test_lora_after_the_adapter(comfy, load, own):
     require_own(comfy, load, own, with_lora)
 
@@ -91,6 +92,7 @@ def test_lora_before_the_adapter(comfy, base, load, own):
     assert relative_error(step(comfy, carried(comfy, load(patched)), LATENTS), expected) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.7, 0.0])
 def test_merged_with_another_model(comfy, load, own, ratio):
     other = toys.comfy_model(SEED + 1)
@@ -104,6 +106,7 @@ def test_merged_into_another_model(comfy, load):
         step(comfy, merged, LATENTS)
 
 
+@pytest.mark.slow
 def test_hooked_lora(comfy, load, own):
     from comfy import hooks
 
@@ -113,6 +116,7 @@ def test_hooked_lora(comfy, load, own):
     require_own(comfy, load, own, lambda model: model, positive=hooked)
 
 
+@pytest.mark.slow
 def test_control_net(comfy, load, own):
     from comfy import controlnet
 
@@ -124,6 +128,7 @@ def test_control_net(comfy, load, own):
     require_own(comfy, load, own, lambda model: model, positive=controlled)
 
 
+@pytest.mark.slow
 def test_patches_of_the_sampler_and_of_attention(comfy, load, own):
     def halved(model):
         model = model.clone()
@@ -134,12 +139,14 @@ def test_patches_of_the_sampler_and_of_attention(comfy, load, own):
     require_own(comfy, load, own, halved)
 
 
+@pytest.mark.slow
 def test_strengths(comfy, load, own):
     for strength in (0.5, -1.0):
         expected = torch.cat([step(comfy, model, LATENTS[i : i + 1]) for i, model in enumerate(own(strength=strength))])
         assert relative_error(step(comfy, carried(comfy, load(strength_model=strength)), LATENTS), expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_compiled_model(comfy, load, own):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -174,6 +181,7 @@ def test_any_order(comfy, load, own):
         assert relative_error(found[i : i + 1], single) < 1e-4
 
 
+@pytest.mark.slow
 def test_other_loaders_before_and_after(comfy, base, load, caplog):
     torch.save(toys.adapter_checkpoint(golden("hypir_square")[0] | {"seed": SEED}), comfy.folder("hypir") / "mixed.pth")
     torch.save(toys.osediff_checkpoint(SEED, 4), comfy.folder("osediff") / "mixed.pkl")
@@ -214,3 +222,28 @@ def test_an_adapter_that_nothing_is_left_of(comfy, load, caplog):
         step(comfy, model, LATENTS)
         said = "model: the S3Diff adapter on it acts with strength 0, lost in a merge or by strength_model" in caplog.text
         assert said == (model.patches == {} or next(iter(model.patches.values()))[0][2] == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["float16", "float8_e4m3fn", "packed"])
+def test_other_weights_of_the_base(comfy, load, own, kind):
+    """In half, in eight bits, and in a quantised file's blocks, as any other patches act on them."""
+    model = toys.comfy_model(SEED, dtype=torch.float32 if kind == "packed" else getattr(torch, kind))
+    if kind == "packed":
+        for module in model.model.diffusion_model.modules():
+            if type(module).__name__ == "Linear" and isinstance(module, torch.nn.Linear):
+                module.__class__ = type("PackedLinear", (PackedLinear, type(module)), {})
+    found = step(comfy, carried(comfy, load(model)), LATENTS)
+    expected = torch.cat([step(comfy, each, LATENTS[i : i + 1]) for i, each in enumerate(own(model))])
+    assert torch.isfinite(found).all() and relative_error(found, expected) < (1e-4 if kind == "packed" else 2e-2)
+    plain = step(comfy, carried(comfy, load()), LATENTS)
+    assert relative_error(found, plain) < {"packed": 1e-4, "float16": 0.05, "float8_e4m3fn": 1.0}[kind]
+
+
+class PackedLinear(torch.nn.Linear):
+    """A layer that is kept as a quantised file's blocks, as ComfyUI-GGUF's: its state dict holds their bytes."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = torch.zeros(17, dtype=torch.uint8)
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias

@@ -453,6 +453,32 @@ def test_wrong_sizes_are_refused(tmp_path, capsys, words, message):
     assert names(tmp_path) == ["photo.png"]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--semantic", "11"], "argument --semantic: found 11, expected a number from -10 to 10."),
+        (["--pixel", "nan"], "argument --pixel: found nan, expected a number from -10 to 10."),
+        (["--coeff-t", "12.5"], "argument --coeff-t: found 12.5, expected a whole number from 0 to 999."),
+        (["--blur", "much"], "argument --blur: found much, expected a number from 0 to 1."),
+        (["--timesteps", "x"], "argument --timesteps: timesteps: found"),
+        (["--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        (
+            ["--method", "pisasr", "--cfg", "2"],
+            "--cfg: found 2, expected 1: PiSA-SR has no negative prompt. Leave it out, and say with --pixel and --semantic how",
+        ),
+        (["--method", "hypir", "--cfg", "0"], "--cfg: found 0, expected 1: HYPIR has no negative prompt. Leave it out, and say with --coeff-t how"),
+    ],
+)
+def test_wrong_values_are_refused_in_words_before_anything_is_loaded(tmp_path, capsys, words, message):
+    photo().save(tmp_path / "photo.png")
+    try:
+        assert main(["upscale", str(tmp_path / "photo.png"), *words]) == 2
+    except SystemExit as ended:  # argparse
+        assert ended.code == 2
+    assert message in capsys.readouterr().err
+    assert names(tmp_path) == ["photo.png"]
+
+
 def test_success_says_what_it_wrote(models, tmp_path, capsys):
     written = write_photos(tmp_path / "in", 2)
     assert upscale(models, tmp_path / "in", "-o", tmp_path / "out") == 0

@@ -195,6 +195,8 @@ def comfy_model(seed: int, v_prediction: bool = False, context: int = 64, dtype:
     state_dict = {names[k]: v for k, v in unet_state_dict(seed, context).items()}
     config = comfy.supported_models.SD20(comfy.model_detection.detect_unet_config(state_dict, ""))
     config.unet_config |= {"num_head_channels": HEAD_DIM, "num_heads": -1, "dtype": dtype}
+    if dtype.itemsize == 1:  # computed in another, as ComfyUI does
+        config.set_inference_dtype(dtype, torch.float32)
     kind = comfy.model_base.ModelType.V_PREDICTION if v_prediction else comfy.model_base.ModelType.EPS
     model = comfy.model_base.BaseModel(config, model_type=kind)
     model.diffusion_model.load_state_dict(state_dict)
