@@ -7,8 +7,8 @@
 - exact, recorded: the untiled picture's, for which it must run untiled once; what an exact way can reach at most.
 - exact, in step: all tiles at once, waiting for each other at every normalisation, so that all their activations are kept.
 - bicubic: a reduced picture's. matched: one that has the picture's mean and deviation in every channel again.
-- mosaic: blocks from all over the picture at full resolution, matched, too; of 4 cells, and of 2 and 8.
-- measured: the mosaic of 4, corrected by what the tiles themselves tell in a pass of their own.
+- mosaic: blocks from all over the picture at full resolution, matched, too; of 6 and of 8 cells, of which all count alike.
+- counted: the mosaic of 6 in which edges do not count, and borders by their share.
 
 Error is relative to the untiled result's deviation; tone is what is left of it in squares of 4 cells.
 """
@@ -29,8 +29,8 @@ from run import forget_peak, machine, resident
 
 from fewstep_sr.tiling import whole_picture as tiled_vae
 from fewstep_sr.tiling.tiles import Tile, TileLayout
-from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, OVERLAP, share_of
-from fewstep_sr.tiling.whole_picture import WholePicture, mosaic, share_whole_picture
+from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, OVERLAP
+from fewstep_sr.tiling.whole_picture import Mosaic, WholePicture, mosaic, share_whole_picture
 from pipelines.tiling import _share_attention
 
 
@@ -64,7 +64,8 @@ class InStep(WholePicture):
 
     def attend(self, block, q, k, v) -> torch.Tensor:
         parts = self.exchange(block, (k[:, ::4], v[:, ::4]))
-        self._keys[block] = tuple(torch.cat(t, 1) for t in zip(*parts, strict=True))
+        keys, values = (torch.cat(t, 1) for t in zip(*parts, strict=True))
+        self._keys[block] = keys, values, keys.new_full((keys.shape[1],), -math.log(keys.shape[1]))
         self._cells = self.layout.height * self.layout.width
         return super().attend(block, q, k, v)
 
@@ -80,22 +81,28 @@ def bicubic(picture: torch.Tensor, cells: int, scale: int) -> torch.Tensor:
     return F.interpolate(picture, size=size, mode="bicubic", antialias=True)
 
 
-def blocks(side: int, picture: torch.Tensor, cells: int, scale: int) -> torch.Tensor:
+def blocks(side: int, picture: torch.Tensor, cells: int, scale: int) -> Mosaic:
+    """A mosaic of blocks of ``side`` cells that all count alike."""
     before, tiled_vae.BLOCK = tiled_vae.BLOCK, side
     try:
-        return mosaic(picture, cells, scale)
+        found = mosaic(picture, cells, scale)
     finally:
         tiled_vae.BLOCK = before
+    return alike(matched(found.picture, picture), picture, scale)
+
+
+def alike(reduced: torch.Tensor, picture: torch.Tensor, scale: int) -> Mosaic:
+    """A reduced picture of which all cells count."""
+    return Mosaic(reduced, *(torch.full((side // scale,), whole / side) for side, whole in zip(reduced.shape[2:], picture.shape[2:], strict=True)))
 
 
 REDUCED = {
-    "exact, recorded": lambda picture, cells, scale: picture,
-    "bicubic": bicubic,
-    "bicubic, matched": lambda picture, cells, scale: matched(bicubic(picture, cells, scale), picture),
-    "mosaic of 2": partial(blocks, 2),
-    "mosaic of 4": partial(blocks, 4),
+    "exact, recorded": lambda picture, cells, scale: Mosaic.whole(picture, scale),
+    "bicubic": lambda picture, cells, scale: alike(bicubic(picture, cells, scale), picture, scale),
+    "bicubic, matched": lambda picture, cells, scale: alike(matched(bicubic(picture, cells, scale), picture), picture, scale),
+    "mosaic of 6": partial(blocks, 6),
     "mosaic of 8": partial(blocks, 8),
-    "measured": mosaic,
+    "counted": mosaic,
 }
 
 
@@ -104,12 +111,7 @@ def tiles(way: str, vae, call, source: torch.Tensor, result: torch.Tensor, layou
     whole = InStep(layout) if way == "exact, in step" else WholePicture()
     network = vae if way == "own" else share_whole_picture(vae, whole, _share_attention)
     if way in REDUCED:
-        size, reduced, run_network = (layout.height, layout.width), REDUCED[way](source, cells, into), partial(call, network)
-        whole.collect(run_network, reduced, size, into)
-        if way == "measured":
-            for tile in layout.tiles:
-                whole.measure(run_network, tile.cut(source, into), [share_of(layout, tile, 0)], into)
-            whole.correct(run_network, reduced, size, into)
+        whole.collect(partial(call, network), REDUCED[way](source, cells, into))
 
     def run(tile: Tile) -> torch.Tensor:
         with torch.no_grad():
@@ -124,7 +126,7 @@ def tiles(way: str, vae, call, source: torch.Tensor, result: torch.Tensor, layou
 
 def compare(vae, name: str, picture: torch.Tensor, tile: int, ways: list[str]) -> None:
     side = picture.shape[-1] // 8
-    cells = min(max(MIN_MOSAIC, side**2 // 4), MAX_MOSAIC)
+    cells = min(max(MIN_MOSAIC, side**2 // 2), MAX_MOSAIC)
     layout = TileLayout(side, side, tile // 8, OVERLAP)
     encode, decode = (lambda vae, x: vae.encode(x).latent_dist.parameters), (lambda vae, x: vae.decode(x).sample)
     latents = encode(vae, picture * 2 - 1)[:, :4]

@@ -4,8 +4,8 @@
     python benchmarks/work.py --plot docs/work.svg
     python benchmarks/work.py --methods --sizes 512        # a row for each method, whole images
 
-Multiply-adds are counted on networks of the published sizes without computing anything. One step, CFG 1, tiles of the nodes' defaults with the VAE in
-tiles of at most 768 pixels.
+Multiply-adds are counted on networks of the published sizes without computing anything. One step, CFG 1, the VAE in tiles of at most 1024 pixels, as on
+the command line, the UNet in those of the Tiled Model node; what fits into one of the VAE's is not tiled at all.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, even_tile  # noqa: E40
 from fewstep_sr.tiling.vae import OVERLAP as VAE_OVERLAP  # noqa: E402
 from fewstep_sr.tiling.whole_picture import MAX_KEYS  # noqa: E402
 
-UNET, VAE_TILE = (96, 24), 96  # side and overlap in latent cells
+VAE = ("encode", "decode", "light decode")
+UNET, VAE_TILE = (96, 24), 128
 CHOPPED = 648  # InvSR's own program at 4096 x 4096 with its default patches of 128 low-quality pixels
 
 
@@ -62,32 +63,38 @@ def tera_macs(network: str, cells: int) -> float:
 
 
 def tiled(network: str, cells: int, side: int, overlap: int) -> tuple[float, int]:
-    """Multiply-adds in 10^12 and calls, of a square canvas; the VAE's with the mosaic's passes, its tiles once to be measured, and the attention to the rest."""
+    """Multiply-adds in 10^12 and calls, of a square canvas; the VAE's with the mosaic's pass, and the attention to the rest."""
     tiles = len(TileLayout(cells, cells, side, overlap).tiles)
     work = tiles * tera_macs(network, min(side, cells))
-    if tiles == 1 or network not in ("encode", "decode"):
+    if tiles == 1 or network not in VAE:
         return work, tiles
-    mosaic = max(side**2, min(max(MIN_MOSAIC, cells**2 // 4), MAX_MOSAIC))
-    passes = 2 if mosaic < cells**2 else 1
-    once = work + tera_macs(network, math.isqrt(mosaic)) + tiles * 2 * side**2 * min(MAX_KEYS, mosaic) * 512 / 1e12
-    return passes * once, passes * (tiles + 1)
+    mosaic = max(side**2, min(max(MIN_MOSAIC, cells**2 // 2), MAX_MOSAIC))
+    return work + tera_macs(network, math.isqrt(mosaic)) + tiles * 2 * side**2 * min(MAX_KEYS, mosaic) * 512 / 1e12, tiles + 1
 
 
 def row(pixels: int) -> dict[str, float | int | str]:
     cells = pixels // 8
     vae = even_tile(cells, VAE_TILE), VAE_OVERLAP
-    parts = {"encode": vae, "decode": vae, "unet": UNET, "predictor": (WINDOW, OVERLAP)}
+    unet = UNET if cells > VAE_TILE else (cells, 0)
+    parts = {**dict.fromkeys(VAE, vae), "unet": unet, "predictor": (WINDOW, OVERLAP)}
     work = {name: tiled(name, cells, *tile) for name, tile in parts.items()}
-    osediff = sum(work[name][0] for name in ("encode", "decode", "unet"))
     whole = {name: tera_macs(name, cells) for name in parts}
+
+    def total(work: dict[str, float], decoder: str, *others: str) -> float:
+        return sum(work[name] for name in ("encode", decoder, "unet", *others))
+
+    in_tiles = {name: macs for name, (macs, _) in work.items()}
+    invsr = total(in_tiles, "decode", "predictor")
     return {
         "output": f"{pixels}²",
         **{f"{name} (calls)": f"{macs:.1f} ({calls})" for name, (macs, calls) in work.items()},
-        "OSEDiff": osediff,
-        "OSEDiff whole": sum(whole[name] for name in ("encode", "decode", "unet")),
-        "InvSR": osediff + work["predictor"][0],
-        "InvSR whole": sum(whole.values()),
-        "InvSR / chopped": f"{(osediff + work['predictor'][0]) / CHOPPED:.1%}" if pixels == 4096 else "",
+        "OSEDiff": total(in_tiles, "decode"),
+        "light": total(in_tiles, "light decode"),
+        "OSEDiff whole": total(whole, "decode"),
+        "InvSR": invsr,
+        "light ": total(in_tiles, "light decode", "predictor"),
+        "InvSR whole": total(whole, "decode", "predictor"),
+        "InvSR / chopped": f"{invsr / CHOPPED:.1%}" if pixels == 4096 else "",
     }
 
 

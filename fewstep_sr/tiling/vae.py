@@ -1,4 +1,4 @@
-"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in tiles, which run twice: to be measured, and to be blended."""
+"""A VAE's encoder or decoder over pictures of any size and number: whole where one tile holds them, else in tiles."""
 
 import logging
 import math
@@ -10,7 +10,7 @@ from torch import nn
 
 from .batching import Runtime, run_in_groups
 from .tiles import Tile, TileLayout
-from .whole_picture import Part, WholePicture, mosaic, share_whole_picture
+from .whole_picture import Share, WholePicture, mosaic, share_whole_picture
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,13 @@ MIN_TILE = 16
 """Side of the smallest tiles, in cells."""
 
 MIN_MOSAIC, MAX_MOSAIC = 32**2, 128**2
-"""Cells of the reduced pass, where memory allows: a quarter of the picture within these bounds, one tile at least."""
+"""Cells of the reduced pass, where memory allows: a half of the picture within these bounds, one tile at least."""
+
+TOLERANCE = 0.03
+"""By how much the statistics of the reduced pass may be off, in deviations, before a picture's tiles run again with corrected ones."""
+
+MAX_RUNS = 3
+"""Of a picture's tiles."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,9 @@ class TiledCoder:
             return
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
-        area, size = first.height * first.width, (layout.height, layout.width)
-        quarter = min(max(MIN_MOSAIC, math.prod(size) // 4), MAX_MOSAIC)
-        reduced_cells = max(area, min(quarter, group * area))
-        measured = reduced_cells < math.prod(size)  # else the statistics are the picture's own
-        update = self.runtime.progress(len(result) * len(layout.tiles) * (2 if measured else 1))
+        area, size = first.height * first.width, layout.height * layout.width
+        reduced_cells = max(area, min(max(MIN_MOSAIC, size // 2), MAX_MOSAIC, group * area))
+        update = self.runtime.progress(len(result) * len(layout.tiles))
 
         def call(part: torch.Tensor) -> torch.Tensor:
             return self.call(network, part)
@@ -99,24 +103,23 @@ class TiledCoder:
             canvas = self._place(source(i))
             blended = self._place(whole_result)
 
-            def measure_tiles(tiles: list[Tile], canvas=canvas) -> None:
-                parts = [share_of(layout, tile, number) for number, tile in enumerate(tiles)]
-                whole.measure(call, torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles]), parts, self.scale_in)
-
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
-                answers = call(torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])).to(blended)
+                parts = torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])
+                answers = whole.watch(call, parts, [share_of(layout, tile) for tile in tiles], self.scale_in).to(blended)
                 for tile, answer in zip(tiles, answers, strict=True):
                     tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
 
             reduced = mosaic(canvas, reduced_cells, self.scale_in)
             self.runtime.before_call()
-            whole.collect(call, reduced, size, self.scale_in)
-            if measured:
-                group = run_in_groups(layout.tiles, group, measure_tiles, self.runtime, update)
-                self.runtime.before_call()
-                whole.correct(call, reduced, size, self.scale_in)
-            del reduced
+            whole.collect(call, reduced)
             group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
+            for _ in range(1, MAX_RUNS):
+                if whole.off() <= TOLERANCE:
+                    break
+                blended.zero_()
+                self.runtime.before_call()
+                whole.correct(call, reduced)
+                group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, self.runtime.progress(len(layout.tiles)))
             if blended is not whole_result:
                 whole_result.copy_(blended)
 
@@ -125,11 +128,11 @@ class TiledCoder:
         return canvas.to(self.device) if self.runtime.has_room(canvas.nbytes, self.device) else canvas
 
 
-def share_of(layout: TileLayout, tile: Tile, number: int) -> Part:
-    """A tile's share of the picture, as a part of the tile, which is ``number`` in its batch."""
+def share_of(layout: TileLayout, tile: Tile) -> Share:
+    """A tile's share of the picture, as a part of the tile."""
     share = layout.share(tile)
     top, left = share.top - tile.top, share.left - tile.left
-    return Part(number, slice(top, top + share.height), slice(left, left + share.width), share.height * share.width)
+    return slice(top, top + share.height), slice(left, left + share.width)
 
 
 def even_tile(length: int, tile: int) -> int:

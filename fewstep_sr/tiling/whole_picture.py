@@ -2,11 +2,13 @@
 
 Stable Diffusion's VAE looks at the whole picture in two places: group normalisation averages over it, and the attention in its middle sees
 all of it. A tile by itself has other averages than its neighbour, which shifts the tone. So a reduced pass comes first: a mosaic of small
-blocks from all over the picture, at full resolution and in their places, goes through the network and leaves its statistics. Normalised with these,
-the tiles are measured: they tell by how much the mosaic's statistics are off at each layer, and what the attention's keys and values are.
-Measured statistics by themselves would not do, since they change with the layers before, which were off as well. But by how much they are off is
-much the same then. So the mosaic goes through the network again, and each layer's statistics are corrected by that in turn. Now the tiles run
-for good. docs/performance.md compares it with other ways.
+blocks from all over the picture, at full resolution and in their places, goes through the network and leaves its statistics, with which the tiles
+are normalised. Where two blocks meet, activations are those of an edge that the picture does not have, so the cells there do not count; the others
+stand for as many cells as there are of their kind, since along the picture's own borders, of which a mosaic has too large a share, activations are
+large as well. While the tiles run, sums tell what the picture's statistics are, and so by how much the mosaic's were off at each layer. Where that is
+too much, the mosaic goes through the network once more, each layer's statistics are corrected by it, and so do the tiles. Measured statistics by
+themselves would not do, since they change with the layers before, which were off as well; but by how much they are off is much the same then.
+docs/performance.md compares it with other ways.
 
 The network is copied shallowly, so that its layers and weights are shared, wherever they are, and nobody else notices.
 """
@@ -14,168 +16,204 @@ The network is copied shallowly, so that its layers and weights are shared, wher
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-BLOCK = 4
-"""Side of the mosaic's blocks in cells: larger ones leave more of the picture out, smaller ones have more edges that are not the picture's."""
+BLOCK = 6
+"""Side of the mosaic's blocks in cells: larger ones are fewer, and stand less well for what is between them; smaller ones have more edges."""
 
-BORDER = 2
-"""Cells along a mosaic's borders that stand for as many along the picture's, where activations are large: a mosaic has a larger share of border."""
+EDGE = 1
+"""Cells along a block's sides that do not count, since the picture goes on there and the block does not."""
+
+BORDER = 3
+"""Cells along the picture's borders that stand for themselves alone."""
 
 MAX_KEYS = 4096
-"""Cells outside a tile to which it attends, about."""
+"""Cells to which a tile attends besides its own, about."""
 
-Moments = tuple[int, torch.Tensor, torch.Tensor]
-"""Cells of the picture, and the mean and variance of each group over them, float32, (groups,)."""
 
-Keys = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values (1, n, C)."""
+Statistics = tuple[torch.Tensor, torch.Tensor]
+"""Mean and variance of each group, float32, (groups,)."""
+
+Share = tuple[slice, slice]
+"""Rows and columns of a tile, in cells: what no other tile counts."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """A rectangle of what goes through a network, in cells: rows and columns of an ``item`` of the batch. It stands for ``cells`` of the picture."""
+class Mosaic:
+    """A picture that stands for a larger one.
 
-    item: int
-    rows: slice
-    columns: slice
-    cells: int
+    Args:
+        picture: (1, C, h, w), with some elements for each cell along a side.
+        rows, columns: how many of the larger picture's each row and column of cells stands for; 0 for those that do not count.
+    """
+
+    picture: torch.Tensor
+    rows: Sequence[float]
+    columns: Sequence[float]
+
+    @classmethod
+    def whole(cls, picture: torch.Tensor, scale: int = 1) -> "Mosaic":
+        """A picture (1, C, H, W) that stands for itself."""
+        height, width = _cells(picture, scale)
+        return cls(picture, [1.0] * height, [1.0] * width)
+
+    @property
+    def cells(self) -> float:
+        """How many cells the larger picture has."""
+        return sum(self.rows) * sum(self.columns)
+
+    def weights(self, height: int, width: int) -> torch.Tensor:
+        """Of elements (height, width), each cell being some of them along a side, float32 where the picture is; their sum is 1."""
+        along = []
+        for weights, length in ((self.rows, height), (self.columns, width)):
+            scale = length // len(weights)
+            along.append(torch.tensor(weights).repeat_interleave(scale) / (sum(weights) * scale))
+        return (along[0][:, None] * along[1]).to(self.picture.device)
+
+    def sample(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of at most so many cells that count, in rows of the picture, and the logarithms of their weights, whose sum is 1."""
+        columns = [column for column, weight in enumerate(self.columns) if weight]
+        cells = [(row, column) for row, weight in enumerate(self.rows) if weight for column in columns]
+        step = math.ceil(len(cells) / most)
+        while math.gcd(step, len(columns)) > 1:  # else they would stand in columns
+            step += 1
+        weights = [self.rows[row] * self.columns[column] for row, column in cells[::step]]
+        indices = [row * len(self.columns) + column for row, column in cells[::step]]
+        return torch.tensor(indices), torch.tensor([math.log(weight / sum(weights)) for weight in weights])
 
 
 class WholePicture:
     """What the tiles of one picture share: statistics for each normalisation, keys and values for each attention."""
 
     def __init__(self):
-        self.collecting = False
-        self._learn: Callable[[nn.GroupNorm, Moments], None] | None = None
-        self._parts: Sequence[Part] = ()
-        self._size = (1, 1)
-        self._statistics: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._measured: dict[nn.Module, Moments] = {}
-        self._keys: dict[nn.Module, Keys] = {}
-        self._sampled: dict[nn.Module, Keys] = {}
-        self._measured_keys: dict[nn.Module, list[Keys]] = {}
-        self._cells = 0
+        self._mosaic: Mosaic | None = None
+        self._weights: dict[tuple[int, int], torch.Tensor] = {}
+        self._found: dict[nn.GroupNorm, Statistics] = {}
+        self._statistics: dict[nn.GroupNorm, Statistics] = {}
+        self._keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._sample = self._log_weights = torch.empty(0)
+        self._cells = 0.0
+        self._corrections: dict[nn.GroupNorm, tuple[Statistics, Statistics]] = {}
+        self._sums: dict[nn.GroupNorm, torch.Tensor] = {}
+        self._watched: dict[nn.GroupNorm, torch.Tensor] = {}
+        self._shares: Sequence[Share] = ()
+        self._tile = (1, 1)
 
-    def collect(self, network: Callable[[torch.Tensor], torch.Tensor], reduced: torch.Tensor, size: tuple[int, int], scale: int = 1) -> None:
-        """Run the reduced pass. Tiles that follow are parts of its picture.
+    def collect(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
+        """Run the reduced pass. Tiles that follow are parts of the picture that ``mosaic`` stands for."""
+        self._corrections = {}
+        self._collect(network, mosaic)
 
-        Args:
-            reduced: (1, C, h, w), with ``scale`` elements for each cell along a side.
-            size: height and width of the picture that it stands for, in cells.
+    def watch(self, network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.Tensor, shares: Sequence[Share], scale: int = 1) -> torch.Tensor:
+        """The network's answer for tiles (n, C, h, w), with ``scale`` elements for each cell along a side, of whose ``shares`` sums are kept.
+
+        Those of all tiles cover the picture once. No sum changes where the network fails.
         """
-        self._statistics, self._keys, self._measured, self._measured_keys, self._cells = {}, {}, {}, {}, math.prod(size)
-        self._run_reduced(network, reduced, size, scale, self._take)
-
-    def measure(self, network: Callable[[torch.Tensor], object], tiles: torch.Tensor, parts: Sequence[Part], scale: int = 1) -> None:
-        """Run tiles (n, C, h, w) for the statistics of their ``parts`` alone; those of all tiles cover the picture once. Nothing changes where it fails."""
-        found: dict[nn.Module, Moments] = {}
-        self._sampled = {}
-        self._run(network, tiles, parts, scale, found.__setitem__)
-        for norm, moments in found.items():
-            self._measured[norm] = _pooled([self._measured[norm], moments]) if norm in self._measured else moments
-        for block, sampled in self._sampled.items():
-            self._measured_keys.setdefault(block, []).append(sampled)
-
-    def correct(self, network: Callable[[torch.Tensor], torch.Tensor], reduced: torch.Tensor, size: tuple[int, int], scale: int = 1) -> None:
-        """Run the reduced pass again, as in :meth:`collect`, with each layer's statistics corrected by what was measured."""
-        self._run_reduced(network, reduced, size, scale, self._take_corrected)
-        self._keys = {
-            block: (torch.cat([k for k, _ in found], 1), torch.cat([v for _, v in found], 1)) for block, found in self._measured_keys.items()
-        }
-
-    def _run_reduced(self, network, reduced: torch.Tensor, size: tuple[int, int], scale: int, learn) -> None:
-        self.collecting = True
+        self._watched, self._shares, self._tile = {}, shares, _cells(tiles, scale)
         try:
-            self._run(network, reduced, _bands(_cells(reduced, scale), size), scale, learn)
+            answer = network(tiles)
         finally:
-            self.collecting = False
+            self._shares = ()
+        for norm, sums in self._watched.items():
+            self._sums[norm] = self._sums[norm] + sums if norm in self._sums else sums
+        return answer
 
-    def _run(self, network, x: torch.Tensor, parts: Sequence[Part], scale: int, learn) -> None:
-        self._parts, self._size, self._learn = parts, _cells(x, scale), learn
+    def off(self) -> float:
+        """By how much the mosaic's statistics are off from those of the watched tiles, in the picture's deviations, at the layer where it is most."""
+        found = []
+        for norm, (true_mean, true_var) in self._true().items():
+            mean, var = self._statistics[norm]
+            shift = (mean - true_mean).square() / (true_var + norm.eps)
+            stretch = ((var + norm.eps) / (true_var + norm.eps)).log() / 2
+            found.append((shift + stretch.square()).mean().sqrt())
+        return torch.stack(found).max().item() if found else 0.0
+
+    def correct(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
+        """Run the reduced pass again, each layer's statistics corrected by what the watched tiles had."""
+        self._corrections = {norm: (self._found[norm], true) for norm, true in self._true().items()}
+        self._collect(network, mosaic)
+
+    def _true(self) -> dict[nn.GroupNorm, Statistics]:
+        """The picture's statistics, by the sums of its watched tiles."""
+        found = {}
+        for norm, (count, total, squares) in self._sums.items():
+            mean = total / count
+            found[norm] = mean, (squares / count - mean.square()).clamp(min=0)
+        return found
+
+    def _collect(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
+        self._found, self._statistics, self._keys, self._sums, self._mosaic = {}, {}, {}, {}, mosaic
+        self._cells = mosaic.cells
+        self._sample, self._log_weights = mosaic.sample(MAX_KEYS)
         try:
-            network(x)
+            network(mosaic.picture)
         finally:
-            self._learn = None
-
-    def _take(self, norm: nn.GroupNorm, found: Moments) -> None:
-        self._statistics[norm] = found[1:]
-
-    def _take_corrected(self, norm: nn.GroupNorm, found: Moments) -> None:
-        (_, mean, var), (_, true_mean, true_var), (before_mean, before_var) = found, self._measured[norm], self._statistics[norm]
-        growth = (var + norm.eps) / (before_var + norm.eps)
-        self._statistics[norm] = mean + (true_mean - before_mean) * growth.sqrt(), true_var * growth
+            self._mosaic, self._weights = None, {}
 
     def normalize(self, norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
-        """Group normalisation of (B, C, h, w) with the whole picture's mean and variance."""
-        if self._learn:
-            self._learn(norm, _moments(x, norm.num_groups, self._parts, self._size))
+        """Group normalisation of (B, C, h, w) or (B, C, h * w) with the whole picture's mean and variance."""
+        if self._mosaic:
+            self._found[norm] = self._moments(x, norm.num_groups, self._mosaic)
+            self._statistics[norm] = self._corrected(norm, self._found[norm])
+        elif self._shares:
+            self._watched[norm] = self._sums_of(x, norm.num_groups)
         mean, var = (values.repeat_interleave(x.shape[1] // norm.num_groups) for values in self._statistics[norm])
         weight, bias = _affine(norm, x)
         return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
 
+    def _corrected(self, norm: nn.GroupNorm, found: Statistics) -> Statistics:
+        if norm not in self._corrections:
+            return found
+        (mean, var), ((before_mean, before_var), (true_mean, true_var)) = found, self._corrections[norm]
+        growth = (var + norm.eps) / (before_var + norm.eps)
+        return mean + (true_mean - before_mean) * growth.sqrt(), true_var * growth
+
+    def _sums_of(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """Of each group of the tiles' shares: how many elements, their sum and the sum of their squares, float32, (3, groups)."""
+        scale = math.isqrt(x[0, 0].numel() // math.prod(self._tile))
+        tiles = x.reshape(len(x), groups, -1, *(side * scale for side in self._tile))
+        found = x.new_zeros(3, groups, dtype=torch.float32)
+        for tile, share in zip(tiles, self._shares, strict=True):
+            rows, columns = (slice(side.start * scale, side.stop * scale) for side in share)
+            part = tile[:, :, rows, columns]
+            found[0] += part[0].numel()
+            found[1] += part.sum((1, 2, 3), dtype=torch.float32)
+            found[2] += torch.linalg.vector_norm(part, dim=(1, 2, 3), dtype=torch.float32).square()
+        return found
+
+    def _moments(self, x: torch.Tensor, groups: int, mosaic: Mosaic) -> Statistics:
+        """Mean and variance of each group over the picture that the mosaic's (1, C, h, w) or (1, C, h * w) stands for, float32, (groups,)."""
+        scale = math.isqrt(x[0, 0].numel() // (len(mosaic.rows) * len(mosaic.columns)))
+        size = len(mosaic.rows) * scale, len(mosaic.columns) * scale
+        if size not in self._weights:
+            self._weights[size] = mosaic.weights(*size).to(x.device)
+        weights, found = self._weights[size], []
+        for group in x.reshape(groups, -1, *size):  # one after the other, since each takes copies of it in float32
+            group = group.float()
+            mean = (group * weights).sum() / len(group)
+            found.append(torch.stack([mean, ((group - mean).square_() * weights).sum() / len(group)]))
+        mean, var = torch.stack(found, 1)
+        return mean, var
+
     def attend(self, block: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Attention of tiles (B, n, C) over themselves and the whole picture, of which the mosaic's cells, or the measured tiles', are a sample.
+        """Attention of tiles (B, n, C) over themselves and the whole picture, of which the mosaic's cells are a sample; the mosaic's own over that alone.
 
         Each of the sample's cells stands for many outside the tile: its logit grows by the logarithm of their number.
         """
-        if self.collecting:
-            stride = math.ceil(k.shape[1] / MAX_KEYS)
-            self._keys[block] = k[:, ::stride].contiguous(), v[:, ::stride].contiguous()
-            return F.scaled_dot_product_attention(q, k, v)
-        if self._learn:
-            self._sampled[block] = self._sample(k), self._sample(v)
+        if self._mosaic:
+            sample, log_weights = self._sample.to(k.device), self._log_weights.to(q)
+            sample_k, sample_v, _ = self._keys[block] = k.index_select(1, sample), v.index_select(1, sample), log_weights
+            return F.scaled_dot_product_attention(q, sample_k, sample_v, attn_mask=log_weights.expand(len(q), q.shape[1], -1))
         tokens = q.shape[1]
-        sample_k, sample_v = (t.expand(len(q), -1, -1) for t in self._keys[block])
-        weight = math.log(max(self._cells - tokens, 1) / sample_k.shape[1])
-        bias = F.pad(q.new_full((sample_k.shape[1],), weight), (tokens, 0)).expand(len(q), tokens, -1)
+        *sampled, log_weights = self._keys[block]
+        sample_k, sample_v = (t.expand(len(q), -1, -1) for t in sampled)
+        bias = F.pad(log_weights + math.log(max(self._cells - tokens, 1)), (tokens, 0)).expand(len(q), tokens, -1)
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
-
-    def _sample(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(1, n, C) of the measured parts of (B, cells, C), as many as are the parts' share of MAX_KEYS."""
-        cells, stride = tokens.unflatten(1, self._size), math.ceil(self._cells / MAX_KEYS)
-        return torch.cat([cells[part.item, part.rows, part.columns].flatten(0, 1)[::stride] for part in self._parts])[None]
-
-
-def _moments(x: torch.Tensor, groups: int, parts: Sequence[Part], size: tuple[int, int]) -> Moments:
-    """Those of ``parts`` of (B, C, h, w) or (B, C, h * w), which has some elements for each cell of ``size``."""
-    scale = math.isqrt(x[0, 0].numel() // math.prod(size))
-    x = x.reshape(*x.shape[:2], size[0] * scale, size[1] * scale)
-    found = []
-    for part in parts:
-        rows, columns = (slice(side.start * scale, side.stop * scale) for side in (part.rows, part.columns))
-        cut = x[part.item, :, rows, columns].unflatten(0, (groups, -1)).float()
-        var, mean = torch.var_mean(cut, dim=(1, 2, 3), correction=0)
-        found.append((part.cells, mean, var))
-    return _pooled(found)
-
-
-def _pooled(moments: Sequence[Moments]) -> Moments:
-    """Those of all cells together."""
-    cells, mean, var = moments[0]
-    for more, other_mean, other_var in moments[1:]:
-        share = more / (cells + more)
-        mean, var = mean + (other_mean - mean) * share, torch.lerp(var, other_var, share) + (other_mean - mean) ** 2 * share * (1 - share)
-        cells += more
-    return cells, mean, var
-
-
-def _bands(size: tuple[int, int], whole: tuple[int, int]) -> list[Part]:
-    """The parts of a mosaic of ``size`` cells that stand for the borders, corners and middle of the ``whole`` picture."""
-    rows, columns = (_bands_along(length, standing_for) for length, standing_for in zip(size, whole, strict=True))
-    return [Part(0, row, column, height * width) for row, height in rows for column, width in columns]
-
-
-def _bands_along(length: int, whole: int) -> list[tuple[slice, int]]:
-    """Along one axis: cells, and how many of the picture's they stand for."""
-    inner = slice(BORDER, length - BORDER)
-    if length >= whole or inner.stop <= inner.start:
-        return [(slice(0, length), whole)]
-    return [(slice(0, BORDER), BORDER), (inner, whole - 2 * BORDER), (slice(inner.stop, length), BORDER)]
 
 
 def _cells(x: torch.Tensor, scale: int) -> tuple[int, int]:
@@ -218,27 +256,43 @@ def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Call
     return shared
 
 
-def mosaic(picture: torch.Tensor, cells: int, scale: int = 1) -> torch.Tensor:
-    """Blocks from all over (B, C, H, W), which has ``scale`` elements for each cell along a side, put together to about ``cells`` cells.
+def mosaic(picture: torch.Tensor, cells: int, scale: int = 1) -> Mosaic:
+    """Blocks from all over (1, C, H, W), which has ``scale`` elements for each cell along a side, put together to at most ``cells`` cells, or 12 x 12.
 
-    Rows and columns of blocks are spread evenly; each channel gets the whole picture's mean and deviation, of which they are a sample.
-    A picture of no more than ``cells`` cells is its own mosaic.
+    Rows and columns of blocks are spread evenly, the outer ones along the picture's borders. Each channel gets the whole picture's mean and deviation,
+    of which they are a sample. A picture of no more than ``cells`` cells is its own mosaic.
     """
-    height, width = (side // scale for side in picture.shape[-2:])
-    reduction = math.sqrt(cells / (height * width))
-    if reduction >= 1:
-        return picture
+    sides = _cells(picture, scale)
+    if math.prod(sides) <= cells:
+        return Mosaic.whole(picture, scale)
+    shorter, longer = sorted(sides)
+    short = _spread(shorter, round(shorter * math.sqrt(cells / math.prod(sides)) / BLOCK))
+    long = _spread(longer, cells // len(short[0]) // BLOCK)
     reduced = picture
-    for dim, length in ((-2, height), (-1, width)):
-        reduced = reduced.index_select(dim, _spread(length, reduction, scale).to(picture.device))
-    (std, mean), (whole_std, whole_mean) = (torch.std_mean(part, dim=(-2, -1), keepdim=True) for part in (reduced, picture))
+    (rows, row_weights), (columns, column_weights) = (short, long) if sides[0] == shorter else (long, short)
+    for dim, indices in ((-2, rows), (-1, columns)):
+        elements = torch.tensor([cell * scale + i for cell in indices for i in range(scale)])
+        reduced = reduced.index_select(dim, elements.to(picture.device))
+    result = Mosaic(reduced, row_weights, column_weights)
+    weights = result.weights(*reduced.shape[-2:])
+    mean = (reduced * weights).sum((-2, -1), keepdim=True)
+    std = ((reduced - mean).square() * weights).sum((-2, -1), keepdim=True).sqrt()
+    whole_std, whole_mean = torch.std_mean(picture, dim=(-2, -1), keepdim=True)
     # Where the blocks missed all that happens, what they have is not blown up.
-    return (reduced - mean) * (whole_std / std.clamp(min=1e-6)).clamp(0.5, 2) + whole_mean
+    return replace(result, picture=(reduced - mean) * (whole_std / std.clamp(min=1e-6)).clamp(0.5, 2) + whole_mean)
 
 
-def _spread(length: int, reduction: float, scale: int) -> torch.Tensor:
-    """Indices along one axis of blocks that cover ``reduction`` of ``length`` cells."""
-    blocks = max(1, round(length * reduction / BLOCK))
-    block = min(BLOCK, length)
-    starts = [round((i + 0.5) * length / blocks - block / 2) for i in range(blocks)]
-    return torch.cat([torch.arange(start * scale, (start + block) * scale) for start in starts])
+def _spread(length: int, blocks: int) -> tuple[list[int], list[float]]:
+    """Indices of the cells of so many blocks along one axis, two at least, and how many of ``length`` cells each of them stands for."""
+    blocks = max(2, blocks)
+    if blocks * BLOCK >= length:
+        return list(range(length)), [1.0] * length
+    starts = [round(i * (length - BLOCK) / (blocks - 1)) for i in range(blocks)]
+    counted = [[start + EDGE, start + BLOCK - EDGE] for start in starts]
+    counted[0][0], counted[-1][1] = BORDER, length - BORDER
+    between = [BORDER, *((end + start) / 2 for (_, end), (start, _) in pairwise(counted)), length - BORDER]
+    weights = dict.fromkeys((*range(BORDER), *range(length - BORDER, length)), 1.0)
+    for (first, last), (start, end) in zip(counted, pairwise(between), strict=True):
+        weights |= dict.fromkeys(range(first, last), (end - start) / (last - first))
+    indices = [cell for start in starts for cell in range(start, start + BLOCK)]
+    return indices, [weights.get(cell, 0.0) for cell in indices]

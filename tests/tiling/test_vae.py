@@ -94,28 +94,28 @@ def test_where_nothing_fits_pictures_go_one_by_one():
 
 @pytest.mark.parametrize(("scale_in", "scale_out"), [(2, 1), (1, 2)])
 def test_tiles_of_pictures(scale_in, scale_out):
-    """For each picture a reduced pass, its tiles in groups to be measured, the reduced pass again and the tiles, through a copy of the network."""
+    """For each picture a reduced pass, then its tiles in groups, through a copy of the network."""
     coder, pictures = Coder(scale_in, scale_out, fits=2), torch.randn(2, 3, 60 * scale_in, 50 * scale_in)
     expected = pictures[..., ::scale_in, ::scale_in].repeat_interleave(scale_out, -1).repeat_interleave(scale_out, -2)
     assert torch.allclose(coder.run(pictures, 34), expected, atol=1e-6)
-    reduced = tuple(mosaic(pictures[:1], 34**2, scale_in).shape)
+    reduced = tuple(mosaic(pictures[:1], 60 * 50 // 2, scale_in).picture.shape)
     tiles = [(False, (2, 3, 34 * scale_in, 34 * scale_in))] * 2
-    assert coder.calls == [(False, reduced), *tiles] * 4 and coder.asked == [(34, 34)]
-    assert coder.pictures == [0, 1] and coder.runtime.total == 2 * 2 * 4 and coder.runtime.told == [2] * 8
-    assert coder.runtime.calls == 2 * 2 * (1 + 2)  # the user may stop before each
+    assert coder.calls == [(False, reduced), *tiles] * 2 and coder.asked == [(34, 34)]
+    assert coder.pictures == [0, 1] and coder.runtime.total == 2 * 4 and coder.runtime.told == [2] * 4
+    assert coder.runtime.calls == 2 * (1 + 2)  # the user may stop before each
 
 
 @pytest.mark.parametrize(("height", "width", "tile", "fits", "cells"), [
     (40, 40, 24, 9, 32**2),  # at least
-    (90, 80, 52, 9, 49**2),  # one tile's
-    (160, 120, 40, 9, 160 * 120 // 4),  # a quarter
+    (90, 80, 88, 9, 80**2),  # one tile's
+    (160, 120, 40, 9, 160 * 120 // 2),  # a half
     (160, 120, 40, 2, 2 * 39**2),  # what fits
     (400, 300, 64, 9, 128**2),  # at most
 ])  # fmt: skip
 def test_size_of_the_reduced_pass(height, width, tile, fits, cells):
     coder, picture = Coder(fits=fits), torch.randn(1, 1, height, width)
     coder.run(picture, tile)
-    assert coder.calls[0] == (False, tuple(mosaic(picture, cells).shape))
+    assert coder.calls[0] == (False, tuple(mosaic(picture, cells).picture.shape))
 
 
 def test_attention_in_tiles_is_to_the_whole_picture():
@@ -125,7 +125,7 @@ def test_attention_in_tiles_is_to_the_whole_picture():
     coder = Coder(network=nn.Sequential(Mean()), fits=4)
     found = coder.run(picture, 28)
     tiles = TileLayout(48, 40, 28, vae.OVERLAP, vae.MARGIN)
-    sample = picture.mean().item()  # of the measured tiles, which here are few enough to be attended to whole
+    sample = picture.mean().item()
     expected = torch.zeros_like(picture)
     for tile in tiles.tiles:
         inside = tile.cut(picture)

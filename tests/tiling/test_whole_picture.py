@@ -1,0 +1,222 @@
+"""A VAE in tiles is nearly as near to the untiled picture as with the whole picture's own statistics, at the borders too."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("diffusers")
+
+from conftest import ROOT
+from diffusers import AutoencoderKL
+
+from benchmarks.networks import diffusers_vae, photo, smooth
+from fewstep_sr.tiling.batching import Runtime
+from fewstep_sr.tiling.tiles import TileLayout
+from fewstep_sr.tiling.vae import MARGIN, OVERLAP, TiledCoder, even_tile, share_of
+from fewstep_sr.tiling.whole_picture import Mosaic, WholePicture, mosaic, share_whole_picture
+from pipelines.tiling import _share_attention
+
+GROUP = 4
+"""Tiles in a call, as in the nodes."""
+
+
+@pytest.fixture(scope="module")
+def miniature() -> AutoencoderKL:
+    return diffusers_vae(str(ROOT / "miniature" / "vae"))
+
+
+def errors(found: torch.Tensor, expected: torch.Tensor, band: int) -> tuple[float, float]:
+    """Relative to the deviation of what is compared: of the whole, and of the worst of the four bands along the borders."""
+    ends = (slice(0, band), slice(-band, None))
+    parts = [found.new_ones(found.shape[-2:], dtype=torch.bool)] + [torch.zeros(found.shape[-2:], dtype=torch.bool) for _ in range(4)]
+    for i, end in enumerate(ends):
+        parts[1 + i][end] = True
+        parts[3 + i][:, end] = True
+    relative = [((found - expected)[..., part].norm() / (expected[..., part] - expected[..., part].mean()).norm()).item() for part in parts]
+    return relative[0], max(relative[1:])
+
+
+def picture(name: str, size: int) -> torch.Tensor:
+    return smooth(size) if name == "smooth" else photo(str(ROOT / "tests" / "data" / "photos" / f"{name}.png"), size)
+
+
+def encode(vae, part: torch.Tensor) -> torch.Tensor:
+    return vae.encode(part * 2 - 1).latent_dist.mean
+
+
+def decode(vae, part: torch.Tensor) -> torch.Tensor:
+    return vae.decode(part).sample
+
+
+def in_tiles(vae, call: Callable, source: torch.Tensor, tile: int, group: int = GROUP) -> torch.Tensor:
+    scale_in, scale_out = (8, 1) if call is encode else (1, 8)
+    height, width = (side // scale_in * scale_out for side in source.shape[-2:])
+    result = torch.zeros(1, 4 if call is encode else 3, height, width)
+    TiledCoder(vae, call, _share_attention, scale_in, scale_out, lambda *size: group, Runtime()).run(lambda i: source, result, tile)
+    return result
+
+
+def with_statistics_of(vae, call: Callable, reduced: Mosaic, source: torch.Tensor, tile: int) -> torch.Tensor:
+    """The tiles as they are normalised and attend by ``reduced``."""
+    scale_in, scale_out = (8, 1) if call is encode else (1, 8)
+    height, width = (side // scale_in for side in source.shape[-2:])
+    layout, whole = TileLayout(height, width, even_tile(height, tile), OVERLAP, MARGIN), WholePicture()
+    shared = share_whole_picture(vae, whole, _share_attention)
+    whole.collect(lambda x: call(shared, x), reduced)
+    result = torch.zeros(1, 4 if call is encode else 3, height * scale_out, width * scale_out)
+    for part in layout.tiles:
+        part.cut(result, scale_out).add_(call(shared, part.cut(source, scale_in)) * layout.window(part, scale_out))
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smooth", "astronaut", "chelsea"])
+@torch.no_grad()
+def test_encode_of_the_miniature(miniature, name):
+    image = picture(name, 768)
+    error, at_borders = errors(in_tiles(miniature, encode, image, 32), encode(miniature, image), 4)
+    assert error < 0.025 and at_borders < 0.025
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smooth", "astronaut", "chelsea"])
+@torch.no_grad()
+def test_decode_of_the_miniature(miniature, name):
+    latents = encode(miniature, picture(name, 768))
+    assert errors(in_tiles(miniature, decode, latents, 32), decode(miniature, latents), 32)[0] < 0.004
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_another_vae():
+    """Random weights, whose attention and far reach alone cost more than statistics do: what these have to do with is gone after a second run."""
+    vae, image = diffusers_vae(None), picture("coffee", 240)
+    whole, exact = encode(vae, image), with_statistics_of(vae, encode, Mosaic.whole(image, 8), image, 19)
+    once = with_statistics_of(vae, encode, mosaic(image, 32**2 // 2, 8), image, 19)
+    found = in_tiles(vae, encode, image, 19, group=1)
+    of_tiles, of_mosaic, of_corrected = (errors(tiled, whole, 4)[0] for tiled in (exact, once, found))
+    assert of_corrected < 1.2 * of_tiles and of_mosaic > 1.4 * of_tiles, (of_tiles, of_mosaic, of_corrected)
+
+
+def watched(network: nn.Module, image: torch.Tensor, layout: TileLayout, whole: WholePicture) -> None:
+    for tile in layout.tiles:
+        whole.watch(network, tile.cut(image), [share_of(layout, tile)])
+
+
+@torch.no_grad()
+def test_what_is_off_is_told_and_corrected():
+    """A first layer's statistics are the picture's then, and those of the next as near as what differs between mosaic and picture stays the same."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 32, 3, padding=1), nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 16, 3, padding=1), nn.GroupNorm(4, 16))
+    image, layout, whole = torch.randn(1, 4, 64, 80) * torch.linspace(0.1, 3, 80), TileLayout(64, 80, 24, 8), WholePicture()
+    tiles = share_whole_picture(network, whole, lambda copied, block, whole: None)
+    reduced = mosaic(image, 256)
+
+    def differences() -> list[float]:
+        expected, found = image, image
+        relative = []
+        for layer, shared in zip(network, tiles, strict=True):
+            expected, found = layer(expected), shared(found)
+            if isinstance(layer, nn.GroupNorm):
+                relative.append(((found - expected).norm() / expected.norm()).item())
+        return relative
+
+    whole.collect(tiles, reduced)
+    assert whole.off() == 0  # nothing has been watched
+    watched(tiles, image, layout, whole)
+    before, off = differences(), whole.off()
+    whole.correct(tiles, reduced)
+    watched(tiles, image, layout, whole)
+    after, still_off = differences(), whole.off()
+    assert 0.3 * max(before) < off < 2 * max(before) and 0.3 * max(after) < still_off < 2 * max(after)  # of a deviation, as the error is
+    assert before[0] > 0.005 and after[0] < 1e-4
+    assert before[1] > 0.005 and after[1] < 0.3 * before[1]
+
+
+@torch.no_grad()
+def test_sums_are_the_pictures():
+    """Of half precision, far from zero, in batches of tiles that overlap, and whatever memory's end left behind."""
+    norm, whole, layout = nn.GroupNorm(2, 4), WholePicture(), TileLayout(40, 56, 24, 8)
+    image = (torch.randn(1, 4, 40, 56) * 40 + 300).to(torch.bfloat16)
+    tiles = share_whole_picture(norm, whole, lambda copied, block, whole: None)
+    whole.collect(tiles, Mosaic.whole(image))
+
+    def fails(part):
+        tiles(part)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        whole.watch(fails, layout.tiles[0].cut(image), [share_of(layout, layout.tiles[0])])
+    both = layout.tiles[:2]
+    whole.watch(tiles, torch.cat([tile.cut(image) for tile in both]), [share_of(layout, tile) for tile in both])
+    for tile in layout.tiles[2:]:
+        whole.watch(tiles, tile.cut(image), [share_of(layout, tile)])
+    assert 0 < whole.off() < 1e-3
+    (found_mean, found_var), group = whole._true()[norm], image.float().view(2, -1)
+    var, mean = torch.var_mean(group, dim=1, correction=0)
+    assert torch.allclose(found_mean, mean, rtol=1e-5) and torch.allclose(found_var, var, rtol=1e-3)
+
+
+class Counting(Runtime):
+    def __init__(self):
+        self.totals, self.done = [], 0
+
+    def progress(self, total):
+        self.totals.append(total)
+        return lambda done: setattr(self, "done", self.done + done)
+
+
+@pytest.mark.parametrize(("strays", "runs"), [(0.0, 1), (20.0, 2)])
+@torch.no_grad()
+def test_tiles_run_again_where_the_mosaic_was_off(strays, runs):
+    """Four cells that no block of the mosaic holds change the picture's statistics."""
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3, padding=1), nn.GroupNorm(2, 8))
+    along = torch.arange(96.0)
+    image = torch.stack([(along / period).sin() * (along[:, None] / (period + 1)).cos() for period in (1, 2, 3, 4)])[None]
+    image[:, :, 40:42, 40:42] += strays  # blocks of 6 begin at 0, 22, 45, 68 and 90
+    runtime = Counting()
+    result = torch.zeros(1, 8, 96, 96)
+    coder = TiledCoder(network, lambda network, part: network(part), lambda copied, block, whole: None, 1, 1, lambda *size: 1, runtime)
+    coder.run(lambda i: image, result, 32)
+    assert runtime.totals == [16] * runs and runtime.done == 16 * runs
+    assert errors(result, network(image), 8)[0] < 0.04
+
+
+@torch.no_grad()
+def test_memory_that_runs_out_changes_nothing():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.Conv2d(16, 4, 3, padding=1), nn.GroupNorm(2, 4))
+    image = torch.randn(2, 3, 56, 72)
+
+    class Memory(Runtime):
+        total = 0
+
+        def __init__(self, most: int):
+            self.most, self.done = most, 0
+
+        def is_out_of_memory(self, error):
+            return isinstance(error, MemoryError)
+
+        def progress(self, total):
+            self.total = total
+            return lambda done: setattr(self, "done", self.done + done)
+
+    def run(most: int) -> torch.Tensor:
+        runtime = Memory(most)
+
+        def call(network, part):
+            middle = network[:2](part)  # statistics are taken here, and then there is no memory
+            if len(part) > runtime.most:
+                raise MemoryError
+            return network[2:](middle)
+
+        result = torch.zeros(2, 4, 56, 72)
+        coder = TiledCoder(network, call, lambda copied, block, whole: None, 1, 1, lambda height, width: 4, runtime)
+        coder.run(lambda i: image[i : i + 1], result, 32)
+        assert runtime.done == runtime.total == 2 * len(TileLayout(56, 72, 32, OVERLAP).tiles)
+        return result
+
+    assert torch.allclose(run(4), run(1), atol=1e-5)
