@@ -39,6 +39,9 @@ MAX_KEYS = 4096
 Statistics = tuple[torch.Tensor, torch.Tensor]
 """Mean and variance of each group, float32, (groups,)."""
 
+Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values (1, n, C), and the logarithms of their weights, (n,)."""
+
 Share = tuple[slice, slice]
 """Rows and columns of a tile, in cells: what no other tile counts."""
 
@@ -79,9 +82,7 @@ class Mosaic:
         """Indices of at most so many cells that count, in rows of the picture, and the logarithms of their weights, whose sum is 1."""
         columns = [column for column, weight in enumerate(self.columns) if weight]
         cells = [(row, column) for row, weight in enumerate(self.rows) if weight for column in columns]
-        step = math.ceil(len(cells) / most)
-        while math.gcd(step, len(columns)) > 1:  # else they would stand in columns
-            step += 1
+        step = _step(len(cells), most, len(columns))
         weights = [self.rows[row] * self.columns[column] for row, column in cells[::step]]
         indices = [row * len(self.columns) + column for row, column in cells[::step]]
         return torch.tensor(indices), torch.tensor([math.log(weight / sum(weights)) for weight in weights])
@@ -95,12 +96,14 @@ class WholePicture:
         self._weights: dict[tuple[int, int], torch.Tensor] = {}
         self._found: dict[nn.GroupNorm, Statistics] = {}
         self._statistics: dict[nn.GroupNorm, Statistics] = {}
-        self._keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._keys: dict[nn.Module, Keys] = {}
         self._sample = self._log_weights = torch.empty(0)
         self._cells = 0.0
         self._corrections: dict[nn.GroupNorm, tuple[Statistics, Statistics]] = {}
         self._sums: dict[nn.GroupNorm, torch.Tensor] = {}
         self._watched: dict[nn.GroupNorm, torch.Tensor] = {}
+        self._tiles_keys: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._watched_keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
         self._shares: Sequence[Share] = ()
         self._tile = (1, 1)
 
@@ -110,17 +113,19 @@ class WholePicture:
         self._collect(network, mosaic)
 
     def watch(self, network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.Tensor, shares: Sequence[Share], scale: int = 1) -> torch.Tensor:
-        """The network's answer for tiles (n, C, h, w), with ``scale`` elements for each cell along a side, of whose ``shares`` sums are kept.
+        """The network's answer for tiles (n, C, h, w), with ``scale`` elements for each cell along a side, of whose ``shares`` sums and a sample of keys are kept.
 
-        Those of all tiles cover the picture once. No sum changes where the network fails.
+        Those of all tiles cover the picture once. Nothing is kept where the network fails.
         """
-        self._watched, self._shares, self._tile = {}, shares, _cells(tiles, scale)
+        self._watched, self._watched_keys, self._shares, self._tile = {}, {}, shares, _cells(tiles, scale)
         try:
             answer = network(tiles)
         finally:
             self._shares = ()
         for norm, sums in self._watched.items():
             self._sums[norm] = self._sums[norm] + sums if norm in self._sums else sums
+        for block, found in self._watched_keys.items():
+            self._tiles_keys.setdefault(block, []).append(found)
         return answer
 
     def off(self) -> float:
@@ -134,9 +139,12 @@ class WholePicture:
         return torch.stack(found).max().item() if found else 0.0
 
     def correct(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
-        """Run the reduced pass again, each layer's statistics corrected by what the watched tiles had."""
-        self._corrections = {norm: (self._found[norm], true) for norm, true in self._true().items()}
+        """Run the reduced pass again, each layer's statistics corrected by what the watched tiles had. Keys are theirs."""
+        self._corrections, keys = {norm: (self._found[norm], true) for norm, true in self._true().items()}, self._tiles_keys
         self._collect(network, mosaic)
+        for block, found in keys.items():
+            k, v = (torch.cat(tensors, 1) for tensors in zip(*found, strict=True))
+            self._keys[block] = k, v, k.new_full(k.shape[1:2], -math.log(k.shape[1]))
 
     def _true(self) -> dict[nn.GroupNorm, Statistics]:
         """The picture's statistics, by the sums of its watched tiles."""
@@ -147,7 +155,7 @@ class WholePicture:
         return found
 
     def _collect(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
-        self._found, self._statistics, self._keys, self._sums, self._mosaic = {}, {}, {}, {}, mosaic
+        self._found, self._statistics, self._keys, self._sums, self._tiles_keys, self._mosaic = {}, {}, {}, {}, {}, mosaic
         self._cells = mosaic.cells
         self._sample, self._log_weights = mosaic.sample(MAX_KEYS)
         try:
@@ -186,6 +194,14 @@ class WholePicture:
             found[2] += torch.linalg.vector_norm(part, dim=(1, 2, 3), dtype=torch.float32).square()
         return found
 
+    def _keys_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(1, n, C) of the tiles' shares of (B, cells, C), as many as are their part of MAX_KEYS."""
+        found = []
+        for cells, (rows, columns) in zip(tokens.unflatten(1, self._tile), self._shares, strict=True):
+            share = cells[rows, columns]
+            found.append(share.flatten(0, 1)[:: _step(math.ceil(self._cells), MAX_KEYS, share.shape[1])])
+        return torch.cat(found)[None]
+
     def _moments(self, x: torch.Tensor, groups: int, mosaic: Mosaic) -> Statistics:
         """Mean and variance of each group over the picture that the mosaic's (1, C, h, w) or (1, C, h * w) stands for, float32, (groups,)."""
         scale = math.isqrt(x[0, 0].numel() // (len(mosaic.rows) * len(mosaic.columns)))
@@ -209,11 +225,21 @@ class WholePicture:
             sample, log_weights = self._sample.to(k.device), self._log_weights.to(q)
             sample_k, sample_v, _ = self._keys[block] = k.index_select(1, sample), v.index_select(1, sample), log_weights
             return F.scaled_dot_product_attention(q, sample_k, sample_v, attn_mask=log_weights.expand(len(q), q.shape[1], -1))
+        if self._shares:
+            self._watched_keys[block] = self._keys_of(k), self._keys_of(v)
         tokens = q.shape[1]
         *sampled, log_weights = self._keys[block]
         sample_k, sample_v = (t.expand(len(q), -1, -1) for t in sampled)
         bias = F.pad(log_weights + math.log(max(self._cells - tokens, 1)), (tokens, 0)).expand(len(q), tokens, -1)
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
+
+
+def _step(cells: int, most: int, width: int) -> int:
+    """Between cells of rows of ``width`` of which at most so many are taken. Had it a divisor in common with the width, they would stand in columns."""
+    step = math.ceil(cells / most)
+    while math.gcd(step, width) > 1:
+        step += 1
+    return step
 
 
 def _cells(x: torch.Tensor, scale: int) -> tuple[int, int]:
