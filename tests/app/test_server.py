@@ -64,7 +64,7 @@ def check_saved(server: Server, outputs: dict[str, list[dict]], size: tuple[int,
 
 
 def test_pack_is_there(server, comfy):
-    assert "IMPORT FAILED" not in server.log
+    assert "(IMPORT FAILED)" not in server.log  # a pack; core says it of its own files without the brackets
     info = server.get("/object_info")
     for node_id in ("OSEDiffLoader", "InvSRStartState", "FewStepScheduler"):
         assert info[node_id]["python_module"] == "custom_nodes.ComfyUI-FewStepSR"

@@ -73,6 +73,15 @@ def test_osediff_one_step(case):
     assert osediff.one_step(torch.tensor(5.0), torch.tensor(1.0), 0.36).item() == pytest.approx(4.2 / 0.6)
 
 
+@pytest.mark.parametrize(("method", "control", "level"), [(OSEDIFF, {}, 600), (METHODS["hypir"], {"coeff_t": 300}, 300)])
+def test_one_step_of_the_records(method, control, level):
+    """From the first call's prediction alone, and at the level that is asked for."""
+    z, first, second = torch.randn(3, 2, 4, 3, 5)
+    found = method.one_step.equation(z, [first, second], 600, **control)
+    assert torch.equal(found, predict_x0(z, first, alpha_bar_at(level, z)))
+    assert method.one_step.calls(**control) == (("",),) and method.one_step.controls == tuple(control)
+
+
 @pytest.mark.parametrize("case", ["invsr_steps1", "invsr_steps2", "invsr_steps3", "invsr_steps4", "invsr_steps5"])
 def test_invsr_trajectory(case):
     """Eq. 8, then eq. 6 for each step, on the authors' arrays, which are in sigma space."""
@@ -124,6 +133,9 @@ def test_records_do_not_change():
         (OSEDIFF.options[0], "name"),
         (OSEDIFF.demo, "file"),
         (OSEDIFF.schedule, "start"),
+        (OSEDIFF.one_step, "timestep"),
+        (METHODS["s3diff"].companions[0], "option"),
+        (invsr.NoisePredictorWeights(invsr.NoisePredictorConfig(), {}), "config"),
     ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, field, None)

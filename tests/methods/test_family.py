@@ -1,15 +1,16 @@
 """PiSA-SR and HYPIR without their networks: the steps on the authors' arrays, the files, the options."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
 import toys
 from safetensors import safe_open
-from toys import golden, relative_error
+from toys import GOLDEN, golden, relative_error
 
 from fewstep_sr.diffusion import alpha_bar_at
-from fewstep_sr.methods import HYPIR, METHODS, OSEDIFF, PISASR, hypir, identify, load_weights, method_of, pisasr
+from fewstep_sr.methods import HYPIR, METHODS, OSEDIFF, PISASR, hypir, identify, load_adapter, load_weights, method_of, pisasr
 from fewstep_sr.weights.lora import LowRank
 
 
@@ -111,6 +112,86 @@ def test_what_is_a_pisasr_adapter():
     assert method_of(identify({"unet.a.lora_A.default_encoder_sem.weight": torch.ones(4, 4)})) is PISASR
     assert method_of(identify({"state_dict_unet": {}, "state_dict_vae": {}})) is OSEDIFF
     assert method_of(identify({"state_dict_unet": {"a.lora_A.default_encoder_pix.weight": torch.ones(4, 4)}, "state_dict_vae": {}})) is PISASR
+
+
+@pytest.mark.parametrize(
+    ("knobs", "calls"),
+    [
+        ((1, 1), [("pix", "sem")]),
+        ((0.5, 0.5), [("pix", "sem")]),
+        ((0, 0), [("pix", "sem")]),
+        ((1, 0), [("pix",)]),
+        ((0, 1), [("pix",), ("pix", "sem")]),
+        ((1, 0.5), [("pix",), ("pix", "sem")]),
+    ],
+)
+def test_calls_of_pisasr(knobs, calls):
+    """None whose prediction has no weight; the equation takes what is left."""
+    assert list(pisasr.calls(*knobs)) == calls
+    z, eps = torch.tensor([5.0]), {("pix",): torch.tensor([1.0]), ("pix", "sem"): torch.tensor([3.0])}
+    pixel, semantic = knobs
+    found = PISASR.one_step.equation(z, [eps[call] for call in calls], 1, pixel=pixel, semantic=semantic)
+    assert found.item() == pytest.approx(5 - (pixel * 1 + semantic * 2))
+    assert PISASR.one_step.controls == ("pixel", "semantic")
+
+
+def test_pisasrs_published_layout(tmp_path):
+    """What is written so is read as the same, and has all that the authors' own program asks for."""
+    checkpoint = toys.adapter_checkpoint({**golden("pisasr_square")[0], "rank_sem": 2})
+    adapter, _ = saved(PISASR, checkpoint, tmp_path)
+    pisasr.save_published(adapter, tmp_path / "again.pkl")
+    state = torch.load(tmp_path / "again.pkl", weights_only=True)
+    assert state["lora_rank_unet_pix"] == 4 and state["lora_rank_unet_sem"] == 2
+    assert state["state_dict_unet"].keys() == checkpoint["state_dict_unet"].keys()
+    for which in ("pix", "sem"):
+        groups = {group: state[f"unet_lora_{group}_modules_{which}"] for group in ("encoder", "decoder", "others")}
+        assert sorted(layer for layers in groups.values() for layer in layers) == sorted(adapter.unet)
+        assert "conv_in" in groups["encoder"] and "conv_out" in groups["decoder"] and "mid_block.resnets.0.conv1" in groups["others"]
+    again = load_weights(PISASR, tmp_path / "again.pkl")
+    assert equal(again.unet, adapter.unet) and equal(again.semantic, adapter.semantic)
+    other = dataclasses.replace(adapter, unet={layer: dataclasses.replace(low_rank, alpha=4.0) for layer, low_rank in adapter.unet.items()})
+    with pytest.raises(ValueError, match=r"lora_alpha: found 4, expected 8 in the published layout"):
+        pisasr.save_published(other, tmp_path / "none.pkl")
+    assert not (tmp_path / "none.pkl").exists()
+
+
+def test_which_methods_adapter_a_file_is(tmp_path):
+    """The contents tell, whatever the name is."""
+    for case, method in (("osediff_square", OSEDIFF), ("pisasr_square", PISASR), ("hypir_square", HYPIR), ("s3diff_square", METHODS["s3diff"])):
+        (file,) = (path for path in GOLDEN.glob(f"{case}.p*"))
+        found, adapter = load_adapter(file)
+        assert found is method and adapter.unet.keys() == load_weights(method, file).unet.keys()
+    for name, state, found in (
+        ("predictor.pth", toys.predictor_state_dict(0), "an InvSR noise predictor"),
+        ("net.pth", {"down_blocks.0.resnets.0.conv1.weight": torch.ones(1)}, "a whole UNet"),
+    ):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: found {found}; expected an adapter of one of these methods: OSEDiff, PiSA-SR, HYPIR, S3Diff"):
+            load_adapter(tmp_path / name)
+
+
+def test_every_file_is_loaded_by_its_own_record_alone(tmp_path):
+    torch.save(toys.predictor_state_dict(0), tmp_path / "predictor.pth")
+    files = [(METHODS["invsr"], tmp_path / "predictor.pth"), (OSEDIFF, GOLDEN / "osediff_square.pkl"), (HYPIR, GOLDEN / "hypir_square.pth")]
+    for record, own in files:
+        assert load_weights(record, own)
+        contents = f" ({record.contents})" if record.contents else ""
+        for other, file in files:
+            if other is not record:
+                words = f"found {other.kind.phrase}; expected {record.kind.phrase}{contents}. Choose another file: {record.source}"
+                with pytest.raises(ValueError, match=re.escape(words)):
+                    load_weights(record, file)
+
+
+def test_the_noise_predictors_file(tmp_path):
+    weights = toys.predictor_state_dict(0)
+    torch.save(weights, tmp_path / "predictor.pth")
+    invsr = METHODS["invsr"]
+    invsr.save(load_weights(invsr, tmp_path / "predictor.pth"), tmp_path / "a.safetensors")
+    written, keys = metadata(tmp_path / "a.safetensors")
+    assert written["family"] == "InvSR noise predictor" and keys == set(weights)
+    again = load_weights(invsr, tmp_path / "a.safetensors")
+    assert all(torch.equal(again.state_dict[key], value) for key, value in weights.items())
 
 
 @pytest.mark.parametrize("missing", ["pix", "sem"])

@@ -19,10 +19,13 @@ IMAGE = picture(3, 24, 17).movedim(-1, 1)
 EMBEDS = gaussian(3, "prompt_embeds", (1, 77, 64))
 
 
-def osediff(tmp_path, seed=3, rank=4, text=False, **strengths) -> OSEDiffPipeline:
-    torch.save(toys.osediff_checkpoint(seed, rank), tmp_path / "adapter.pkl")
-    pipeline = OSEDiffPipeline(**pipeline_toys.components(seed, tmp_path / "clip" if text else None))
-    pipeline.load_osediff(tmp_path / "adapter.pkl", **strengths)
+def osediff(tmp_path, seed=3, rank=4, text=False, narrow=False, **strengths) -> OSEDiffPipeline:
+    if narrow:
+        adapter = pipeline_toys.narrow_adapter(tmp_path / "adapter.safetensors")
+    else:
+        torch.save(toys.osediff_checkpoint(seed, rank), adapter := tmp_path / "adapter.pkl")
+    pipeline = OSEDiffPipeline(**pipeline_toys.components(seed, tmp_path / "clip" if text else None, narrow))
+    pipeline.load_osediff(adapter, **strengths)
     return pipeline
 
 
@@ -35,6 +38,8 @@ def invsr(tmp_path, seed=3, text=False) -> InvSRPipeline:
 
 
 PIPELINES = pytest.mark.parametrize("make", [osediff, invsr])
+SLOW_OSEDIFF = pytest.mark.parametrize("make", [pytest.param(osediff, marks=pytest.mark.slow), invsr])
+NARROW = pytest.mark.parametrize("narrow", [True, pytest.param(False, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +56,7 @@ def restore(pipeline, image=IMAGE, **kwargs) -> torch.Tensor:
     return pipeline(image, **{"prompt_embeds": EMBEDS, "scale": 2, "output_type": "pt"} | kwargs).images
 
 
-@pytest.mark.slow
-@PIPELINES
+@SLOW_OSEDIFF
 def test_saved_and_loaded(make, tmp_path):
     pipeline = make(tmp_path, text=True)
     expected = restore(pipeline, prompt_embeds=None, prompt="a cat")
@@ -66,30 +70,32 @@ def test_saved_and_loaded(make, tmp_path):
     assert relative_error(restore(half, prompt_embeds=None, prompt="a cat"), expected) < 0.05
 
 
-@pytest.mark.slow
-def test_osediff_saves_base_and_adapter_apart(tmp_path):
-    pipeline = osediff(tmp_path, strength_model=0.8, strength_vae=0.5)
+@NARROW
+def test_osediff_saves_base_and_adapter_apart(tmp_path, narrow):
+    pipeline = osediff(tmp_path, narrow=narrow, strength_model=0.8, strength_vae=0.5)
     expected = restore(pipeline)
     pipeline.fuse()
     pipeline.save_pretrained(tmp_path / "saved")
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "saved", subfolder="unet").state_dict()
-    assert all(relative_error(unet[k], v) < 1e-6 for k, v in toys.unet_state_dict(3).items())
+    base = pipeline_toys.components(3, narrow=narrow)["unet"].state_dict()
+    assert all(torch.allclose(unet[k], v, rtol=1e-6, atol=1e-7) for k, v in base.items())
     assert same(restore(pipeline), expected)
     assert same(restore(OSEDiffPipeline.from_pretrained(tmp_path / "saved")), expected)
 
 
-@pytest.mark.slow
-def test_osediff_comes_off(tmp_path):
-    pipeline = osediff(tmp_path)
+@NARROW
+def test_osediff_comes_off(tmp_path, narrow):
+    pipeline, base = osediff(tmp_path, narrow=narrow), pipeline_toys.components(3, narrow=narrow)
+    (file,) = tmp_path.glob("adapter.*")
     pipeline.unload_osediff()
-    for network, weights in ((pipeline.unet, toys.unet_state_dict(3)), (pipeline.vae, toys.vae_state_dict(3))):
-        state = network.state_dict()
+    for part in ("unet", "vae"):
+        state, weights = getattr(pipeline, part).state_dict(), base[part].state_dict()
         assert state.keys() == weights.keys() and all(torch.equal(state[k], v) for k, v in weights.items())
     with pytest.raises(ValueError, match="no adapter is loaded"):
         restore(pipeline)
-    pipeline.load_osediff(tmp_path / "adapter.pkl")
+    pipeline.load_osediff(file)
     first = restore(pipeline)
-    pipeline.load_osediff(tmp_path / "adapter.pkl")
+    pipeline.load_osediff(file)
     assert same(restore(pipeline), first)
 
 
@@ -117,8 +123,7 @@ def test_noise_predictor_component_is_a_published_file(tmp_path):
     assert again.pixels_per_cell == 2
 
 
-@pytest.mark.slow
-@PIPELINES
+@SLOW_OSEDIFF
 def test_weights_come_along_from_the_hub(make, tmp_path):
     """A repository as the hub's client keeps it, of a pipeline that was saved with its adapter or predictor."""
     expected, commit = make(tmp_path), "0" * 40
@@ -137,9 +142,8 @@ def test_invsr_without_predictor(tmp_path):
         restore(pipeline)
 
 
-@pytest.mark.slow
-@PIPELINES
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@SLOW_OSEDIFF
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".ckpt", marks=pytest.mark.slow)])
 def test_base_in_one_file(comfy, make, suffix, tmp_path):
     """The file's keys are the original ones, as ComfyUI has them."""
     state = {f"model.diffusion_model.{k}": v for k, v in toys.comfy_model(3).model.diffusion_model.state_dict().items()}
@@ -224,8 +228,7 @@ def test_callback(make, loaded):
         restore(pipeline, callback_on_step_end=grey, callback_on_step_end_tensor_inputs=["noise"])
 
 
-@pytest.mark.slow
-@PIPELINES
+@SLOW_OSEDIFF
 def test_cpu_offload(make, tmp_path):
     """The hooks that move whole networks, from the CPU to the CPU: every network that runs must have one."""
     pipeline = make(tmp_path, text=True)

@@ -25,11 +25,18 @@ SEED, TILE = 5, 256
 EMBEDS = gaussian(SEED, "prompt_embeds", (1, 77, 64))
 
 
-def make(kind, tmp_path, **strengths):
-    pipeline = kind(**pipeline_toys.components(SEED))
+NARROW = pytest.mark.parametrize("narrow", [True, pytest.param(False, marks=pytest.mark.slow)])
+"""The fast ones have a base of 8 channels."""
+
+
+def make(kind, tmp_path, narrow=False, **strengths):
+    pipeline = kind(**pipeline_toys.components(SEED, narrow=narrow))
     if kind is OSEDiffPipeline:
-        torch.save(toys.osediff_checkpoint(SEED, 4), tmp_path / "adapter.pkl")
-        pipeline.load_osediff(tmp_path / "adapter.pkl", **strengths)
+        if narrow:
+            pipeline_toys.narrow_adapter(tmp_path / "adapter.safetensors")
+        else:
+            torch.save(toys.osediff_checkpoint(SEED, 4), tmp_path / "adapter.pkl")
+        pipeline.load_osediff(tmp_path / f"adapter.{'safetensors' if narrow else 'pkl'}", **strengths)
     else:
         torch.save(toys.predictor_state_dict(SEED), tmp_path / "predictor.pth")
         pipeline.load_noise_predictor(tmp_path / "predictor.pth")
@@ -63,10 +70,10 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.slow
+@NARROW
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
-def test_any_size_in_tiles(kind, tmp_path, calls):
-    pipeline = make(kind, tmp_path)
+def test_any_size_in_tiles(kind, narrow, tmp_path, calls):
+    pipeline = make(kind, tmp_path, narrow)
     image = pixels(187, 163)
     whole = restore(pipeline, image)
     calls.clear()
@@ -78,11 +85,11 @@ def test_any_size_in_tiles(kind, tmp_path, calls):
     assert torch.equal(restore(pipeline, image), whole)
 
 
-@pytest.mark.slow
+@NARROW
 @pytest.mark.parametrize("fused", [False, True])
-def test_adapter_acts_in_tiles(tmp_path, fused):
+def test_adapter_acts_in_tiles(tmp_path, narrow, fused):
     """The tiles' encoder is the adapted one: nearer to the whole picture with the adapter than without it."""
-    pipeline, image = make(OSEDiffPipeline, tmp_path, strength_vae=2.0), pixels(270, 401)
+    pipeline, image = make(OSEDiffPipeline, tmp_path, narrow, strength_vae=2.0), pixels(270, 401)
     if fused:
         pipeline.fuse()
     whole = pipeline.encode(image)
@@ -95,9 +102,9 @@ def test_adapter_acts_in_tiles(tmp_path, fused):
     assert relative_error(tiled, whole_base) > 3 * relative_error(tiled, whole)
 
 
-@pytest.mark.slow
-def test_vae_of_others_is_left_alone(tmp_path):
-    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(270, 300)
+@NARROW
+def test_vae_of_others_is_left_alone(tmp_path, narrow):
+    pipeline, image = make(OSEDiffPipeline, tmp_path, narrow), pixels(270, 300)
     vae, plain = pipeline.vae, pipeline.vae.encode(pixels(64, 64)).latent_dist.parameters
     before = [(name, module, dict(vars(module))) for name, module in vae.named_modules()]
     pipeline.enable_tiling(TILE)
@@ -109,10 +116,10 @@ def test_vae_of_others_is_left_alone(tmp_path):
     assert torch.equal(vae.encode(pixels(64, 64)).latent_dist.parameters, plain)
 
 
-@pytest.mark.slow
-def test_tiles_keep_the_whole_pictures_tone(tmp_path):
+@NARROW
+def test_tiles_keep_the_whole_pictures_tone(tmp_path, narrow):
     """Better than diffusers' own tiles, of which each has its own statistics."""
-    pipeline = make(OSEDiffPipeline, tmp_path)
+    pipeline = make(OSEDiffPipeline, tmp_path, narrow)
     latents = pipeline.encode(pixels(280, 400))
     whole = pipeline.decode(latents)
     pipeline.vae.enable_tiling()
@@ -123,10 +130,11 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path):
     assert relative_error(shared, whole) < 0.8 * relative_error(separate, whole)
 
 
-@pytest.mark.parametrize("tile", [0, pytest.param(TILE, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [pytest.param(OSEDiffPipeline, marks=pytest.mark.slow), InvSRPipeline])
-def test_batch_equals_singles(kind, tmp_path, tile):
-    pipeline, images = make(kind, tmp_path), pixels(180 if tile else 50, 44, batch=3)
+@pytest.mark.parametrize("tile", [0, TILE])
+@NARROW
+@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+def test_batch_equals_singles(kind, narrow, tmp_path, tile):
+    pipeline, images = make(kind, tmp_path, narrow), pixels(180 if tile else 50, 44, batch=3)
     if tile:
         pipeline.enable_tiling(tile)
     settings = {"posterior": "sample", "color_fix": "wavelet"}
@@ -136,11 +144,11 @@ def test_batch_equals_singles(kind, tmp_path, tile):
         assert relative_error(together[i : i + 1], single) < 1e-5
 
 
-@pytest.mark.slow
+@NARROW
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
-def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
+def test_calls_do_not_grow_with_the_batch(kind, narrow, tmp_path, calls, monkeypatch):
     monkeypatch.setattr("pipelines.tiling.GROUP_CELLS", 4 * 9)
-    pipeline, sizes = make(kind, tmp_path), []
+    pipeline, sizes = make(kind, tmp_path, narrow), []
     for pictures in (8, 24):
         calls.clear()
         restore(pipeline, pixels(16, 16, pictures), guidance_scale=2.0, negative_prompt_embeds=EMBEDS)
@@ -148,11 +156,11 @@ def test_calls_do_not_grow_with_the_batch(kind, tmp_path, calls, monkeypatch):
     assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
 
 
-@pytest.mark.slow
+@NARROW
 @pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
-def test_progress_in_tiles(kind, tmp_path, monkeypatch):
+def test_progress_in_tiles(kind, narrow, tmp_path, monkeypatch):
     """A bar for each network that has several tiles; pictures that are whole show none."""
-    pipeline, bars = make(kind, tmp_path), []
+    pipeline, bars = make(kind, tmp_path, narrow), []
     pipeline.set_progress_bar_config(file=io.StringIO())
 
     def progress_bar(iterable=None, total=None):
@@ -176,11 +184,11 @@ def test_progress_in_tiles(kind, tmp_path, monkeypatch):
     "error",
     [
         torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"),
-        pytest.param(RuntimeError("MPS backend out of memory (MPS allocated"), marks=pytest.mark.slow),
+        RuntimeError("MPS backend out of memory (MPS allocated"),
     ],
 )
 def test_smaller_tiles_when_memory_runs_out(tmp_path, caplog, error):
-    pipeline, image = make(OSEDiffPipeline, tmp_path), pixels(200, 300)
+    pipeline, image = make(OSEDiffPipeline, tmp_path, narrow=True), pixels(200, 300)
     whole = pipeline.encode(image)
     vae = copy.copy(pipeline.vae)
 
