@@ -7,9 +7,24 @@ from pathlib import Path
 from typing import Any
 
 
-def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), what: str | None = None, targets: bool = False) -> None:
+class Once(argparse.Action):
+    """An option that must not come twice, where the first would be lost without a word."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if (before := getattr(namespace, self.dest)) is not None:
+            raise argparse.ArgumentError(self, f"found {before} and {values}, expected one. Run the command once for each.")
+        setattr(namespace, self.dest, values)
+
+
+def add_method(
+    command: argparse.ArgumentParser,
+    others: Sequence[str] = (),
+    what: str | None = None,
+    targets: bool = False,
+    action: str | type[argparse.Action] = "store",
+) -> None:
     """``--method``, of METHODS and ``others``, with the size, prompts, seed and the methods' own options. ``what`` is its help; ``targets`` adds the
-    sizes that results may have in place of a factor.
+    sizes that results may have in place of a factor; ``action`` is what argparse does with ``--method``.
     """
     from fewstep_sr.image.color import COLOR_FIXES
     from fewstep_sr.methods import METHODS
@@ -18,7 +33,7 @@ def add_method(command: argparse.ArgumentParser, others: Sequence[str] = (), wha
     from .settings import DEFAULT, DEMO_DEFAULT, every_option
 
     method = command.add_argument_group("method")
-    method.add_argument("--method", choices=[*METHODS, *others], help=what or f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
+    method.add_argument("--method", action=action, choices=[*METHODS, *others], help=what or f"default: {DEFAULT}, {DEMO_DEFAULT} with --demo")
     method.add_argument("--prompt", help="what the pictures show, or the style of the results (default: the method's own)")
     method.add_argument("--negative-prompt", help="what to avoid; used where --cfg is not 1")
     guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)

@@ -9,7 +9,7 @@ import torch
 from ..bases import TEXT_WIDTHS
 from ..diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at, predict_x0
 from ..weights.kinds import FileKind, is_pisasr, strip_wrappers, without_wrappers
-from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
+from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
 from .method import Demo, Method, OneStep, Option, Paper, Published, Source
@@ -126,7 +126,7 @@ def save_adapter(adapter: OSEDiffAdapter, path: str | Path) -> None:
     for layer, low_rank in adapter.vae.items():
         tensors |= _halves(f"vae.{layer}", low_rank, VAE_GROUP)
     ranks = {"rank_unet": str(adapter.rank_unet), "rank_vae": str(adapter.rank_vae)}
-    alpha = next(iter(adapter.unet.values())).alpha if adapter.unet else PEFT_ALPHA
+    alpha = next(iter(adapter.unet.values())).alpha
     notes = {"family": "OSEDiff adapter", **ranks, "lora_alpha": f"{alpha:g}", "timestep": str(adapter.timestep)}
     save_safetensors(tensors, path, notes if adapter.unet_replaced else notes | {"conv_in": BASES_OWN})
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     from fewstep_sr.methods import METHODS
 
-    from ..options import add_machine, add_method, add_weights
+    from ..options import Once, add_machine, add_method, add_weights
     from .published import BENCHMARKS
 
     prog = command.prog
@@ -59,7 +59,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     files.add_argument("--csv", type=Path, metavar="FILE", help="the table")
     files.add_argument("--markdown", type=Path, metavar="FILE", help="the means and the table")
     files.add_argument("--overwrite", action="store_true", help="restore images again whose results exist")
-    add_method(command, ["bicubic"], "the method to restore with; bicubic enlarges alone")
+    add_method(command, ["bicubic"], "the method to restore with; bicubic enlarges alone", action=Once)
     add_weights(command)
     add_machine(command)
 
@@ -69,14 +69,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         found = "neither --method nor --results" if arguments.method is None else "--method and --results"
         raise ValueError(f"evaluate: found {found}, expected one of them: a method restores the images, results exist already.")
     bicubic = arguments.method == "bicubic"
-    output = None if arguments.results else arguments.output or Path(f"results_{arguments.method}{'_demo' if arguments.demo else ''}")
     if not arguments.results:
         from ..cli import require_packages
 
         require_packages()
-    restoration = None if arguments.results or bicubic else _restoration(arguments, output)
 
-    from .evaluate import Evaluation, evaluate, parse_metrics  # torch and diffusers take seconds that --help need not
+    from .evaluate import Evaluation, default_output, evaluate, parse_metrics  # torch and diffusers take seconds that --help need not
+
+    output = None if arguments.results else arguments.output or default_output(arguments.method, arguments.demo)
+    restoration = None if arguments.results or bicubic else _restoration(arguments, output)
 
     return evaluate(
         Evaluation(
@@ -151,7 +152,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def add_verify(command: argparse.ArgumentParser) -> None:
-    from ..options import add_method, add_weights
+    from ..options import Once, add_method, add_weights
 
     prog = command.prog
     command.epilog = (
@@ -164,14 +165,19 @@ def add_verify(command: argparse.ArgumentParser) -> None:
         "--picture", type=Path, metavar="FILE", help="what goes through the stages (default: the miniature's photo of 112 x 75 pixels)"
     )
     command.add_argument("--reference", type=Path, metavar="FILE", help="another machine's report, to compare the stages with")
-    command.add_argument("--data", type=Path, metavar="FOLDER", help="a benchmark to evaluate the methods on as well, into results_METHOD")
+    command.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="a benchmark to evaluate the methods on as well, into results_METHOD; with --demo the miniature, into results_METHOD_demo",
+    )
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="the base as one file, for the nodes, where --base is a folder")
     command.add_argument("--half", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
     command.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
     command.add_argument(
         "--no-golden", action="store_true", help="leave out the comparison with the outputs of the authors' code, which takes a minute"
     )
-    add_method(command, (), "this method alone (default: every one)")
+    add_method(command, (), "this method alone (default: every one)", action=Once)
     add_weights(command)
 
 

@@ -62,6 +62,11 @@ class Evaluation:
     overwrite: bool = False
 
 
+def default_output(method: str, demo: bool) -> Path:
+    """The folder of the images that a method restores, where none is named."""
+    return Path(f"results_{method}{'_demo' if demo else ''}")
+
+
 def evaluate(wanted: Evaluation) -> int:
     """Measure, print the table and write the files. Returns 1 where images failed or have no other half, else 0.
 
@@ -92,7 +97,8 @@ def evaluate(wanted: Evaluation) -> int:
         read_report(wanted.json)  # refuses what is none
     journal = Journal(own_report or wanted.json)
     if unpaired:
-        print(f"{len(unpaired)} have no other half and are left out: {listed(unpaired, 20)}.", file=sys.stderr)
+        verbs = "has no other half and is" if len(unpaired) == 1 else "have no other half and are"
+        print(f"{len(unpaired)} {verbs} left out: {listed(unpaired, 20)}.", file=sys.stderr)
     restored, pairs = _restore(wanted, pairs, journal)
     if restored and not restored.mine:
         return 0
@@ -207,7 +213,8 @@ def _write(report: Report, wanted: Evaluation, own_report: Path | None) -> None:
 
 
 def _print(report: Report, failed: Mapping[str, str], meter: Meter) -> None:
-    print(f"{report.title}, {len(report.rows)} images\n\n{aligned(report.table())}\n\n{aligned(report.comparison())}")
+    count = len(report.rows)
+    print(f"{report.title}, {count} {'image' if count == 1 else 'images'}\n\n{aligned(report.table())}\n\n{aligned(report.comparison())}")
     if report.published:
         print(f"\nPublished: {report.published.source}. {report.published.note}".rstrip())
     for name, reason in meter.left_out.items():

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from fewstep_sr.files import require_room
 from fewstep_sr.miniature import PHOTO
 from fewstep_sr.miniature import find as find_miniature
 
 from ..pictures import read_pixels
 from .by_nodes import ByNodes, run_nodes
-from .evaluate import REPORT, Evaluation, evaluate
+from .evaluate import REPORT, Evaluation, default_output, evaluate
 from .journal import read_report
 from .machine import machine, sha256, versions
-from .pairs import find_folders, images_in
+from .pairs import LOW_QUALITY, ORIGINALS, find_folders, images_in
 from .published import recognise
 from .report import aligned, write_json
 from .stages import error_of_fingerprint, fingerprint, relative_errors
@@ -47,7 +48,8 @@ class Verification:
         checkpoint: the base as one file, for the nodes, where the pipelines' is a folder.
         reference: another report of verify to compare with.
         half: the name of the half precision; None for what the device can do.
-        data: a benchmark to evaluate the methods on, those on the miniature apart; images and reports go into ``results_METHOD``.
+        data: a benchmark to evaluate the methods on, the miniature's only where no others are asked for; images and reports go into
+            ``results_METHOD``, of the miniature into ``results_METHOD_demo``.
     """
 
     subjects: Sequence[Subject]
@@ -78,23 +80,30 @@ class Checked:
 
 def verify(wanted: Verification) -> int:
     """Check everything, print it, and write the report. Returns 1 where something is wrong, else 0."""
-    if wanted.json and wanted.json.exists():
-        read_report(wanted.json, NAME)
+    if wanted.json:
+        require_room(wanted.json)
+        if wanted.json.exists():
+            read_report(wanted.json, NAME)
+    images = _images_of(wanted.data) if wanted.data else []
     reference = _read_reference(wanted.reference)
     picture = read_pixels(wanted.picture or find_miniature(PHOTO)).tensor()
     device = wanted.subjects[0].device
     half = wanted.half or half_of(device)
     checks = [_check(subject, picture, half, reference, wanted) for subject in wanted.subjects]
-    for check in checks:
-        if wanted.data and not check.subject.settings.demo:
-            check.benchmark = _benchmark(check, wanted.data)
+    missing = list(wanted.missing)
+    if wanted.data:
+        measured = [check for check in checks if not check.subject.settings.demo] or ([] if missing else checks)
+        for check in measured:
+            _benchmark(check, wanted.data, images)
+        if not measured:
+            missing.append(f"the methods on {wanted.data.name}: no weights were found. --demo measures the miniature on it.")
     golden = _golden() if wanted.golden else {"note": "not asked for"}
     faults = [f"{check.subject.title}: {fault}" for check in checks for fault in check.faults] + list(golden.get("faults", ()))
     content = {
         "report": NAME,
         "ok": not faults,
         "faults": faults,
-        "missing": list(wanted.missing),
+        "missing": missing,
         "versions": versions(),
         "machine": machine(device),
         "half": half,
@@ -102,7 +111,7 @@ def verify(wanted: Verification) -> int:
         "golden": golden,
         "checks": [_to_json(check) for check in checks],
     }
-    _print(checks, golden, wanted, faults)
+    _print(checks, golden, missing, faults)
     if wanted.json:
         write_json(wanted.json, content)
         print(f"\nThe whole report is in {wanted.json}.")
@@ -180,16 +189,36 @@ def _summary(run: Run) -> dict[str, Any]:
     return {"seconds": run.stages.seconds | {"all": run.seconds}, "peak_memory": run.stages.memory, "load_seconds": run.load_seconds}
 
 
-def _benchmark(check: Checked, data: Path) -> dict[str, Any]:
+def _images_of(data: Path) -> list[Path]:
+    """A benchmark's low-quality images.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or no originals beside them.
+    """
+    lq, hq = find_folders(data, None, None)
+    if lq is None or hq is None:
+        raise ValueError(
+            f"--data: found no {'low-quality images' if lq is None else 'originals'} in {data}, expected {LOW_QUALITY[0]} and {ORIGINALS[0]}."
+        )
+    return images_in(lq, "--data")
+
+
+def _benchmark(check: Checked, data: Path, images: Sequence[Path]) -> None:
     """The means of the method on a benchmark, beside the published ones where there are some, from the report that ``evaluate`` leaves."""
-    key, output = check.subject.settings.method.key, Path(f"results_{check.subject.settings.method.key}")
-    lq, _ = find_folders(data, None, None)
-    benchmark = recognise([path.stem for path in images_in(lq, "--data")]) if lq else None
-    known = benchmark is not None and any(published.benchmark == benchmark.key for published in check.subject.settings.method.published)
-    settings = replace(check.subject.settings, output=output, suffix=".png", device=str(check.subject.device))
-    evaluate(Evaluation(["psnr", "ssim", "gmsd"], data=data, restoration=settings, output=output, expect=key if known else None))
-    report = read_report(output / REPORT)
-    return {name: report[name] for name in ("mean", "expected", "seconds", "peak_memory", "failed") if name in report}
+    settings, metrics = check.subject.settings, ["psnr", "ssim", "gmsd"]
+    key, output = settings.method.key, default_output(settings.method.key, settings.demo)
+    benchmark = recognise([path.stem for path in images])
+    known = benchmark is not None and any(published.benchmark == benchmark.key for published in settings.method.published)
+    settings = replace(settings, output=output, suffix=".png", device=str(check.subject.device))
+    try:
+        evaluate(Evaluation(metrics, data=data, restoration=settings, output=output, expect=key if known else None))
+        report = read_report(output / REPORT)
+    except (OSError, RuntimeError, ValueError) as error:  # what was verified is still reported
+        check.faults.append(f"the benchmark fails: {_line(error)}")
+        return
+    check.benchmark = {name: report[name] for name in ("mean", "expected", "seconds", "peak_memory", "failed") if name in report}
+    if failed := report.get("failed"):
+        check.faults.append(f"of the benchmark's {len(images)} images {len(failed)} failed, {next(iter(failed))} first")
 
 
 def _golden() -> dict[str, Any]:
@@ -236,7 +265,7 @@ def _to_json(check: Checked) -> dict[str, Any]:
     }
 
 
-def _print(checks: Sequence[Checked], golden: Mapping[str, Any], wanted: Verification, faults: Sequence[str]) -> None:
+def _print(checks: Sequence[Checked], golden: Mapping[str, Any], missing: Sequence[str], faults: Sequence[str]) -> None:
     for check in checks:
         print(f"\n{check.subject.title}")
         seconds = {name: run["seconds"] for name, run in check.runs.items()}
@@ -252,8 +281,8 @@ def _print(checks: Sequence[Checked], golden: Mapping[str, Any], wanted: Verific
         for note in check.notes:
             print(f"  note: {note}.")
     print("\nAuthors' outputs:", golden.get("result") or golden.get("note"))
-    for missing in wanted.missing:
-        print(f"Not verified: {missing}")
+    for what in missing:
+        print(f"Not verified: {what}")
     print("\nFound wrong:" if faults else "\nNothing was found wrong.", *(f"  {fault}" for fault in faults), sep="\n")
 
 

@@ -122,6 +122,8 @@ def test_what_is_published():
     assert not any(option.needed for option in INVSR.options)
     published = ["osediff.pkl", "noise_predictor_sd_turbo_v5.pth", "pisa_sr.pkl", "HYPIR_sd2.pth", "s3diff.pkl"]
     assert [m.published_name for m in METHODS.values()] == published
+    assert [m.cfg for m in METHODS.values()] == [1, 1, 1, 1, 1.07]
+    assert osediff.prompt_of(["cat", "fur"], "sharp") == "cat, fur, sharp," and osediff.prompt_of(["cat"]) == "cat, ,"
     assert OSEDIFF.weights.page.endswith("/osediff.pkl") and INVSR.weights.page == "https://huggingface.co/OAOA/InvSR"
 
 

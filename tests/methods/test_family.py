@@ -64,6 +64,7 @@ def test_pisasrs_file(tmp_path):
             assert layers[layer].rank == rank and layers[layer].scale == 8 / rank
     assert pisasr.peft_name("mid_block.x", "pix") == "default_others_pix" and adapter.vae == {} and adapter.rank_vae == 0
     assert equal(adapter.unet, again.unet) and equal(adapter.semantic, again.semantic)
+    assert list(adapter.sets.items()) == [("pix", adapter.unet), ("sem", adapter.semantic)]
     written, keys = metadata(tmp_path / "written.safetensors")
     assert keys == {f"unet.{key}" for key in published}
     assert {"family": "PiSA-SR adapter", "lora_rank_unet_pix": "4", "lora_rank_unet_sem": "2", "lora_alpha": "8"}.items() <= written.items()

@@ -71,6 +71,7 @@ def test_a_matrix_stands_transposed_between_the_halves():
         ("unet", "down_blocks.0.resnets.0.conv1", 0),
         ("unet", "down_blocks.3.resnets.1.conv2", 3),
         ("unet", "mid_block.resnets.0.conv1", 4),
+        ("unet", "mid_block.3.conv1", 4),
         ("unet", "up_blocks.0.resnets.3.conv1", 5),
         ("unet", "up_blocks.3.attentions.2.proj_in", 8),
         ("unet", "conv_out", 9),
@@ -126,6 +127,11 @@ def test_the_file_written(tmp_path):
     assert {low_rank.alpha for layers in (again.unet, again.vae) for low_rank in layers.values()} == {12.0}
     found, expected = again.unet["conv_out"], adapter.unet["conv_out"]
     assert torch.equal(found.down, expected.down) and torch.equal(found.up, expected.up)
+
+
+def test_without_its_file_it_has_no_frequencies():
+    bare = s3diff.S3DiffAdapter({})
+    assert bare.frequencies.shape == (0,) and bare.modulation == {} and bare.estimator is None
 
 
 def test_half_precision_is_computed_in_float32(tmp_path):

@@ -197,6 +197,13 @@ def test_what_cannot_be_measured(benchmark, monkeypatch, capsys, change, words, 
     assert sorted(benchmark.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["evaluate", "verify"])
+def test_two_methods_are_not_one_of_them(command, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--method", "osediff", "--demo", "--method", "invsr"])
+    assert "--method: found osediff and invsr, expected one. Run the command once for each." in capsys.readouterr().err
+
+
 def test_images_without_originals(benchmark, capsys):
     """A folder of low-quality images alone: what compares is left out in words, and if nothing else is asked for it is an error."""
     assert run("--data", benchmark / "test_LR", "--results", benchmark / "results") == 2

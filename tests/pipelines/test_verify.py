@@ -261,18 +261,55 @@ def test_downloads_without_a_connection(tmp_path, monkeypatch, small):
         assert report["ok"] and [check["method"] for check in report["checks"]] == [method]
 
 
-@pytest.mark.slow
-def test_a_benchmark(tmp_path, monkeypatch, small):
-    """Methods on weights that were found, the miniature apart, restore the whole folder; the figures are evaluate's own."""
+@pytest.fixture
+def two_pairs(tmp_path, monkeypatch) -> Path:
+    """A benchmark in the current folder, where there are no weights."""
     monkeypatch.chdir(tmp_path)
-    HYPIRPipeline(**pipeline_toys.components(2, tmp_path / "tokenizer")).save_pretrained(tmp_path / "base")
-    torch.save(toys.adapter_checkpoint(toys.golden("hypir_square")[0]), tmp_path / "hypir.pth")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     for folder, side in (("test_LR", 8), ("test_HR", 32)):
         (tmp_path / "data" / folder).mkdir(parents=True)
         for i in range(2):
             Image.fromarray((toys.picture(i, side, side)[0] * 255).byte().numpy()).save(tmp_path / "data" / folder / f"p{i}.png")
+    return Path("data")
+
+
+@pytest.fixture
+def stages_left_out(monkeypatch):
+    """What is about the benchmark alone needs no stages."""
+    monkeypatch.setattr(verify, "_check", lambda subject, *_: verify.Checked(subject, "key"))
+
+
+def test_the_miniature_on_a_benchmark(tmp_path, stages_left_out, two_pairs):
+    """With --demo, where nothing else is asked for. An image that fails is a fault."""
+    (two_pairs / "test_LR" / "p1.png").write_bytes(b"no image")
+    report = run(tmp_path, "--demo", "--method", "osediff", "--data", two_pairs, status=1)
+    (check,) = report["checks"]
+    assert check["benchmark"]["mean"]["psnr"] > 5 and list(check["benchmark"]["failed"]) == ["p1"]
+    assert report["faults"] == ["OSEDiff on the miniature: of the benchmark's 2 images 1 failed, p1 first"]
+    assert (tmp_path / "results_osediff_demo" / "p0.png").is_file()
+
+
+def test_a_benchmark_that_fails_costs_no_report(tmp_path, stages_left_out, two_pairs):
+    for path in (two_pairs / "test_LR").iterdir():
+        path.write_bytes(b"no image")
+    (fault,) = run(tmp_path, "--demo", "--method", "osediff", "--data", two_pairs, status=1)["faults"]
+    assert fault.startswith("OSEDiff on the miniature: the benchmark fails: no image could be measured")
+
+
+def test_a_benchmark_without_any_weights_is_said(tmp_path, stages_left_out, two_pairs, capsys):
+    report = run(tmp_path, "--method", "osediff", "--data", two_pairs)
+    assert report["missing"][-1] == "the methods on data: no weights were found. --demo measures the miniature on it."
+    assert f"Not verified: {report['missing'][-1]}" in capsys.readouterr().out and not list(tmp_path.glob("results_*"))
+
+
+@pytest.mark.slow
+def test_a_benchmark(tmp_path, two_pairs, small):
+    """Methods on weights that were found, the miniature apart, restore the whole folder; the figures are evaluate's own."""
+    HYPIRPipeline(**pipeline_toys.components(2, tmp_path / "tokenizer")).save_pretrained(tmp_path / "base")
+    torch.save(toys.adapter_checkpoint(toys.golden("hypir_square")[0]), tmp_path / "hypir.pth")
     words = ["--method", "hypir", "--base", tmp_path / "base", "--weights", tmp_path / "hypir.pth"]
-    (check,) = run(tmp_path, *words, "--data", tmp_path / "data", "--picture", small)["checks"]
+    (check,) = run(tmp_path, *words, "--data", two_pairs, "--picture", small)["checks"]
     written = [read_pixels(tmp_path / "results_hypir" / f"p{i}.png").tensor() for i in range(2)]
     originals = [read_pixels(tmp_path / "data" / "test_HR" / f"p{i}.png").tensor() for i in range(2)]
     expected = sum(compare(*pair)["psnr"].item() for pair in zip(written, originals, strict=True)) / 2
@@ -287,6 +324,9 @@ def test_a_benchmark(tmp_path, monkeypatch, small):
         (["--demo", "--method", "pisasr"], "--demo: the miniature has no weights for PiSA-SR"),
         (["--demo", "--reference", "README.md"], "is no report of verify"),
         (["--demo", "--device", "warp"], "--device: found 'warp'"),
+        (["--demo", "--data", "nowhere"], "--data: there is no folder nowhere"),
+        (["--demo", "--data", "docs"], "--data: found no originals in docs, expected test_LR and test_HR"),
+        (["--demo", "--json", "README.md/verify.json"], "a file is where a folder is needed"),
     ],
 )
 def test_what_cannot_be_begun(monkeypatch, capsys, words, message):

@@ -207,8 +207,7 @@ class Cut(KeyboardInterrupt):
     pass
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 5, 9])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(9, marks=pytest.mark.slow)])
 def test_a_run_that_was_cut_goes_on_at_the_last_whole_segment(tmp_path, monkeypatch, after):
     from pipelines.upscale import Upscaler
 

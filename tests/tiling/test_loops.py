@@ -15,7 +15,7 @@ from fewstep_sr.tiling.batching import Runtime, run_in_groups
 from fewstep_sr.tiling.predictor import MAX_WINDOWS, OVERLAP, WINDOW, NoiseCanvas, predict_noise_map
 from fewstep_sr.tiling.tagging import tag_logits
 from fewstep_sr.tiling.tiles import Tile, TileLayout
-from fewstep_sr.tiling.unet import cut_items, list_items, predict_in_tiles
+from fewstep_sr.tiling.unet import cut_items, list_items, predict_in_tiles, take
 
 
 def test_groups():
@@ -80,6 +80,15 @@ def test_every_conditioning_and_tile_has_its_prediction():
     for wrong in (lambda items: [cut_items(latents, items)] * 2, lambda items: [cut_items(latents, items)[1:]]):
         with pytest.raises(ValueError, match="zip"):
             predict_in_tiles(wrong, [torch.zeros(2, 4, 20, 12)], layout, 4, Runtime())
+
+
+def test_some_images_of_a_batch():
+    """The others stay as they are."""
+    latents, layout, blended = torch.randn(3, 4, 20, 12), TileLayout(20, 12, 12, 4), torch.zeros(3, 4, 20, 12)
+    predict_in_tiles(lambda items: [cut_items(latents, items)], [blended], layout, 4, Runtime(), images=[2, 0])
+    assert torch.allclose(blended[[2, 0]], latents[[2, 0]], atol=1e-6) and blended[1].eq(0).all()
+    rows = torch.arange(12.0).reshape(4, 3)
+    assert torch.equal(take(rows, [3, 0, 3]), rows[[3, 0, 3]])
 
 
 def test_tile_geometry():

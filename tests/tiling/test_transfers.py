@@ -52,8 +52,10 @@ def build(stage: str, pixels: int):
     }[stage]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "to_host"), [("encode", 1), ("decode", 1), ("predict", 0), ("noise map", 2)])
+@pytest.mark.parametrize(
+    ("stage", "to_host"),
+    [*(pytest.param(*case, marks=pytest.mark.slow) for case in (("encode", 1), ("decode", 1), ("predict", 0))), ("noise map", 2)],
+)
 def test_copies_do_not_grow_with_the_number_of_tiles(stage, to_host):
     small, large = (count(lambda pixels=pixels: build(stage, pixels)) for pixels in (SMALL, LARGE))
     assert small == large

@@ -1,7 +1,10 @@
 """PEFT's layout of LoRA weights: adapter names, alpha, halves that do not fit."""
 
+import dataclasses
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from fewstep_sr.methods import INVSR, OSEDIFF, identify, load_weights, method_of, osediff
 from fewstep_sr.weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
@@ -101,7 +104,34 @@ def test_alpha_and_timestep_of_a_file_are_read_and_written(tmp_path):
     assert torch.equal(again.unet_replaced["conv_in.weight"], torch.ones(2, 3)) and torch.equal(again.unet_replaced["conv_in.bias"], torch.ones(2))
 
 
-@pytest.mark.parametrize("timestep", ["1000", "-1", "9.5", "", "²", "10000000"])
+def test_a_conv_in_that_is_the_bases(tmp_path):
+    """An adapter that leaves it alone says so in its file."""
+    save_safetensors(adapter_tensors(), tmp_path / "a.safetensors", {"timestep": "0249"})
+    adapter = load_weights(OSEDIFF, tmp_path / "a.safetensors")
+    assert adapter.timestep == 249 and adapter.unet_replaced
+    for replaced in (adapter.unet_replaced, {}):
+        osediff.save_adapter(dataclasses.replace(adapter, unet_replaced=replaced), tmp_path / "b.safetensors")
+        with safe_open(tmp_path / "b.safetensors", "pt") as file:
+            assert ("conv_in" in file.metadata()) is (not replaced)
+        assert load_weights(OSEDIFF, tmp_path / "b.safetensors").unet_replaced.keys() == replaced.keys()
+
+
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_a_conv_in_that_is_missing(tmp_path, kind):
+    tensors = adapter_tensors()
+    del tensors[f"unet.conv_in.base_layer.{kind}"]
+    save_safetensors(tensors, tmp_path / "a.safetensors", {})
+    with pytest.raises(ValueError, match=rf"a\.safetensors: UNet: the tensor conv_in\.base_layer\.{kind} is missing"):
+        load_weights(OSEDIFF, tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("half", ["state_dict_unet", "state_dict_vae"])
+def test_half_a_published_file(half):
+    with pytest.raises(ValueError, match="file: its UNet's or its VAE's part is no dictionary of tensors"):
+        OSEDIFF.parse({half: {"conv_in.base_layer.weight": torch.ones(2, 3)}}, {}, "file")
+
+
+@pytest.mark.parametrize("timestep", ["1000", "-1", "9.5", "", "²", "10000000", "00249"])
 def test_timestep_that_is_none(tmp_path, timestep):
     save_safetensors(adapter_tensors(), tmp_path / "a.safetensors", {"timestep": timestep})
     with pytest.raises(ValueError, match="expected 0 to 999"):
