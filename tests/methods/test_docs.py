@@ -61,3 +61,22 @@ def test_a_method_without_docs_is_noticed():
     other = facts(METHODS["invsr"].weights)
     assert [what for what, fact in other.items() if fact not in row] == ["folder", "size", "link", "licence", "terms"]
     assert not any("`nothing.pth`" in row for row in rows())
+
+
+def published_rows(benchmark: str) -> list[dict[str, str]]:
+    """The rows of docs/benchmark.md's table of a benchmark, by the columns' names and without footnotes."""
+    text = (ROOT / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    section = re.search(rf"^## {benchmark}\b.*?$(.*?)^## ", text, re.MULTILINE | re.DOTALL | re.IGNORECASE)[1]
+    head, _, *lines = ([cell.strip(" *¹²") for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("|"))
+    return [dict(zip(["method", *head[1:]], line, strict=True)) for line in lines]
+
+
+@pytest.mark.parametrize(("method", "one"), [pytest.param(m, one, id=f"{key}-{one.benchmark}") for key, m in METHODS.items() for one in m.published])
+def test_published_figures_are_the_tables(method, one):
+    """To the table's digits, neither more nor fewer of them."""
+    row = next(row for row in published_rows(one.benchmark) if row["method"].startswith(method.title))
+    columns = [name for name in row if name not in ("method", "source", "GMSD")]
+    assert {name for name in columns if row[name]} == {name.removesuffix("-pipal").upper() for name in one.figures}
+    for name, value in one.figures.items():
+        cell = row[name.removesuffix("-pipal").upper()]
+        assert f"{value:.{len(cell.partition('.')[2])}f}" == cell and len(cell) >= 4
