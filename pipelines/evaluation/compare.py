@@ -129,15 +129,16 @@ def compare(wanted: Comparison) -> int:
             draw_sheet(title, [(line.name, [(tile.label, tile.lines, tile.image) for tile in line.tiles]) for line in lines]).save(partial, "PNG")
     else:
         write_text(wanted.output, _html(title, lines))
-    print(f"{wanted.output}: {len(lines)} pictures, {len(lines[0].tiles)} images of each")
+    many, images = len(lines), len(lines[0].tiles)
+    print(f"{wanted.output}: {many} {'picture' if many == 1 else 'pictures'}, {images} {'image' if images == 1 else 'images'} of each")
     return 1 if failed else 0
 
 
 def _column(text: str) -> Column:
-    label, found, path = text.rpartition("=")
+    label, _, path = text.rpartition("=")
     folder = Path(path).expanduser()
     if not folder.is_dir() and Path(text).expanduser().is_dir():  # a folder whose name has the sign in it
-        label, found, folder = "", "", Path(text).expanduser()
+        label, folder = "", Path(text).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"FOLDER: there is no folder {folder}. Give one of results, or LABEL=FOLDER.")
     measured = {}
@@ -147,7 +148,7 @@ def _column(text: str) -> Column:
             measured = {row["name"]: {**row, "metrics": list(report["metrics"])} for row in report["pictures"]}
         except (FileExistsError, KeyError, TypeError):
             print(f"{folder / REPORT} is no report of evaluate and is passed over.", file=sys.stderr)
-    return Column(label if found else folder.resolve().name, _by_base(folder, "FOLDER"), measured)
+    return Column(label.strip() or folder.resolve().name, _by_base(folder, "FOLDER"), measured)
 
 
 def _require_labels(columns: Sequence[Column]) -> None:

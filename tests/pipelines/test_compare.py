@@ -142,6 +142,14 @@ def test_names_cannot_break_the_page(folders):
     assert (folders / "sheet.html").read_text().count("</script>") == 2
 
 
+@pytest.mark.parametrize("label", ["", "=", " ="])
+def test_without_a_label_it_is_the_folders_name(folders, label, capsys):
+    words = ["--hq", str(folders / "test_HR"), "--pictures", "p1", "-o", str(folders / "sheet.html")]
+    assert main(["compare", f"{label}{folders / 'lighter'}", *words]) == 0
+    assert data(folders / "sheet.html")["rows"][0]["tiles"][0]["label"] == "lighter"
+    assert "sheet.html: 1 picture, 2 images of each" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows' names have no such characters")
 @pytest.mark.parametrize("output", ["sheet.html", "sheet.png"])
 def test_names_that_are_no_line_of_text(folders, output):
