@@ -27,6 +27,10 @@ EMBEDS = gaussian(SEED, "prompt_embeds", (1, 77, 64))
 
 NARROW = pytest.mark.parametrize("narrow", [True, pytest.param(False, marks=pytest.mark.slow)])
 """The fast ones have a base of 8 channels."""
+KINDS = pytest.mark.parametrize(
+    ("kind", "narrow"),
+    [(InvSRPipeline, True), *(pytest.param(kind, False, marks=pytest.mark.slow) for kind in (OSEDiffPipeline, InvSRPipeline))],
+)
 
 
 def make(kind, tmp_path, narrow=False, **strengths):
@@ -70,8 +74,7 @@ def calls(monkeypatch):
     return seen
 
 
-@NARROW
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@KINDS
 def test_any_size_in_tiles(kind, narrow, tmp_path, calls):
     pipeline = make(kind, tmp_path, narrow)
     image = pixels(187, 163)
@@ -86,7 +89,7 @@ def test_any_size_in_tiles(kind, narrow, tmp_path, calls):
 
 
 @NARROW
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_adapter_acts_in_tiles(tmp_path, narrow, fused):
     """The tiles' encoder is the adapted one: nearer to the whole picture with the adapter than without it."""
     pipeline, image = make(OSEDiffPipeline, tmp_path, narrow, strength_vae=2.0), pixels(270, 401)
@@ -131,8 +134,7 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path, narrow):
 
 
 @pytest.mark.parametrize("tile", [0, TILE])
-@NARROW
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@KINDS
 def test_batch_equals_singles(kind, narrow, tmp_path, tile):
     pipeline, images = make(kind, tmp_path, narrow), pixels(180 if tile else 50, 44, batch=3)
     if tile:
@@ -144,8 +146,7 @@ def test_batch_equals_singles(kind, narrow, tmp_path, tile):
         assert relative_error(together[i : i + 1], single) < 1e-5
 
 
-@NARROW
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@KINDS
 def test_calls_do_not_grow_with_the_batch(kind, narrow, tmp_path, calls, monkeypatch):
     monkeypatch.setattr("pipelines.tiling.GROUP_CELLS", 4 * 9)
     pipeline, sizes = make(kind, tmp_path, narrow), []
@@ -156,8 +157,7 @@ def test_calls_do_not_grow_with_the_batch(kind, narrow, tmp_path, calls, monkeyp
     assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
 
 
-@NARROW
-@pytest.mark.parametrize("kind", [OSEDiffPipeline, InvSRPipeline])
+@KINDS
 def test_progress_in_tiles(kind, narrow, tmp_path, monkeypatch):
     """A bar for each network that has several tiles; pictures that are whole show none."""
     pipeline, bars = make(kind, tmp_path, narrow), []
