@@ -45,8 +45,8 @@ class InvSRTask(Task):
         if not options.timesteps or not all(1 <= timestep <= NUM_TRAIN_TIMESTEPS for timestep in options.timesteps):
             raise ValueError(f"timesteps: found {options.timesteps}, expected numbers from 1 to {NUM_TRAIN_TIMESTEPS}, such as {TIMESTEPS}.")
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
-        losses = (options.latent, options.gaussian, options.variance, options.structure, options.adversarial, options.perceptual and perceptual)
-        if not any(losses):
+        losses = (options.latent, options.mse, options.gaussian, options.variance, options.structure, options.adversarial)
+        if not any(losses) and not (options.perceptual and perceptual):
             raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --latent-weight 1.")
         self.encode_hq, self.encode_lq = Encoder(base.vae), Encoder(base.vae)
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
@@ -70,6 +70,8 @@ class InvSRTask(Task):
 
     def settings(self):
         options = asdict(self.options) | {"perceptual": self.options.perceptual if self.perceptual else 0.0}
+        if not self.options.mse:
+            del options["mse"]  # runs that were begun before there was such a loss go on
         shape = {f"predictor_{name}": value for name, value in asdict(self.predictor.config).items()}
         return {"method": "invsr", **options, **shape, "base": fingerprint(self.base.unet, self.base.vae), **self.prompts.settings()}
 
@@ -95,8 +97,12 @@ class InvSRTask(Task):
             losses["gaussian"] = options.gaussian * gaussian_constraint(posterior)
         if options.variance:
             losses["variance"] = options.variance * variance_constraint(posterior)
+        if options.mse or options.structure:
+            pictures = self._decode(x0).clamp(0, 1)
+        if options.mse:
+            losses["mse"] = options.mse * F.mse_loss(pictures * 2 - 1, hq * 2 - 1)
         if options.structure:
-            losses["structure"] = options.structure * (1 - gradient_similarity(self._decode(x0).clamp(0, 1), hq))
+            losses["structure"] = options.structure * (1 - gradient_similarity(pictures, hq))
         if options.adversarial and self.step >= options.adversarial_from:
             self.discriminator.requires_grad_(False)  # its own gradients come from its own phase
             logits = self.discriminator(x0.clamp(-LATENT_BOUND, LATENT_BOUND), timesteps, embeds)

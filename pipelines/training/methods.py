@@ -106,6 +106,9 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
         "--variance-weight", type=WEIGHT, default=0.0, help="not in the paper: keeps the noise that L2 alone would take away (default: %(default)g)"
     )
     command.add_argument("--variance-alone", action="store_true", help="not in the paper: --init's mean stays, and the variance alone learns")
+    command.add_argument(
+        "--mse-weight", type=WEIGHT, default=0.0, help="not in the paper: of the decoded pictures' squared distance (default: %(default)g)"
+    )
     _add_structure(command)
     command.add_argument("--adversarial-weight", type=WEIGHT, default=0.0, help="of the latent discriminator; 0.1 as published (default: none)")
     command.add_argument(

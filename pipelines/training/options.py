@@ -95,8 +95,8 @@ class InvSROptions:
 
     ``start`` trains on states of the low-quality picture (eq. 8); otherwise on states of the high-quality one (eq. 10), with the Gaussian constraint.
     ``adversarial_from`` is the number of steps in which the discriminator learns alone. Not part of the method, and cheap where there is no time for a
-    discriminator: ``variance`` is of the constraint's part that the variance has, ``structure`` of the decoded pictures' gradient magnitudes'
-    dissimilarity. With ``variance_alone`` the mean stays as it is and the variance alone learns: after L2 alone, which takes the noise away, the diffusion
+    discriminator: ``variance`` is of the constraint's part that the variance has, ``mse`` of the decoded pictures' squared distance in [-1, 1], ``structure`` of
+    their gradient magnitudes' dissimilarity. With ``variance_alone`` the mean stays as it is and the variance alone learns: after L2 alone, which takes the noise away, the diffusion
     model sees states that are cleaner than their timestep says, and smooths them.
     """
 
@@ -107,6 +107,7 @@ class InvSROptions:
     gaussian: float = 0.0
     variance: float = 0.0
     variance_alone: bool = False
+    mse: float = 0.0
     structure: float = 0.0
     adversarial: float = 0.0
     adversarial_from: int = 10_000

@@ -195,6 +195,7 @@ class InvSRSettings:
             gaussian=gaussian if gaussian is not None else (0.0 if start else 0.1),
             variance=arguments.variance_weight,
             variance_alone=arguments.variance_alone,
+            mse=arguments.mse_weight,
             structure=arguments.structure_weight,
             adversarial=arguments.adversarial_weight,
             adversarial_from=arguments.adversarial_from,

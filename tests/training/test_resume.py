@@ -225,7 +225,7 @@ INVSR = {
     "--predictor-time": ["0"],
     "--adversarial-from": ["-1"],
 }
-INVSR |= {f"--{name}-weight": ["-1", "nan", "inf"] for name in ("latent", "perceptual", "gaussian", "variance", "structure", "adversarial")}
+INVSR |= {f"--{name}-weight": ["-1", "nan", "inf"] for name in ("latent", "perceptual", "gaussian", "variance", "mse", "structure", "adversarial")}
 
 
 @pytest.mark.parametrize("method, options", [("osediff", BAD | OSEDIFF), ("invsr", BAD | INVSR)])

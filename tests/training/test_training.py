@@ -182,6 +182,17 @@ def test_invsr_losses_follow_the_formulas(base, batch):
     assert figures.keys() == {"latent"}
 
 
+def test_invsr_compares_decoded_pictures(base, batch):
+    """The squared distance is of pictures in [-1, 1], what is beyond them cut off, as OSEDiff's is; without it settings are those of earlier runs."""
+    task = invsr(base, latent=0.0, perceptual=0.0, mse=2.0)
+    loss, figures = task.loss("predictor", batch, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        pictures = base.vae.decode(task._x0 / 0.18215).sample.clamp(-1, 1)
+    expected = 2 * ((pictures - (batch["hq"] * 2 - 1)) ** 2).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-4) and figures["mse"].item() == pytest.approx(expected, rel=1e-4)
+    assert task.settings()["mse"] == 2.0 and "mse" not in invsr(base).settings()
+
+
 @pytest.mark.slow
 def test_losses_beyond_the_papers(folder, base, batch):
     """Each comes on top of the others, and falls where it is learned with."""
