@@ -82,6 +82,7 @@ def carry_model(model, method: Method, adapter, strength: float):
     """A clone of MODEL that carries an adapter for its images' scores. Raises ValueError where a layer is missing or of another shape."""
     adapt_model(model, method, adapter.for_image("unet", torch.zeros(2)), strength)
     carrying = model.clone()
+    carrying.__class__ = _carrying(type(model))
     carrying.set_attachments(ATTACHMENT, mark_of(method, adapter))
     carrying.set_attachments(PER_IMAGE, PerImage(method, adapter, strength))
     carrying.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, PER_IMAGE)
@@ -138,6 +139,7 @@ def _adapted(model, carried: PerImage, scores: torch.Tensor):
     own = adapt_model(bare, carried.method, carried.adapter.for_image("unet", scores), carried.strength)
     own.patches = {key: own.patches.get(key, []) + model.patches.get(key, []) for key in {**own.patches, **model.patches}}
     own.patches_uuid = uuid.uuid5(carried.token, f"{model.patches_uuid} {scores.tolist()}")  # the same weights are not patched again
+    own.__class__ = getattr(model, "plain", type(own))
     own.remove_attachments(PER_IMAGE)
     own.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, PER_IMAGE)
     return own
@@ -176,6 +178,28 @@ def each_vae(vae, batch: int) -> Iterator[tuple[Any, list[int] | None]]:
         own = adapt_vae(plain, carried.method, carried.adapter.for_image("vae", scores), carried.strength)
         own.patcher.patches_uuid = uuid.uuid5(carried.token, f"{vae.patcher.patches_uuid} {scores.tolist()}")
         yield own, None if images is None else list(images)
+
+
+@cache
+def _carrying(kind: type) -> type:
+    """A kind of MODEL whose weights core's nodes neither save nor merge into another's, since the adapter is not among them."""
+    return kind if issubclass(kind, _Carries) else type(kind.__name__, (_Carries, kind), {"plain": kind})
+
+
+class _Carries:
+    plain: type
+
+    def get_key_patches(self, *args, **kwargs):
+        raise self._refusal(
+            "merged into another, as the second model of a merge. Take it as the first one, or merge before 'Load Few-Step SR Adapter'"
+        )
+
+    def state_dict_for_saving(self, *args, **kwargs):
+        raise self._refusal("saved. Save the checkpoint's own")
+
+    def _refusal(self, use: str) -> ValueError:
+        title = self.get_attachment(PER_IMAGE).method.title  # type: ignore[attr-defined]
+        return ValueError(f"model: found {title}'s, whose weights are others for each image, expected one that can be {use}.")
 
 
 @cache

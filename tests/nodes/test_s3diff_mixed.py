@@ -99,11 +99,35 @@ def test_merged_with_another_model(comfy, load, own, ratio):
     require_own(comfy, load, own, lambda model: comfy.run("ModelMergeSimple", model1=model, model2=other, ratio=ratio)[0])
 
 
-def test_merged_into_another_model(comfy, load):
-    """A merge takes the second model's patches, and the adapter is none before it is an image's: said, never restored without it."""
-    merged = comfy.run("ModelMergeSimple", model1=toys.comfy_model(SEED + 1), model2=carried(comfy, load()), ratio=0.3)[0]
-    with pytest.raises(ValueError, match="model: found no adapter of a few-step method on it"):
-        step(comfy, merged, LATENTS)
+def test_neither_saved_nor_merged_into_another_model(comfy, base, load, tmp_path):
+    """Both take a model's patches, and the adapter is none before it is an image's: said, never left out."""
+    from comfy.sd import save_checkpoint
+
+    for model in (load()[0], carried(comfy, load()), with_lora(carried(comfy, load()))):
+        assert isinstance(model, type(base[0]))
+        with pytest.raises(ValueError, match="model: found S3Diff's, whose weights are others for each image, expected one that can be merged into"):
+            comfy.run("ModelMergeSimple", model1=toys.comfy_model(SEED + 1), model2=model, ratio=0.3)
+        with pytest.raises(ValueError, match="model: found S3Diff's, whose weights are others for each image, expected one that can be saved"):
+            save_checkpoint(str(tmp_path / "x.safetensors"), model)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_hooked_lora_in_cores_sampler(comfy, load, own):
+    from comfy import hooks
+
+    draw = torch.Generator().manual_seed(4)
+    lora = {f"{KEY}.lora_up.weight": torch.randn(64, 2, generator=draw), f"{KEY}.lora_down.weight": torch.randn(2, 64, generator=draw)}
+    hooked = hooks.set_hooks_for_conditioning(conditioning(SEED), hooks.create_hook_lora(lora, 1.0, 0.0))
+    settings = {"seed": 1, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0, "negative": conditioning(SEED)}
+
+    def sample(model, positive):
+        return comfy.run("KSampler", model=model, positive=positive, latent_image={"samples": LATENTS[:1]}, **settings)[0]["samples"]
+
+    model = carried(comfy, load(), SCORES[:1])
+    expected, plain = (sample(own()[0], positive) for positive in (hooked, conditioning(SEED)))
+    assert relative_error(expected, plain) > 1e-3
+    assert relative_error(sample(model, hooked), expected) < 1e-4 and relative_error(sample(model, conditioning(SEED)), plain) < 1e-4
 
 
 @pytest.mark.slow
