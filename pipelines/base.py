@@ -19,7 +19,7 @@ from fewstep_sr.methods.method import Method
 from fewstep_sr.networks.posterior import Posterior, draw_noise
 from fewstep_sr.tiling.unet import take
 
-from .checks import require_finite, require_stable_diffusion
+from .checks import require_finite, require_number, require_stable_diffusion
 from .compiled import Compiler
 from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
@@ -150,6 +150,7 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
             return embeds.expand(batch, -1, -1)
 
         positive = embed(prompt, prompt_embeds, "prompt")
+        require_number(guidance_scale, "guidance_scale")
         if guidance_scale == 1.0:
             return positive, None
         return positive, embed(negative_prompt, negative_prompt_embeds, "negative_prompt")

@@ -1,5 +1,8 @@
 """What fits what: every check raises an error that says what was found, what is needed and what to do."""
 
+import math
+from numbers import Real
+
 import torch
 
 from fewstep_sr.bases import BASES, require_text_width
@@ -44,6 +47,12 @@ def require_picture(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     if low < -0.5 or (low < -0.05 and (image < -0.05).float().mean() > 0.25):
         raise ValueError(f"{name}: found values from {low:.4g} to {image.amax():.4g}, expected [0, 1]. Turn [-1, 1] into it by image / 2 + 0.5.")
     return image
+
+
+def require_number(value: float, name: str) -> None:
+    """Refuse NaN, infinity and what is no number: they would come out as an image that is none."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: found {value!r}, expected a finite number.")
 
 
 def require_finite(tensor: torch.Tensor, what: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """HYPIR (Lin et al., arXiv 2025) on Stable Diffusion 2.1: one step, whose strength is a timestep of the formula alone."""
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,8 @@ class HYPIRPipeline(AdapterPipeline):
             coeff_t: strength, 0 to 999: a smaller one takes less of the same prediction off.
         """
         self._require_adapter("one_step")
-        if not 0 <= coeff_t < NUM_TRAIN_TIMESTEPS:
-            raise ValueError(f"coeff_t: found {coeff_t}, expected 0 to {NUM_TRAIN_TIMESTEPS - 1}; 200 is the published value.")
+        if isinstance(coeff_t, bool) or not isinstance(coeff_t, Integral) or not 0 <= coeff_t < NUM_TRAIN_TIMESTEPS:
+            raise ValueError(f"coeff_t: found {coeff_t!r}, expected a whole number from 0 to {NUM_TRAIN_TIMESTEPS - 1}; 200 is the published value.")
         latents = latents.to(self._execution_device)
         noise_pred = self.predict_noise(latents, paper.TIMESTEP, prompt_embeds)
         return paper.one_step(latents, noise_pred, alpha_bar_at(coeff_t, latents))

@@ -14,6 +14,7 @@ from fewstep_sr.weights.lora import Adapter, LowRank
 
 from .adapted import AdapterPipeline
 from .base import Generators, Pictures
+from .checks import require_number
 
 
 class PiSASRPipeline(AdapterPipeline):
@@ -77,6 +78,8 @@ class PiSASRPipeline(AdapterPipeline):
             pixel, semantic: weights of the two predictions; 1 is the published default of both.
         """
         self._require_adapter("one_step")
+        for name, weight in {"pixel": pixel, "semantic": semantic}.items():
+            require_number(weight, name)
         latents = latents.to(self._execution_device)
         eps_full = self.predict_noise(latents, paper.TIMESTEP, prompt_embeds)
         if pixel == semantic == 1:

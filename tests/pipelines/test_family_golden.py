@@ -1,5 +1,6 @@
 """PiSA-SR and HYPIR, headless, against the authors' own code stage by stage, with the wrong turns that the formulas invite."""
 
+import numpy
 import pipeline_toys
 import pytest
 import torch
@@ -9,7 +10,7 @@ from toys import gaussian, golden, picture, relative_error
 from fewstep_sr.diffusion import alpha_bar_at, predict_x0
 from fewstep_sr.image.color import fix_color
 from fewstep_sr.methods import PISASR, hypir, pisasr
-from pipelines import HYPIRPipeline, PiSASRPipeline
+from pipelines import HYPIRPipeline, OSEDiffPipeline, PiSASRPipeline
 from pipelines.find import find_weights
 
 TOLERANCE = 1e-4
@@ -133,8 +134,24 @@ def test_hypir_wrong_turns(tmp_path):
     assert relative_error(pipeline.predict_noise(arrays["latent"], 199, embeds), arrays["noise_pred"]) > 0.01
     pipeline.load_hypir(tmp_path / "adapter.pth", 2.0)  # 8 / rank at rank 4
     assert relative_error(pipeline.predict_noise(arrays["latent"], 200, embeds), arrays["noise_pred"]) > 0.05
-    with pytest.raises(ValueError, match="coeff_t: found 1000, expected 0 to 999"):
-        pipeline.one_step(arrays["latent"], embeds, 1000)
+    for value in (1000, -1, 12.5, float("nan"), True, "200", None):
+        with pytest.raises(ValueError, match=f"coeff_t: found {value!r}, expected a whole number from 0 to 999"):
+            pipeline.one_step(arrays["latent"], embeds, value)
+
+
+def test_numbers_that_are_none_are_named(tmp_path):
+    """Before anything is computed, and never as an overflow of half precision."""
+    pipeline, arrays, image, embeds, _ = start("pisasr_square", PiSASRPipeline, tmp_path, "pkl")
+    for value in (float("nan"), float("inf"), "1", None, True):
+        for name in ("pixel", "semantic"):
+            with pytest.raises(ValueError, match=f"{name}: found {value!r}, expected a finite number"):
+                pipeline.one_step(arrays["latent"], embeds, **{name: value})
+    osediff = OSEDiffPipeline(**pipeline_toys.components(0))
+    osediff.load_osediff(toys.GOLDEN / "osediff_square.pkl")
+    for value in (float("nan"), "2", None):
+        with pytest.raises(ValueError, match=f"guidance_scale: found {value!r}, expected a finite number"):
+            osediff(image, prompt_embeds=embeds, negative_prompt_embeds=embeds, guidance_scale=value)
+    assert torch.isfinite(pipeline.one_step(arrays["latent"], embeds, 1, numpy.float32(0.5))).all()
 
 
 @pytest.mark.slow
