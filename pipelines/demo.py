@@ -15,7 +15,7 @@ def load_demo(method: str = "invsr", weights: str | None = None) -> tuple[FewSte
     """The miniature as a pipeline, in float32, and its one prompt, ``prompt_embeds`` (1, tokens, width), since it has no text encoder::
 
         pipeline, prompt_embeds = load_demo()
-        pipeline(image, prompt_embeds=prompt_embeds, timesteps=[25], color_fix="wavelet").images[0]
+        pipeline(image, prompt_embeds=prompt_embeds, timesteps=[50], color_fix="wavelet").images[0]
 
     Args:
         method: a method's key, such as ``"invsr"`` or ``"osediff"``.

@@ -149,7 +149,7 @@ INVSR = Method(
         Option("steps", "1 to 5 as published, or more, evenly spaced", int, default=1),
         Option(
             "timesteps",
-            "instead of --steps, such as 250 150 50 (descending, 250 at most; with --demo: 25)",
+            "instead of --steps, such as 250 150 50 (descending, 250 at most; with --demo: 50)",
             _timestep,
             default=(),
             metavar="T",
@@ -158,8 +158,8 @@ INVSR = Method(
     ),
     demo=Demo(
         file="noise_predictor.safetensors",
-        note="MODEL is the base's own; start at timestep 25",
-        call={"timesteps": (25,)},  # of held-out photos it keeps more there than at the published 200
+        note="MODEL is the base's own; start at timestep 50",
+        call={"timesteps": (50,)},  # of held-out photos it keeps more there than at the published 200
     ),
     published=(
         Published(

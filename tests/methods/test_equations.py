@@ -114,7 +114,7 @@ def test_what_is_published():
     assert (OSEDIFF.schedule.start, OSEDIFF.schedule.origin) == (999, 0) and OSEDIFF.schedule.fixed_start and not INVSR.schedule.fixed_start
     assert (OSEDIFF.color_fix, INVSR.color_fix) == ("adain", None)
     assert OSEDIFF.prompt == "" and INVSR.prompt.startswith("Cinematic, high-contrast") and "noisy,painting" in INVSR.negative_prompt
-    assert (OSEDIFF.demo.call, INVSR.demo.call) == ({}, {"timesteps": (25,)})
+    assert (OSEDIFF.demo.call, INVSR.demo.call) == ({}, {"timesteps": (50,)})
     steps, timesteps = INVSR.options
     assert (steps.name, steps.parse("3"), steps.default, steps.many) == ("steps", 3, 1, False)
     assert (timesteps.name, timesteps.parse("250,100"), timesteps.default, timesteps.many) == ("timesteps", (250, 100), (), True)
