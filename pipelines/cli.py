@@ -160,6 +160,7 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     video.add_argument(
         "--fps", type=Fraction, default=Fraction(24), help="of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
     )
+    video.add_argument("--steady", action="store_true", help="average grain over time before frames are restored, which lowers flicker")
     video.add_argument("--segment", type=int, default=120, metavar="FRAMES", help="a run that was cut loses so many at most (default: %(default)s)")
 
 

@@ -99,6 +99,7 @@ def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:
         "weights": _name(settings.weights),
         "decoder": _name(settings.decoder),
         "quality": settings.quality if target.suffix.lower() in (".jpg", ".jpeg", ".jpe", ".jfif", ".webp") else None,
+        "steady": settings.steady or None,
         **{name: _name(value) for name, value in settings.options.items()},
     }
     if target.suffix.lower() in CONTAINERS:

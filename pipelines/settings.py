@@ -18,7 +18,7 @@ from .ranges import require_ranges, say_ignored
 DEFAULT, DEMO_DEFAULT = next(iter(METHODS)), "invsr"
 """Methods where none is named."""
 
-_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "watch", "long_side", "short_side", "megapixels", "ray")
+_OF_UPSCALE = ("codec", "crf", "pixel_format", "fps", "segment", "steady", "watch", "long_side", "short_side", "megapixels", "ray")
 """Options that ``upscale`` has and the other commands that restore have not."""
 
 
@@ -41,6 +41,7 @@ class Settings:
         codec, crf, pixel_format: of videos; None for what suits the result's container and the source.
         fps: frames a second of a video that is made of pictures.
         segment: frames after which a video that was cut can go on.
+        steady: average grain over a video's frames before they are restored.
         watch: wait for what comes into the inputs, which are folders.
         address: the output's address on another file system (``s3://bucket/results``), in place of ``output``.
         ray: address of a Ray cluster; "" for the one of the environment, or this machine; None for a run without Ray.
@@ -75,6 +76,7 @@ class Settings:
     pixel_format: str | None = None
     fps: Fraction = Fraction(24)
     segment: int = 120
+    steady: bool = False
     watch: bool = False
     long_side: int | None = None
     short_side: int | None = None
@@ -92,6 +94,10 @@ class Settings:
             raise ValueError(f"--ray: found --device {self.device}, expected cpu or cuda: which GPU a worker gets is Ray's to say.")
         if self.ray is None and (remote := [text for text in self.inputs if "://" in text]):
             raise ValueError(f"INPUT: found {remote[0]}, expected files of this machine. Other file systems need --ray.")
+        if self.steady and (self.watch or self.ray is not None):
+            raise ValueError(
+                f"--steady: found {'--watch' if self.watch else '--ray'}, which is for pictures, expected a video. Leave out one or the other."
+            )
         if self.demo:
             self._require_demo()
         if self.decoder and not self.decoder.is_file():

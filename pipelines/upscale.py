@@ -39,6 +39,8 @@ def upscale(settings: Settings) -> int:
 def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers) -> int:
     began = time.monotonic()
     jobs = list_jobs(settings.inputs, output, settings.suffix)
+    if settings.steady and not any(job.is_video for job in jobs):
+        raise ValueError("--steady: found pictures alone, expected a video, or -o with a video's name for a folder of frames. Leave it out.")
     results = Results(settings, jobs)
     with peers.waiting(lambda: "Nothing was begun."):
         mine, done = share(jobs, state, results)

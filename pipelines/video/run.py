@@ -10,6 +10,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from fewstep_sr.image.sizes import VAE_MULTIPLE
+from fewstep_sr.image.temporal import Steady
 
 from ..batch import Written
 from ..jobs import Job
@@ -53,24 +54,33 @@ def upscale_frames(job: Job, settings: Settings, restore: Restore, record: str, 
         last_duration = 1
         done = len(segments.pts)
         with tqdm(total=source.count, initial=done, unit="frame", position=position, leave=False, dynamic_ncols=True) as bar:
+            # The last that is there is read for its duration; what is averaged over time, from the beginning, so that a run that goes on gives the same.
+            skipped = 0 if settings.steady else max(0, done - 1)
+            frames = _steadied(source.read(skipped), settings)
+            for _, last_duration, _ in itertools.islice(frames, done - skipped):
+                pass
 
             def restored() -> Iterator[tuple[int, int, torch.Tensor]]:
+                """A segment, in groups of its own: what goes through the networks together changes the last bits."""
                 nonlocal last_duration
-                frames = source.read(max(0, done - 1))
-                if done:  # the last that is there, for its duration
-                    _, last_duration, _ = next(frames)
-                for pts, last_duration, image in _restored(frames, restore, (width, height)):
+                for pts, last_duration, image in _restored(itertools.islice(frames, settings.segment), restore, (width, height)):
                     yield pts, last_duration, image
                     bar.update()
 
-            stream = restored()
-            while (first := next(stream, None)) is not None:
-                segments.write(itertools.chain([first], itertools.islice(stream, settings.segment - 1)), encoding)
+            while (first := next(stream := restored(), None)) is not None:
+                segments.write(itertools.chain([first], stream), encoding)
         notes += segments.join(job.target, source, index, last_duration, record)
     except OSError as error:
         raise output_error(job.target, error) from error
     segments.remove()
     return Written(job.target, encoding.size, job.target.stat().st_size, (*source.notes, *notes))
+
+
+def _steadied(frames: Iterator[tuple[int, int, torch.Tensor]], settings: Settings) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The frames, averaged over time where the settings want it."""
+    steady = Steady() if settings.steady else None
+    for pts, duration, image in frames:
+        yield pts, duration, steady(image) if steady else image
 
 
 def _restored(frames: Iterable[tuple[int, int, torch.Tensor]], restore: Restore, size: tuple[int, int]) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -102,7 +112,7 @@ def _to_pictures(job: Job, settings: Settings, source: Frames, restore: Restore,
     missing: list[Path] = []
 
     def todo() -> Iterator[tuple[int, int, torch.Tensor]]:
-        for number, (_, _, image) in enumerate(source.read(), 1):
+        for number, (_, _, image) in enumerate(_steadied(source.read(), settings), 1):
             bar.update()
             path = job.target.with_name(job.target.name % number)
             if settings.overwrite or not _is_done(path, record):

@@ -25,13 +25,27 @@ VARIABLE = (0, 40, 50, 60, 200, 220, 225, 300, 310, 400)
 """Times of ten frames, in 1/600 s."""
 
 
-def pictures(number=len(VARIABLE), size=(48, 36)) -> list[np.ndarray]:
+def pictures(number=len(VARIABLE), size=(48, 36), grain=0.0) -> list[np.ndarray]:
+    """A pan; with ``grain``, its standard deviation, the first picture again and again under it."""
     photo = np.asarray(Image.open(PHOTO).convert("RGB").resize((size[0] + number, size[1])))
-    return [np.ascontiguousarray(photo[:, i : i + size[0]]) for i in range(number)]
+    if not grain:
+        return [np.ascontiguousarray(photo[:, i : i + size[0]]) for i in range(number)]
+    draw = np.random.default_rng(1)
+    return [(photo[:, : size[0]] + draw.normal(0, grain, (size[1], size[0], 3))).clip(0, 255).astype(np.uint8) for _ in range(number)]
 
 
 def write_clip(
-    path: Path, *, size=(48, 36), times=VARIABLE, pixel_format="yuv420p", colors=Colors(), codec="libx264", sound=True, subtitles=False, matrix=None
+    path: Path,
+    *,
+    size=(48, 36),
+    times=VARIABLE,
+    pixel_format="yuv420p",
+    colors=Colors(),
+    codec="libx264",
+    sound=True,
+    subtitles=False,
+    matrix=None,
+    grain=0.0,
 ) -> Path:
     """A clip with a tone of a second, and (in Matroska) a line of text."""
     if subtitles and not hasattr(av.container.OutputContainer, "add_mux_stream"):
@@ -55,7 +69,7 @@ def write_clip(
         container.metadata["title"] = "Cat"
         container.metadata["comment"] = "my own"
         text = container.add_mux_stream("srt") if subtitles else None
-        for time, picture in zip(times, pictures(len(times), size), strict=True):
+        for time, picture in zip(times, pictures(len(times), size, grain), strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(
                 format=pixel_format,
                 dst_colorspace=colors.swscale if colors.matrix != 2 else 5,
@@ -238,6 +252,71 @@ def test_a_run_that_was_cut_goes_on_at_the_last_whole_segment(tmp_path, monkeypa
 
 
 @pytest.mark.slow
+def test_frames_go_through_the_networks_in_the_same_groups_after_a_cut(tmp_path, monkeypatch):
+    """What goes through together changes the last bits: here, more than those."""
+    from pipelines.upscale import Upscaler
+
+    def restore(self, image):
+        if limit and self.calls == limit:
+            raise Cut
+        self.calls += 1
+        return image.repeat_interleave(2, -1).repeat_interleave(2, -2) * (1 - 0.1 * len(image))
+
+    monkeypatch.setattr(Upscaler, "restore", restore)
+    monkeypatch.setattr(Upscaler, "calls", 0, raising=False)
+    monkeypatch.setattr(run, "fitting", lambda height, width: 2)
+    clip = write_clip(tmp_path / "clip.mp4", sound=False)
+    limit = 0
+    assert upscale(clip, "-o", tmp_path / "whole.mp4", "--segment", "3") == 0
+    limit = 2
+    assert upscale(clip, "-o", tmp_path / "out.mp4", "--segment", "3") == 130
+    limit = 0
+    assert upscale(clip, "-o", tmp_path / "out.mp4", "--segment", "3") == 0
+    assert packets(tmp_path / "out.mp4", "video") == packets(tmp_path / "whole.mp4", "video")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [2, 5, 8])
+def test_steadied_frames_flicker_less_and_are_the_same_after_a_cut(doubled, tmp_path, monkeypatch, after):
+    clip = write_clip(tmp_path / "clip.mkv", codec="ffv1", pixel_format="yuv444p", sound=False, grain=8)
+    words = ("--segment", "3", "--codec", "ffv1", "--pixel-format", "yuv444p")
+    assert upscale(clip, "-o", tmp_path / "plain.mkv", *words) == 0
+    assert upscale(clip, "-o", tmp_path / "whole.mkv", *words, "--steady") == 0
+    plain, steadied = ([frame.to_ndarray(format="rgb24").astype(int) for frame in decoded(tmp_path / f"{name}.mkv")] for name in ("plain", "whole"))
+    assert np.array_equal(plain[0], steadied[0])
+    flicker = [np.abs(frames[-1] - frames[-2]).mean() for frames in (plain, steadied)]
+    assert flicker[1] < 0.4 * flicker[0]
+
+    write = run.Segments.write
+
+    def cut(self, frames, encoding):
+        if len(self.pts) > after:
+            raise Cut
+        write(self, frames, encoding)
+
+    monkeypatch.setattr(run.Segments, "write", cut)
+    assert upscale(clip, "-o", tmp_path / "out.mkv", *words, "--steady") == 130
+    monkeypatch.setattr(run.Segments, "write", write)
+    assert upscale(clip, "-o", tmp_path / "out.mkv", *words, "--steady") == 0
+    assert packets(tmp_path / "out.mkv", "video") == packets(tmp_path / "whole.mkv", "video")
+
+
+@pytest.mark.slow
+def test_steadied_frames_as_files(doubled, tmp_path):
+    clip = write_clip(tmp_path / "clip.mkv", codec="ffv1", pixel_format="yuv444p", sound=False, grain=8)
+    assert upscale(clip, "-o", tmp_path / "frames" / "%02d.png", "--steady") == 0
+    sixth = tmp_path / "frames" / "06.png"
+    expected = np.asarray(Image.open(sixth))
+    assert upscale(clip, "-o", tmp_path / "plain" / "%02d.png") == 0
+    assert not np.array_equal(expected, np.asarray(Image.open(tmp_path / "plain" / "06.png")))
+    sixth.unlink()
+    assert upscale(clip, "-o", tmp_path / "frames" / "%02d.png", "--steady") == 0
+    assert np.array_equal(expected, np.asarray(Image.open(sixth)))
+    assert upscale(tmp_path / "plain", "-o", tmp_path / "back.mkv", "--codec", "ffv1", "--pixel-format", "yuv444p", "--steady") == 0
+    assert len(decoded(tmp_path / "back.mkv")) == 10
+
+
+@pytest.mark.slow
 def test_other_settings_begin_anew_and_done_ones_are_left(doubled, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
     clips = [write_clip(tmp_path / "in" / f"{name}.mp4", times=(0, 25, 50)) for name in "ab"]
@@ -286,6 +365,9 @@ def test_frames_out_and_in(doubled, tmp_path, capsys):
         (["{clip}", "-o", "out.mp4", "--codec", "av1", "--pixel-format", "yuv444p"], "yuv420p or yuv420p10le for av1"),
         (["{clip}", "--fps", "0"], "--fps: found 0"),
         (["{clip}", "--segment", "0"], "--segment: found 0"),
+        (["{clip}/../photo.png", "--steady"], "--steady: found pictures alone"),
+        (["{clip}/..", "-o", "out", "--steady", "--watch"], "--steady: found --watch"),
+        (["{clip}", "-o", "out", "--steady", "--ray"], "--steady: found --ray"),
     ],
 )
 def test_refused_before_any_work(tmp_path, monkeypatch, capsys, words, message):
