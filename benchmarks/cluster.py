@@ -123,7 +123,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.kills:
         return kills(a.kills, a.seed)
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "in"), str(Path(folder, "out"))
         source.mkdir()

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fewstep_sr.image.color import fix_color  # noqa: E402
+from fewstep_sr.methods import METHODS  # noqa: E402
 from pipelines.demo import load_demo  # noqa: E402
 
 FRAMES, SIDE, SCALE = 8, 128, 2
@@ -55,7 +56,8 @@ def bicubic(frames: torch.Tensor) -> torch.Tensor:
 def restorer(method: str, one_draw: bool = True) -> Callable[[torch.Tensor], torch.Tensor]:
     pipeline, prompt_embeds = load_demo(method)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"timesteps": [100]} if method == "invsr" else {}
+    demo = METHODS[method].demo
+    options = dict(demo.call) if demo else {}
 
     def restore(frames: torch.Tensor) -> torch.Tensor:
         images = []

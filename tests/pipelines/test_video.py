@@ -12,6 +12,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
+from fewstep_sr.methods import METHODS
 from pipelines.cli import main
 from pipelines.jobs import list_jobs
 from pipelines.video import formats, run
@@ -435,6 +436,6 @@ def test_the_frames_are_the_pipelines(tmp_path):
     for number, (_, _, image) in enumerate(Clip(clip).read(), 1):
         generator = torch.Generator().manual_seed(12345)
         (expected,) = pipeline(
-            image, scale=2, timesteps=[100], color_fix="wavelet", prompt_embeds=prompt_embeds, generator=generator, output_type="pil"
+            image, scale=2, color_fix="wavelet", prompt_embeds=prompt_embeds, generator=generator, output_type="pil", **METHODS["invsr"].demo.call
         ).images
         assert np.abs(np.asarray(expected).astype(int) - np.asarray(Image.open(tmp_path / "frames" / f"{number}.png"))).max() <= 1
