@@ -137,6 +137,8 @@ def test_records_do_not_change():
         (OSEDIFF.schedule, "start"),
         (OSEDIFF.one_step, "timestep"),
         (METHODS["s3diff"].companions[0], "option"),
+        (METHODS["hypir"].options[0].widget, "low"),
+        (OSEDIFF.published[0], "source"),
         (invsr.NoisePredictorWeights(invsr.NoisePredictorConfig(), {}), "config"),
     ):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -212,11 +212,15 @@ def test_options():
     for option, name in ((pixel, "pixel"), (semantic, "semantic")):
         assert (option.name, option.default, option.many, option.needed) == (name, 1.0, False, False)
         assert [option.parse(text) for text in ("-10", "0.5", "10")] == [-10, 0.5, 10]
+        shown = option.widget
+        assert (shown.low, shown.high, shown.step, shown.usual) == (-10, 10, 0.05, (0, 2))
         for text in ("-10.01", "10.01", "nan", "much"):
             with pytest.raises(ValueError, match=f"found {text}, expected a number from -10 to 10"):
                 option.parse(text)
     assert (coeff_t.name, coeff_t.default, coeff_t.many, coeff_t.needed) == ("coeff_t", 200, False, False)
     assert coeff_t.parse("0") == 0 and coeff_t.parse("999") == 999
+    assert (coeff_t.widget.low, coeff_t.widget.high, coeff_t.widget.step, coeff_t.widget.usual) == (0, 999, None, None)
+    assert not PISASR.guided and not HYPIR.guided and OSEDIFF.guided  # what takes a cfg
     for text in ("-1", "1000", "12.5", ""):
         with pytest.raises(ValueError, match=f"found {text}, expected a whole number from 0 to 999"):
             coeff_t.parse(text)
