@@ -17,6 +17,9 @@ from .tiled_controls import PlacedControls
 
 KEY = "FewStepSRTiledModel"
 
+COMPILED = "torch.compile"
+"""The key of the wrapper that core's TorchCompileModel puts on a MODEL."""
+
 
 class FewStepSRTiledModel(io.ComfyNode):
     @classmethod
@@ -146,7 +149,9 @@ class TiledPrediction:
         return blended
 
     def _fitting(self, model, items: list[Item], x: torch.Tensor) -> int:
-        """How many tiles go into one call."""
+        """How many tiles go into one call: of a compiled model one, since each other number of them would be compiled anew."""
+        if model.current_patcher.get_wrappers(WrappersMP.APPLY_MODEL, COMPILED):
+            return 1
         tile, free = items[0][1], model.current_patcher.get_free_memory(x.device)
         group = min(self.batch, len(items))
         while group > 1 and unet_memory(model, [group, x.shape[1], tile.height, tile.width]) > free:
