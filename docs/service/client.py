@@ -45,14 +45,16 @@ async def finished(events: aiohttp.ClientWebSocketResponse, prompt_id: str, work
         data = event.get("data", {})
         if data.get("prompt_id") != prompt_id:
             continue
-        if event["type"] == "executing" and data["node"]:
+        if event["type"] == "executing":
+            if data["node"] is None:  # done, and in the history: execution_success comes before that
+                return
             print(workflow[data["node"]]["class_type"], flush=True)
         elif event["type"] == "progress":
             print(f"  {data['value']} of {data['max']}", flush=True)
         elif event["type"] == "execution_error":
             raise SystemExit(f"{data['node_type']}: {data['exception_message']}")
-        elif event["type"] == "execution_success":
-            return
+        elif event["type"] == "execution_interrupted":
+            raise SystemExit("stopped on the server")
     raise SystemExit("the server closed the connection")
 
 
