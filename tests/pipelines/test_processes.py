@@ -1,5 +1,6 @@
 """Several processes without a launcher's help: one that never comes, one that dies, one that takes long."""
 
+import io
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import psutil
 import pytest
 from conftest import ROOT
 from forked import Forked, environment_of, free_port
+from tqdm import tqdm
 
 pytest.importorskip("diffusers")
 
@@ -145,3 +147,19 @@ def test_patience_is_a_number_of_seconds(monkeypatch, text):
     monkeypatch.setenv("FEWSTEP_SR_PATIENCE", text)
     with pytest.raises(ValueError, match=f"FEWSTEP_SR_PATIENCE: found '{text}', expected seconds"):
         processes.patience()
+
+
+def test_a_killed_process_stops_no_progress_bar(tmp_path):
+    list(tqdm([0], file=io.StringIO()))  # from here on there is a lock that processes inherit
+
+    def hold() -> int:
+        tqdm.get_lock().acquire()
+        print("held")
+        time.sleep(60)
+        return 0
+
+    holding = Forked(hold, tmp_path / "log")
+    while "held" not in holding.text:
+        time.sleep(0.02)
+    holding.end()
+    assert Forked(lambda: len(list(tqdm([0]))) - 1, tmp_path / "bar").wait(10) == 0

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,8 @@ class Forked:
             accelerate.GradientState._reset_state()
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(1)  # OpenMP's other threads stayed behind, and would be waited for
+        if tqdm := sys.modules.get("tqdm"):  # whose lock is all processes': one that is killed with it would stop every bar of the others
+            tqdm.tqdm.set_lock(threading.RLock())
         status = 1
         try:
             status = work() or 0
