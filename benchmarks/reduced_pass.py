@@ -27,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from run import forget_peak, machine, resident
 
-from fewstep_sr.tiling import whole_picture as tiled_vae
+from fewstep_sr.tiling import mosaic as mosaics
+from fewstep_sr.tiling.mosaic import Mosaic, mosaic
 from fewstep_sr.tiling.tiles import Tile, TileLayout
 from fewstep_sr.tiling.vae import MAX_MOSAIC, MIN_MOSAIC, OVERLAP
-from fewstep_sr.tiling.whole_picture import Mosaic, WholePicture, mosaic, share_whole_picture
+from fewstep_sr.tiling.whole_picture import WholePicture, share_whole_picture
 from pipelines.tiling import _share_attention
 
 
@@ -83,11 +84,11 @@ def bicubic(picture: torch.Tensor, cells: int, scale: int) -> torch.Tensor:
 
 def blocks(side: int, picture: torch.Tensor, cells: int, scale: int) -> Mosaic:
     """A mosaic of blocks of ``side`` cells that all count alike."""
-    before, tiled_vae.BLOCK = tiled_vae.BLOCK, side
+    before, mosaics.BLOCK = mosaics.BLOCK, side
     try:
         found = mosaic(picture, cells, scale)
     finally:
-        tiled_vae.BLOCK = before
+        mosaics.BLOCK = before
     return alike(matched(found.picture, picture), picture, scale)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from .batching import Runtime, run_in_groups
+from .mosaic import mosaic
 from .tiles import Tile, TileLayout
-from .whole_picture import Share, WholePicture, mosaic, share_whole_picture
+from .whole_picture import Share, WholePicture, share_whole_picture
 
 CPU = torch.device("cpu")
 
@@ -113,7 +114,7 @@ class TiledCoder:
             self.runtime.before_call()
             whole.collect(call, reduced)
             group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, update)
-            for _ in range(1, MAX_RUNS):
+            for _ in range(1, 1 if reduced.is_whole else MAX_RUNS):
                 if whole.off() <= TOLERANCE:
                     break
                 blended.zero_()

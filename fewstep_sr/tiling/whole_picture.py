@@ -1,14 +1,11 @@
 """A VAE's encoder or decoder on tiles of one picture, with what it takes from the whole picture held equal across the tiles.
 
 Stable Diffusion's VAE looks at the whole picture in two places: group normalisation averages over it, and the attention in its middle sees
-all of it. A tile by itself has other averages than its neighbour, which shifts the tone. So a reduced pass comes first: a mosaic of small
-blocks from all over the picture, at full resolution and in their places, goes through the network and leaves its statistics, with which the tiles
-are normalised. Where two blocks meet, activations are those of an edge that the picture does not have, so the cells there do not count; the others
-stand for as many cells as there are of their kind, since along the picture's own borders, of which a mosaic has too large a share, activations are
-large as well. While the tiles run, sums tell what the picture's statistics are, and so by how much the mosaic's were off at each layer. Where that is
-too much, the mosaic goes through the network once more, each layer's statistics are corrected by it, and so do the tiles. Measured statistics by
-themselves would not do, since they change with the layers before, which were off as well; but by how much they are off is much the same then.
-docs/performance.md compares it with other ways.
+all of it. A tile by itself has other averages than its neighbour, which shifts the tone. So a reduced pass comes first: a mosaic that stands for the
+picture goes through the network and leaves its statistics, with which the tiles are normalised. While the tiles run, sums tell what the picture's
+statistics are, and so by how much the mosaic's were off at each layer. Where that is too much, the mosaic goes through the network once more, each
+layer's statistics are corrected by it, and the tiles run again. Measured statistics by themselves would not do, since they change with the layers
+before, which were off as well; but by how much they are off is much the same then. docs/performance.md compares it with other ways.
 
 The network is copied shallowly, so that its layers and weights are shared, wherever they are, and nobody else notices.
 """
@@ -16,25 +13,15 @@ The network is copied shallowly, so that its layers and weights are shared, wher
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-BLOCK = 6
-"""Side of the mosaic's blocks in cells: larger ones are fewer, and stand less well for what is between them; smaller ones have more edges."""
-
-EDGE = 1
-"""Cells along a block's sides that do not count, since the picture goes on there and the block does not."""
-
-BORDER = 3
-"""Cells along the picture's borders that stand for themselves alone."""
+from .mosaic import Mosaic, cells_of, spread_step
 
 MAX_KEYS = 4096
 """Cells to which a tile attends besides its own, about."""
-
 
 Statistics = tuple[torch.Tensor, torch.Tensor]
 """Mean and variance of each group, float32, (groups,)."""
@@ -44,48 +31,6 @@ Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 Share = tuple[slice, slice]
 """Rows and columns of a tile, in cells: what no other tile counts."""
-
-
-@dataclass(frozen=True)
-class Mosaic:
-    """A picture that stands for a larger one.
-
-    Args:
-        picture: (1, C, h, w), with some elements for each cell along a side.
-        rows, columns: how many of the larger picture's each row and column of cells stands for; 0 for those that do not count.
-    """
-
-    picture: torch.Tensor
-    rows: Sequence[float]
-    columns: Sequence[float]
-
-    @classmethod
-    def whole(cls, picture: torch.Tensor, scale: int = 1) -> "Mosaic":
-        """A picture (1, C, H, W) that stands for itself."""
-        height, width = _cells(picture, scale)
-        return cls(picture, [1.0] * height, [1.0] * width)
-
-    @property
-    def cells(self) -> float:
-        """How many cells the larger picture has."""
-        return sum(self.rows) * sum(self.columns)
-
-    def weights(self, height: int, width: int) -> torch.Tensor:
-        """Of elements (height, width), each cell being some of them along a side, float32 where the picture is; their sum is 1."""
-        along = []
-        for weights, length in ((self.rows, height), (self.columns, width)):
-            scale = length // len(weights)
-            along.append(torch.tensor(weights).repeat_interleave(scale) / (sum(weights) * scale))
-        return (along[0][:, None] * along[1]).to(self.picture.device)
-
-    def sample(self, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Indices of at most so many cells that count, in rows of the picture, and the logarithms of their weights, whose sum is 1."""
-        columns = [column for column, weight in enumerate(self.columns) if weight]
-        cells = [(row, column) for row, weight in enumerate(self.rows) if weight for column in columns]
-        step = _step(len(cells), most, len(columns))
-        weights = [self.rows[row] * self.columns[column] for row, column in cells[::step]]
-        indices = [row * len(self.columns) + column for row, column in cells[::step]]
-        return torch.tensor(indices), torch.tensor([math.log(weight / sum(weights)) for weight in weights])
 
 
 class WholePicture:
@@ -117,7 +62,7 @@ class WholePicture:
 
         Those of all tiles cover the picture once. Nothing is kept where the network fails.
         """
-        self._watched, self._watched_keys, self._shares, self._tile = {}, {}, shares, _cells(tiles, scale)
+        self._watched, self._watched_keys, self._shares, self._tile = {}, {}, shares, cells_of(tiles, scale)
         try:
             answer = network(tiles)
         finally:
@@ -199,7 +144,7 @@ class WholePicture:
         found = []
         for cells, (rows, columns) in zip(tokens.unflatten(1, self._tile), self._shares, strict=True):
             share = cells[rows, columns]
-            found.append(share.flatten(0, 1)[:: _step(math.ceil(self._cells), MAX_KEYS, share.shape[1])])
+            found.append(share.flatten(0, 1)[:: spread_step(math.ceil(self._cells), MAX_KEYS, share.shape[1])])
         return torch.cat(found)[None]
 
     def _moments(self, x: torch.Tensor, groups: int, mosaic: Mosaic) -> Statistics:
@@ -232,18 +177,6 @@ class WholePicture:
         sample_k, sample_v = (t.expand(len(q), -1, -1) for t in sampled)
         bias = F.pad(log_weights + math.log(max(self._cells - tokens, 1)), (tokens, 0)).expand(len(q), tokens, -1)
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
-
-
-def _step(cells: int, most: int, width: int) -> int:
-    """Between cells of rows of ``width`` of which at most so many are taken. Had it a divisor in common with the width, they would stand in columns."""
-    step = math.ceil(cells / most)
-    while math.gcd(step, width) > 1:
-        step += 1
-    return step
-
-
-def _cells(x: torch.Tensor, scale: int) -> tuple[int, int]:
-    return x.shape[-2] // scale, x.shape[-1] // scale
 
 
 def _affine(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,45 +213,3 @@ def share_whole_picture(network: nn.Module, whole: WholePicture, attention: Call
     shared._modules = {name: None if child is None else share_whole_picture(child, whole, attention) for name, child in network._modules.items()}
     attention(shared, network, whole)
     return shared
-
-
-def mosaic(picture: torch.Tensor, cells: int, scale: int = 1) -> Mosaic:
-    """Blocks from all over (1, C, H, W), which has ``scale`` elements for each cell along a side, put together to at most ``cells`` cells, or 12 x 12.
-
-    Rows and columns of blocks are spread evenly, the outer ones along the picture's borders. Each channel gets the whole picture's mean and deviation,
-    of which they are a sample. A picture of no more than ``cells`` cells is its own mosaic.
-    """
-    sides = _cells(picture, scale)
-    if math.prod(sides) <= cells:
-        return Mosaic.whole(picture, scale)
-    shorter, longer = sorted(sides)
-    short = _spread(shorter, round(shorter * math.sqrt(cells / math.prod(sides)) / BLOCK))
-    long = _spread(longer, cells // len(short[0]) // BLOCK)
-    reduced = picture
-    (rows, row_weights), (columns, column_weights) = (short, long) if sides[0] == shorter else (long, short)
-    for dim, indices in ((-2, rows), (-1, columns)):
-        elements = torch.tensor([cell * scale + i for cell in indices for i in range(scale)])
-        reduced = reduced.index_select(dim, elements.to(picture.device))
-    result = Mosaic(reduced, row_weights, column_weights)
-    weights = result.weights(*reduced.shape[-2:])
-    mean = (reduced * weights).sum((-2, -1), keepdim=True)
-    std = ((reduced - mean).square() * weights).sum((-2, -1), keepdim=True).sqrt()
-    whole_std, whole_mean = torch.std_mean(picture, dim=(-2, -1), keepdim=True)
-    # Where the blocks missed all that happens, what they have is not blown up.
-    return replace(result, picture=(reduced - mean) * (whole_std / std.clamp(min=1e-6)).clamp(0.5, 2) + whole_mean)
-
-
-def _spread(length: int, blocks: int) -> tuple[list[int], list[float]]:
-    """Indices of the cells of so many blocks along one axis, two at least, and how many of ``length`` cells each of them stands for."""
-    blocks = max(2, blocks)
-    if blocks * BLOCK >= length:
-        return list(range(length)), [1.0] * length
-    starts = [round(i * (length - BLOCK) / (blocks - 1)) for i in range(blocks)]
-    counted = [[start + EDGE, start + BLOCK - EDGE] for start in starts]
-    counted[0][0], counted[-1][1] = BORDER, length - BORDER
-    between = [BORDER, *((end + start) / 2 for (_, end), (start, _) in pairwise(counted)), length - BORDER]
-    weights = dict.fromkeys((*range(BORDER), *range(length - BORDER, length)), 1.0)
-    for (first, last), (start, end) in zip(counted, pairwise(between), strict=True):
-        weights |= dict.fromkeys(range(first, last), (end - start) / (last - first))
-    indices = [cell for start in starts for cell in range(start, start + BLOCK)]
-    return indices, [weights.get(cell, 0.0) for cell in indices]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import toys
+from graphs import Graphs, fresh_compiler
 from sampling import sample, tiled
 from toys import conditioning, relative_error
 
@@ -10,21 +11,10 @@ SIZES = [(40, 56), (33, 47), (32, 32), (20, 28), (64, 36)]
 """Height and width in latent pixels, of which tiles have 32: several, one, and none."""
 
 
-class Graphs(list):
-    """A backend that computes graphs as they are and keeps them."""
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs) -> torch.nn.Module:
-        self.append(graph)
-        return graph
-
-
 @pytest.fixture(autouse=True)
 def forget():
-    """Without oneDNN, before which PyTorch asks of each convolution on a CPU whether its input is small: a graph for each answer."""
-    torch._dynamo.reset()
-    with torch.backends.mkldnn.flags(enabled=False):
+    with fresh_compiler():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.mark.slow

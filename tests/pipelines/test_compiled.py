@@ -5,6 +5,7 @@ import pytest
 import torch
 import toys
 from diffusers import UNet2DConditionModel
+from graphs import Graphs, fresh_compiler
 
 from pipelines import InvSRPipeline
 
@@ -12,21 +13,10 @@ SIZES = [(96, 96), (40, 88), (33, 57), (72, 24), (304, 40)]
 """Of the upscaled images: an even and an odd number of latent pixels, square and not, the last one in two tiles."""
 
 
-class Graphs(list):
-    """A backend that computes graphs as they are and keeps them."""
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs) -> torch.nn.Module:
-        self.append(graph)
-        return graph
-
-
 @pytest.fixture(autouse=True)
 def forget():
-    """Without oneDNN, before which PyTorch asks of each convolution on a CPU whether its input is small: a graph for each answer."""
-    torch._dynamo.reset()
-    with torch.backends.mkldnn.flags(enabled=False):
+    with fresh_compiler():
         yield
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,10 @@ import toys
 from torch import nn
 
 from fewstep_sr.networks.posterior import Posterior, draw_noise
+from fewstep_sr.tiling.mosaic import Mosaic, mosaic
 from fewstep_sr.tiling.predictor import OVERLAP, WINDOW, NoiseCanvas
 from fewstep_sr.tiling.tiles import TileLayout
-from fewstep_sr.tiling.whole_picture import Mosaic, WholePicture, mosaic, share_whole_picture
+from fewstep_sr.tiling.whole_picture import WholePicture, share_whole_picture
 
 LAYOUTS = [(96, 96, 96, 24), (97, 200, 96, 24), (512, 509, 96, 24), (5, 300, 64, 8), (64, 65, 16, 8), (33, 33, 16, 0), (40, 10, 16, 15)]
 

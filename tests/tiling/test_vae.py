@@ -11,9 +11,9 @@ from torch import nn
 
 from fewstep_sr.tiling import vae
 from fewstep_sr.tiling.batching import Runtime
+from fewstep_sr.tiling.mosaic import mosaic
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.vae import TiledCoder, even_tile
-from fewstep_sr.tiling.whole_picture import mosaic
 
 
 class Mean(nn.Module):

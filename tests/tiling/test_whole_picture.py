@@ -13,9 +13,10 @@ from diffusers import AutoencoderKL
 
 from benchmarks.networks import diffusers_vae, photo, smooth
 from fewstep_sr.tiling.batching import Runtime
+from fewstep_sr.tiling.mosaic import Mosaic, mosaic
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.vae import MARGIN, OVERLAP, TiledCoder, even_tile, share_of
-from fewstep_sr.tiling.whole_picture import Mosaic, WholePicture, mosaic, share_whole_picture
+from fewstep_sr.tiling.whole_picture import WholePicture, share_whole_picture
 from pipelines.tiling import _share_attention
 
 GROUP = 4
@@ -97,7 +98,7 @@ def test_another_vae():
     once = with_statistics_of(vae, encode, mosaic(image, 32**2 // 2, 8), image, 19)
     found = in_tiles(vae, encode, image, 19, group=1)
     of_tiles, of_mosaic, of_corrected = (errors(tiled, whole, 4)[0] for tiled in (exact, once, found))
-    assert of_corrected < 1.2 * of_tiles and of_mosaic > 1.4 * of_tiles, (of_tiles, of_mosaic, of_corrected)
+    assert of_corrected < 1.1 * of_tiles and of_mosaic > 1.4 * of_tiles, (of_tiles, of_mosaic, of_corrected)
 
 
 def watched(network: nn.Module, image: torch.Tensor, layout: TileLayout, whole: WholePicture) -> None:
@@ -183,6 +184,18 @@ def test_tiles_run_again_where_the_mosaic_was_off(strays, runs):
     coder.run(lambda i: image, result, 32)
     assert runtime.totals == [16] * runs and runtime.done == 16 * runs
     assert errors(result, network(image), 8)[0] < 0.04
+
+
+@torch.no_grad()
+def test_tiles_of_a_picture_whose_statistics_are_its_own_run_once(monkeypatch):
+    """Where the reduced pass is the picture itself, what tiles find is no better."""
+    monkeypatch.setattr(WholePicture, "off", lambda self: 1.0)
+    network, runtime = nn.GroupNorm(2, 4), Counting()
+    image, result = torch.randn(1, 4, 32, 32), torch.zeros(1, 4, 32, 32)
+    TiledCoder(network, lambda network, part: network(part), lambda copied, block, whole: None, 1, 1, lambda *size: 4, runtime).run(
+        lambda i: image, result, 24
+    )
+    assert runtime.totals == [4] and torch.allclose(result, network(image), atol=1e-5)
 
 
 @torch.no_grad()
