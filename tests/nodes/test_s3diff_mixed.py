@@ -86,6 +86,7 @@ def test_lora_after_the_adapter(comfy, load, own):
     require_own(comfy, load, own, with_lora)
 
 
+@pytest.mark.slow
 def test_lora_before_the_adapter(comfy, base, load, own):
     patched = with_lora(base[0])
     expected = torch.cat([step(comfy, model, LATENTS[i : i + 1]) for i, model in enumerate(own(patched))])
@@ -193,6 +194,7 @@ def test_masks_of_each_image(comfy, load, own):
         assert relative_error(found[i : i + 1], step(comfy, model, alone)) < 1e-4
 
 
+@pytest.mark.slow
 def test_any_order(comfy, load, own):
     alone = torch.cat([step(comfy, model, LATENTS[i : i + 1]) for i, model in enumerate(own())])
     for order in ([3, 2, 1, 0], [1, 0, 1, 3], [0, 2, 0, 2], [1]):
@@ -235,6 +237,7 @@ def test_other_loaders_before_and_after(comfy, base, load, caplog):
     assert torch.equal(step(comfy, off[0], LATENTS, cfg=1.0), step(comfy, hypir(*base)[0], LATENTS, cfg=1.0))
 
 
+@pytest.mark.slow
 def test_an_adapter_that_nothing_is_left_of(comfy, load, caplog):
     other = toys.comfy_model(SEED + 1)
     lost = carried(comfy, load())
