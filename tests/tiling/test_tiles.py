@@ -8,7 +8,7 @@ import toys
 from torch import nn
 
 from fewstep_sr.networks.posterior import Posterior, draw_noise
-from fewstep_sr.tiling.mosaic import Mosaic, mosaic
+from fewstep_sr.tiling.mosaic import Mosaic
 from fewstep_sr.tiling.predictor import OVERLAP, WINDOW, NoiseCanvas
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.whole_picture import WholePicture, share_whole_picture
@@ -88,35 +88,6 @@ def test_blended_noise_is_the_blend_of_the_windows_draws():
     assert toys.relative_error(canvas.posterior.sample(noise), expected) < 1e-5
 
 
-def cells(length: int, width: int) -> torch.Tensor:
-    """A picture (1, 1, length, width) in which each row is its number."""
-    return torch.arange(float(length))[:, None].expand(length, width)[None, None]
-
-
-def test_mosaic():
-    assert torch.equal(mosaic(cells(40, 24), 40 * 24).picture, cells(40, 24))
-    found = mosaic(cells(80, 60).repeat_interleave(8, -1).repeat_interleave(8, -2), 80 * 60 // 4, scale=8)
-    assert found.picture.shape == (1, 1, 36 * 8, 30 * 8) and (len(found.rows), len(found.columns)) == (36, 30)
-    assert sum(found.rows) == 80 and sum(found.columns) == 60
-    blocks = found.picture[0, 0, ::8, 0].view(6, 6)
-    step = blocks[0, 1] - blocks[0, 0]
-    starts = torch.tensor([0, 15, 30, 44, 59, 74])  # 6 blocks of 6, of which the outer ones are at the borders
-    assert torch.allclose(blocks.diff(dim=1), step) and torch.allclose(blocks[:, 0] - blocks[0, 0], starts * step, rtol=1e-5)
-    assert found.rows[:6] == [1, 1, 1, 3.75, 3.75, 0] and found.rows[-6] == 0  # the border, what is next to it, an edge
-    assert not any(found.rows[6 * i + j] for i in range(1, 5) for j in (0, 5))
-    weights = found.weights(*found.picture.shape[-2:])
-    mean = (found.picture * weights).sum()
-    assert torch.allclose(mean, torch.tensor(39.5)) and torch.allclose(
-        ((found.picture - mean) ** 2 * weights).sum().sqrt(), cells(80, 60).std(), rtol=1e-3
-    )
-
-
-@pytest.mark.parametrize(("height", "width", "most"), [(16, 4000, 4096), (60, 44, 256), (44, 60, 256), (96, 96, 3600)])
-def test_mosaic_has_at_most_so_many_cells(height, width, most):
-    found = mosaic(torch.randn(1, 1, height, width), most)
-    assert 0.8 * most <= len(found.rows) * len(found.columns) <= most and (sum(found.rows), sum(found.columns)) == pytest.approx((height, width))
-
-
 def test_only_what_counts_makes_the_statistics():
     """A mosaic's inner edges may hold anything; what stands for more counts as often."""
     network, whole = nn.GroupNorm(2, 4), WholePicture()
@@ -162,10 +133,3 @@ def test_attention_over_a_sample_stands_for_the_whole_picture():
     found = whole.attend(block, q[:, tile], k[:, tile], v[:, tile])
     alone = nn.functional.scaled_dot_product_attention(q[:, tile], k[:, tile], v[:, tile])
     assert toys.relative_error(found, expected[:, tile]) < 0.6 * toys.relative_error(alone, expected[:, tile])
-
-
-@pytest.mark.parametrize("size", [(96, 96), (64, 64), (90, 84), (70, 130)])
-def test_a_sample_of_cells_leaves_no_column_out(size):
-    indices, log_weights = Mosaic.whole(torch.zeros(1, 1, *size)).sample(2048)
-    assert len(indices) <= 2048 and torch.allclose(log_weights.exp().sum(), torch.tensor(1.0))
-    assert len((indices % size[1]).unique()) == size[1] and len((indices // size[1]).unique()) == size[0]

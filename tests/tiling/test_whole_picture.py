@@ -1,5 +1,6 @@
 """A VAE in tiles is nearly as near to the untiled picture as with the whole picture's own statistics, at the borders too."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import ROOT
 from diffusers import AutoencoderKL
 
 from benchmarks.networks import diffusers_vae, photo, smooth
+from fewstep_sr.tiling import whole_picture
 from fewstep_sr.tiling.batching import Runtime
 from fewstep_sr.tiling.mosaic import Mosaic, mosaic
 from fewstep_sr.tiling.tiles import TileLayout
@@ -158,6 +160,115 @@ def test_sums_are_the_pictures():
     (found_mean, found_var), group = whole._true()[norm], image.float().view(2, -1)
     var, mean = torch.var_mean(group, dim=1, correction=0)
     assert torch.allclose(found_mean, mean, rtol=1e-5) and torch.allclose(found_var, var, rtol=1e-3)
+
+
+def first_rows(height: int) -> list[tuple[slice, slice]]:
+    return [(slice(0, height), slice(0, 6))]
+
+
+@torch.no_grad()
+def test_how_much_is_off():
+    """Root mean square over the groups of the shift, in deviations, and of the deviations' logarithm, at the layer where it is most."""
+    first, second, whole = nn.GroupNorm(2, 2, eps=1e-12), nn.GroupNorm(1, 2, eps=1e-12), WholePicture()
+    layers = share_whole_picture(nn.Sequential(first, nn.Identity(), second), whole, lambda copied, block, whole: None)
+    columns = torch.tensor([1.0, -1.0]).repeat(3).expand(2, 6, 6)
+    mosaic_of = Mosaic.whole(torch.stack([columns[0], 2 * columns[1]])[None])
+    whole.collect(layers, mosaic_of)
+    whole.watch(layers, torch.stack([columns[0] + 3, 2 * math.e * columns[1]])[None], first_rows(6))
+    # First: group 0 is shifted by 3 deviations, group 1 stretched by e. Second: the mean is 1.5, the variance (1 + e^2) / 2 + 1.5^2.
+    var = (1 + math.e**2) / 2 + 2.25
+    second_off = math.sqrt(2.25 / var + (math.log(var) / 2) ** 2)
+    assert whole.off() == pytest.approx(max(math.sqrt((9 + 1) / 2), second_off), rel=1e-5) == pytest.approx(math.sqrt(5), rel=1e-5)
+
+
+@torch.no_grad()
+def test_off_where_there_is_next_to_no_variance():
+    """A layer's eps stands below both deviations: a flat picture's mosaic is off by nothing much."""
+    norm, whole = nn.GroupNorm(1, 1, eps=1.0), WholePicture()
+    layer = share_whole_picture(norm, whole, lambda copied, block, whole: None)
+    columns = torch.tensor([1.0, -1.0]).repeat(3).expand(1, 1, 6, 6)
+    whole.collect(layer, Mosaic.whole(columns * 0))
+    whole.watch(layer, columns * 2 + 3, first_rows(6))  # a variance of 4
+    assert whole.off() == pytest.approx(math.sqrt(9 / 5 + (math.log(5) / 2) ** 2), rel=1e-5)
+
+
+@torch.no_grad()
+def test_correction():
+    """What was watched, moved on as the mosaic's statistics have moved since: in deviations, each variance with the layer's eps."""
+    norm, whole = nn.GroupNorm(1, 1, eps=1.0), WholePicture()
+    layer = share_whole_picture(norm, whole, lambda copied, block, whole: None)
+    columns = torch.tensor([1.0, -1.0]).repeat(3).expand(1, 1, 6, 6)
+    whole.collect(layer, Mosaic.whole(columns + 2))  # mean 2, variance 1
+    whole.watch(layer, columns * 3 + 4, first_rows(6))  # 4 and 9
+    whole.correct(layer, Mosaic.whole(columns * 7**0.5 + 1))  # now 1 and 7: the deviation with eps has doubled
+    mean, var = whole._statistics[norm]
+    assert mean.item() == pytest.approx(1 + (4 - 2) * 2) and var.item() == pytest.approx(9 * 4)
+    whole.collect(layer, Mosaic.whole(columns))  # another picture: nothing is corrected
+    assert [value.item() for value in whole._statistics[norm]] == pytest.approx([0, 1])
+
+
+@torch.no_grad()
+def test_sums_by_hand():
+    """Of two tiles, two elements for each cell along a side: each one's own share, and no more, whether there is one group or more."""
+    for groups in (1, 2):
+        norm, whole = nn.GroupNorm(groups, 2), WholePicture()
+        layer = share_whole_picture(norm, whole, lambda copied, block, whole: None)
+        whole.collect(layer, Mosaic.whole(torch.randn(1, 2, 6, 6)))
+        tiles = torch.arange(2 * 2 * 8 * 12.0).view(2, 2, 8, 12)
+        whole.watch(layer, tiles, [(slice(0, 3), slice(1, 6)), (slice(2, 4), slice(0, 5))], scale=2)
+        parts = [tiles[0, :, 0:6, 2:12], tiles[1, :, 4:8, 0:10]]
+        expected = sum(
+            torch.stack([x.new_full((groups,), x[0].numel()), x.sum(1), x.square().sum(1)]) for x in (p.reshape(groups, -1) for p in parts)
+        )
+        assert torch.allclose(whole._sums[norm], expected)
+        whole.watch(layer, tiles, [(slice(0, 3), slice(1, 6)), (slice(2, 4), slice(0, 5))], scale=2)
+        assert torch.allclose(whole._sums[norm], 2 * expected)
+
+
+@torch.no_grad()
+def test_keys_of_the_tiles(monkeypatch):
+    """Of each tile's share, in steps that leave no column out; after a correction they are what tiles attend to, each as much as any other."""
+    monkeypatch.setattr(whole_picture, "MAX_KEYS", 6)
+    whole, block = WholePicture(), nn.Identity()
+    tokens = torch.randn(3, 2, 16, 5)  # q, k and v of two tiles of 4 x 4 cells
+    picture = torch.randn(3, 1, 16, 5)
+    network = lambda x: whole.attend(block, *(picture if whole._mosaic else tokens))  # noqa: E731
+    mosaic_of = Mosaic(torch.zeros(1, 1, 4, 4), [1.0] * 4, [1.0, 2.0, 2.0, 1.0])
+    whole.collect(network, mosaic_of)  # 24 cells: every fourth, and a share of 3 x 2 has a divisor in common with 4
+    whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4)), (slice(1, 4), slice(0, 2))])
+    whole.correct(network, mosaic_of)
+    cells = torch.arange(32).view(2, 4, 4)
+    chosen = torch.cat([cells[0, 0:3, 2:4].flatten()[::5], cells[1, 1:4, 0:2].flatten()[::5]])
+    k, v, log_weights = whole._keys[block]
+    assert torch.equal(k[0], tokens[1].flatten(0, 1)[chosen]) and torch.equal(v[0], tokens[2].flatten(0, 1)[chosen])
+    assert torch.allclose(log_weights, torch.full((4,), 0.25).log())
+    with pytest.raises(ValueError, match="zip"):
+        whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4))])
+
+
+@torch.no_grad()
+def test_attention_by_hand():
+    """The mosaic attends to its sample by weight; a tile to its own cells once and to the sample as often as there are cells outside it."""
+    whole, block, q, k, v = WholePicture(), nn.Identity(), *torch.randn(3, 1, 4, 8)
+    rows, columns = [1.0, 3.0], [1.0, 4.0]
+    weights = torch.tensor([1.0, 4, 3, 12])
+    sides = []
+    whole.collect(lambda x: sides.append(whole.attend(block, q, k, v)), Mosaic(torch.zeros(1, 1, 2, 2), rows, columns))
+    logits = q @ k.mT / 8**0.5
+    assert torch.allclose(sides[0], (logits + weights.log()).softmax(-1) @ v, atol=1e-6)
+    tile_q, tile_k, tile_v = torch.randn(3, 2, 6, 8)
+    found = whole.attend(block, tile_q, tile_k, tile_v)
+    logits = torch.cat([tile_q @ tile_k.mT, tile_q @ k.mT], -1) / 8**0.5
+    counts = torch.cat([torch.ones(6), weights / 20 * (20 - 6)])
+    assert torch.allclose(found, (logits + counts.log()).softmax(-1) @ torch.cat([tile_v, v.expand(2, -1, -1)], 1), atol=1e-6)
+
+
+@torch.no_grad()
+def test_affine_is_asked_of_the_layer():
+    norm = nn.GroupNorm(2, 4, eps=0.5)
+    norm.weight.copy_(torch.tensor([1.0, 2, -3, 0.5])), norm.bias.copy_(torch.tensor([0.0, -1, 4, 2]))
+    weight, bias = whole_picture._affine(norm, torch.zeros(1, 4, 3, 3))
+    assert torch.allclose(weight, norm.weight, atol=1e-6) and torch.allclose(bias, norm.bias, atol=1e-6)
 
 
 class Counting(Runtime):
