@@ -169,7 +169,7 @@ def result_seams(base: str, weights: dict[str, str | Path], drawn, tile: int) ->
     layouts = [TileLayout(canvas, canvas, cells, overlap) for overlap in (cells // 4, tiled_coder.OVERLAP)]
     windows = TileLayout(canvas, canvas, tiled_noise.WINDOW, tiled_noise.OVERLAP)
     for key, file in weights.items():
-        met = [*layouts, windows] if key == "invsr" else layouts
+        met = [*layouts, windows] if METHODS[key].one_step is None else layouts
         method = METHODS[key].title
         pipeline, embeds = networks.pipeline(base, pipeline_class(METHODS[key]), file)
         found = [borders(layout, 8) for layout in met]

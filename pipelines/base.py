@@ -50,6 +50,9 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
     upsampling: ClassVar[str] = "bicubic"
     """How images are upscaled before the networks see them, as the published program does: ``"bicubic"`` or ``"bilinear"``."""
 
+    color_reference: ClassVar[str] = "enlarged"
+    """Whose colours the colour fix takes: ``"image"``, the low-quality image, or ``"enlarged"``, the same upscaled."""
+
     own_stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Stages beside encode, predict_noise and decode: names of methods, and of each what its result, or each of its results, is called in reports."""
 
@@ -104,14 +107,27 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
         return {}
 
     @classmethod
-    def node_calls(cls, options: Mapping[str, Any], companions: Mapping[str, Path | None]) -> list[dict[str, Any]]:
-        """For ``verify``: which nodes come between the adapter's loader and the encoder in ComfyUI, in their order.
+    def loader_nodes(cls, weights: str) -> list[dict[str, Any]]:
+        """For ``verify``: which nodes load the method's weights in ComfyUI, from the file at this path.
 
-        Of each its id, ``node``; ``inputs`` by name; ``files``, inputs whose file (model folder, path) is to be listed; ``takes``, inputs that are earlier
-        outputs, by the names in ``gives``: "image", "model" and "vae" are there from the start, and the last ones of these names go on. ``stage`` names
-        the report's stage that the first output is, if any.
+        Of each node its id, ``node``; ``inputs`` by name; ``files``, inputs that are files' names: (model folder, path, what is before the name);
+        ``takes``, inputs that are earlier outputs, by the names in ``gives``, of which the last ones go on: "image", "model", "vae", "positive" and
+        "negative" are there from the start, "latent" once the image is encoded. ``stage`` is a stage's name in reports and the output that it is, if any.
         """
+        files = {"adapter_name": (cls.method.weights.folder, weights, f"{cls.method.weights.folder}/")}
+        return [{"node": "FewStepSRAdapterLoader", "files": files, "takes": {"model": "model", "vae": "vae"}, "gives": ["model", "vae"]}]
+
+    @classmethod
+    def node_calls(cls, options: Mapping[str, Any], companions: Mapping[str, Path | None]) -> list[dict[str, Any]]:
+        """Likewise between the loader and the encoder."""
         return []
+
+    @classmethod
+    def step_nodes(cls, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Likewise from "latent" to "restored". ``request`` has the settings, see :meth:`pipelines.evaluation.subjects.Subject.request`."""
+        inputs = {"cfg": request["cfg"], **request["controls"]}
+        takes = {name: name for name in ("model", "positive", "negative", "latent")}
+        return [{"node": "FewStepSROneStep", "inputs": inputs, "takes": takes, "gives": ["restored"]}]
 
     def notes(self) -> tuple[str, ...]:
         """What the last call found out about its image, for the command line to say."""

@@ -32,6 +32,7 @@ class InvSRPipeline(FewStepSRPipeline):
     """
 
     method = INVSR
+    color_reference = "image"
     own_stages = {"start_state": ("start state", "noise map")}
     model_cpu_offload_seq = "text_encoder->noise_predictor->unet->vae"
     _optional_components = ["text_encoder", "tokenizer", "noise_predictor"]
@@ -59,6 +60,30 @@ class InvSRPipeline(FewStepSRPipeline):
 
     def call_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"num_inference_steps": options["steps"], "timesteps": list(options["timesteps"])}
+
+    @classmethod
+    def loader_nodes(cls, weights: str) -> list[dict[str, Any]]:
+        files = {"noise_predictor_name": (INVSR.weights.folder, weights)}
+        return [{"node": "InvSRNoisePredictorLoader", "files": files, "gives": ["noise_predictor"]}]
+
+    @classmethod
+    def step_nodes(cls, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        schedule = {"method": INVSR.title, "steps": request["steps"], "timesteps": request["timesteps"]}
+        starts = {name: name for name in ("noise_predictor", "image", "latent", "sigmas")}
+        samples = {"noise": "noise", "guider": "guider", "sampler": "sampler", "sigmas": "sigmas", "latent_image": "latent"}
+        return [
+            {"node": "FewStepScheduler", "inputs": schedule, "takes": {"model": "model"}, "gives": ["sigmas"]},
+            {
+                "node": "InvSRStartState",
+                "inputs": {"seed": request["seed"]},
+                "takes": starts,
+                "gives": ["noise", "state"],
+                "stage": ["start state", "state"],
+            },
+            {"node": "BasicGuider", "takes": {"model": "model", "conditioning": "positive"}, "gives": ["guider"]},
+            {"node": "KSamplerSelect", "inputs": {"sampler_name": "euler"}, "gives": ["sampler"]},
+            {"node": "SamplerCustomAdvanced", "takes": samples, "gives": ["restored", "denoised"]},
+        ]
 
     @torch.no_grad()
     def start_state(

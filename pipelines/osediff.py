@@ -69,6 +69,16 @@ class OSEDiffPipeline(AdapterPipeline):
         if options.get("tagger"):
             self.load_tagger(options["tagger"], options.get("dape"))
 
+    @classmethod
+    def loader_nodes(cls, weights: str) -> list[dict[str, Any]]:
+        files = {"osediff_name": (OSEDIFF.weights.folder, weights)}
+        return [{"node": "OSEDiffLoader", "files": files, "takes": {"model": "model", "vae": "vae"}, "gives": ["model", "vae"]}]
+
+    @classmethod
+    def step_nodes(cls, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+        takes = {name: name for name in ("model", "positive", "latent")}
+        return [{"node": "OSEDiffOneStep", "inputs": {"timestep": request["timestep"]}, "takes": takes, "gives": ["restored"]}]
+
     def unload_osediff(self) -> None:
         """Take the adapter off; the base is as it was."""
         self._unload()

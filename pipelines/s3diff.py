@@ -121,7 +121,7 @@ class S3DiffPipeline(AdapterPipeline):
         files = {"estimator_name": (paper.ESTIMATOR.weights.folder, str(estimator.resolve()))}
         load = {"node": "S3DiffEstimatorLoader", "files": files, "gives": ["estimator"]}
         takes = {"estimator": "estimator", "image": "image"}
-        estimate = {"node": "S3DiffDegradation", "takes": takes, "gives": ["scores"], "stage": "degradation"}
+        estimate = {"node": "S3DiffDegradation", "takes": takes, "gives": ["scores"], "stage": ["degradation", "scores"]}
         return [load, estimate, adapt | {"takes": {"model": "model", "vae": "vae", "scores": "scores"}}]
 
     def notes(self) -> tuple[str, ...]:

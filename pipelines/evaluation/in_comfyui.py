@@ -44,13 +44,27 @@ def main(request: dict) -> None:
         result = node.execute(**inputs) if hasattr(node, "define_schema") else getattr(node(), node.FUNCTION)(**inputs)
         return getattr(result, "args", result)
 
-    def keep(name: str, tensor: torch.Tensor, began: float) -> None:
+    def keep(name: str, output, began: float) -> None:
+        tensor = output["samples"] * SCALING_FACTOR if isinstance(output, dict) else output
         stages[name] = tensor.detach().float().cpu().contiguous()
         seconds[name] = time.perf_counter() - began
 
-    def file(kind: str, path: str) -> str:
+    def file(kind: str, path: str, before: str = "") -> str:
         folders.add_model_folder_path(kind, str(Path(path).parent))
-        return Path(path).name
+        return before + Path(path).name
+
+    def run_all(calls: list[dict], found: dict) -> float:
+        """Gives when the last stage ended, or this began."""
+        began = time.perf_counter()
+        for call in calls:
+            inputs = call.get("inputs", {}) | {name: found[taken] for name, taken in call.get("takes", {}).items()}
+            outputs = run(call["node"], **inputs, **{name: file(*place) for name, place in call.get("files", {}).items()})
+            found |= zip(call["gives"], outputs, strict=True)
+            if "stage" in call:
+                stage, output = call["stage"]
+                keep(stage, found[output], began)
+                began = time.perf_counter()
+        return began
 
     def pad(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
         pack = classes["FewStepSRVAEEncode"].__module__.removesuffix(".nodes.vae")
@@ -59,56 +73,31 @@ def main(request: dict) -> None:
 
     image = torch.load(request["image"], weights_only=True).movedim(1, -1)  # BCHW -> BHWC
     with torch.inference_mode():
-        predictor = negative = None
+        found = {"image": image, "negative": None}
         if request["demo"]:
-            model, vae, positive, predictor, _ = run("FewStepSRDemoLoader", method=request["title"])
+            given = run("FewStepSRDemoLoader", method=request["title"])
+            found |= zip(("model", "vae", "positive", "noise_predictor"), given, strict=False)
         else:
-            model, clip, vae = run("CheckpointLoaderSimple", ckpt_name=file("checkpoints", request["base"]))[:3]
-            positive, negative = (run("CLIPTextEncode", clip=clip, text=request[text])[0] for text in ("prompt", "negative_prompt"))
-            weights = file(request["method"], request["weights"])
-            if request["method"] == "osediff":
-                model, vae = run("OSEDiffLoader", model=model, vae=vae, osediff_name=weights)
-            elif request["method"] == "invsr":
-                (predictor,) = run("InvSRNoisePredictorLoader", noise_predictor_name=weights)
-            else:
-                model, vae = run("FewStepSRAdapterLoader", model=model, vae=vae, adapter_name=f"{request['method']}/{weights}")
-        found = {"model": model, "vae": vae, "image": image}
-        for call in request["node_calls"]:
-            inputs = call.get("inputs", {}) | {name: found[taken] for name, taken in call.get("takes", {}).items()}
-            began = time.perf_counter()
-            outputs = run(call["node"], **inputs, **{name: file(*place) for name, place in call.get("files", {}).items()})
-            if stage := call.get("stage"):
-                keep(stage, outputs[0], began)
-            found |= zip(call["gives"], outputs, strict=True)
-        model, vae = found["model"], found["vae"]
+            found["model"], clip, found["vae"] = run("CheckpointLoaderSimple", ckpt_name=file("checkpoints", request["base"]))[:3]
+            for text, name in (("prompt", "positive"), ("negative_prompt", "negative")):
+                (found[name],) = run("CLIPTextEncode", clip=clip, text=request[text])
+        run_all(request["nodes_before"], found)
+        vae = found["vae"]
         (enlarged,) = run("ImageScaleBy", image=image, upscale_method=request["upsampling"], scale_by=request["scale"])
         began = time.perf_counter()
         pixels = pad(enlarged, *request["canvas"]) if request["canvas"] else enlarged
-        (latent,) = run("FewStepSRVAEEncode", pixels=pixels, vae=vae, seed=request["seed"])
-        keep("latent", latent["samples"] * SCALING_FACTOR, began)
+        (found["latent"],) = run("FewStepSRVAEEncode", pixels=pixels, vae=vae, seed=request["seed"])
+        keep("latent", found["latent"], began)
+        began = run_all(request["nodes_after"], found)
+        keep("restored latent", found["restored"], began)
         began = time.perf_counter()
-        if request["method"] == "osediff":
-            (restored,) = run("OSEDiffOneStep", model=model, positive=positive, latent=latent, timestep=request["timestep"])
-        elif request["method"] == "invsr":
-            (sigmas,) = run("FewStepScheduler", model=model, method="InvSR", steps=request["steps"], timesteps=request["timesteps"])
-            noise, state = run("InvSRStartState", noise_predictor=predictor, image=image, latent=latent, sigmas=sigmas, seed=request["seed"])
-            keep("start state", state["samples"] * SCALING_FACTOR, began)
-            began = time.perf_counter()
-            (guider,) = run("BasicGuider", model=model, conditioning=positive)
-            (sampler,) = run("KSamplerSelect", sampler_name="euler")
-            restored = run("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)[0]
-        else:
-            inputs = {"positive": positive, "negative": negative, "latent": latent, "cfg": request["cfg"], **request["controls"]}
-            (restored,) = run("FewStepSROneStep", model=model, **inputs)
-        keep("restored latent", restored["samples"] * SCALING_FACTOR, began)
-        began = time.perf_counter()
-        (decoded,) = run("FewStepSRVAEDecode", samples=restored, vae=vae, clamp=request["clamp"])
+        (decoded,) = run("FewStepSRVAEDecode", samples=found["restored"], vae=vae, clamp=request["clamp"])
         decoded = decoded[:, : enlarged.shape[1], : enlarged.shape[2]]
         keep("decoded", decoded.movedim(-1, 1), began)
         began = time.perf_counter()
         result = decoded
         if request["color_fix"]:
-            reference = image if request["method"] == "invsr" else enlarged
+            reference = image if request["color_reference"] == "image" else enlarged
             (result,) = run("FewStepSRColorFix", image=decoded, reference=reference, method=request["color_fix"])
         keep("image", result.movedim(-1, 1), began)
     version = importlib.import_module("comfyui_version").__version__

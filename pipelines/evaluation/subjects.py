@@ -63,13 +63,10 @@ class Subject:
         canvas = [height * VAE_MULTIPLE, width * VAE_MULTIPLE]
         padded = [padded_side(side) for side in run.stages.tensors["image"].shape[-2:]]
         prompt, negative = settings.prompt, settings.negative_prompt
-        return {
+        request = {
             "demo": settings.demo,
-            "method": method.key,
             "title": method.title,
             "base": str(Path(base).resolve()) if base else "",
-            "weights": str(Path(self.weights).resolve()) if self.weights else "",
-            "node_calls": [] if settings.demo else kind.node_calls(options, self.companions),
             "prompt": method.prompt if prompt is None else prompt,
             "negative_prompt": method.negative_prompt if negative is None else negative,
             "scale": settings.scale,
@@ -83,7 +80,10 @@ class Subject:
             "controls": {name: options[name] for name in (method.one_step.controls if method.one_step else ())},
             "clamp": kind.clamps_decoded,
             "color_fix": settings.color_fix,
+            "color_reference": kind.color_reference,
         }
+        before = [] if settings.demo else [*kind.loader_nodes(str(Path(self.weights).resolve())), *kind.node_calls(options, self.companions)]
+        return request | {"nodes_before": before, "nodes_after": kind.step_nodes(request)}
 
 
 @dataclass(frozen=True)
