@@ -1,5 +1,6 @@
 """The geometry of tiles and the blending of what was made of them, without any framework."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -48,6 +49,13 @@ def test_windows_fall_to_neighbours_alone():
     assert first[:64].eq(1).all() and second[32:].eq(1).all()
     assert (first[64:].diff(dim=0) < 0).all() and first[-1].max() < 1e-3
     assert torch.equal(first, first[:, :1].expand(-1, 96))  # flat along the axis with one tile
+
+
+def test_ramp_by_hand():
+    """Over an overlap of 12 with margins of 2: nothing for two elements, a squared sine over eight, one for two."""
+    window = TileLayout(36, 8, 24, 12, 2).window(TileLayout(36, 8, 24, 12, 2).tiles[1])[:, 0]
+    ramp = torch.tensor([math.sin(math.pi / 2 * (i + 0.5) / 8) ** 2 for i in range(8)])
+    assert torch.allclose(window, torch.cat([torch.zeros(2), ramp, torch.ones(14)]), atol=1e-6)
 
 
 def test_one_tile_is_the_canvas_bit_for_bit():

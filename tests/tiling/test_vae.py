@@ -63,7 +63,26 @@ class Coder:
 
 
 def test_limits_in_latent_pixels():
-    assert (vae.OVERLAP, vae.MIN_TILE, vae.MIN_MOSAIC, vae.MAX_MOSAIC) == (8, 16, 1024, 16384)
+    assert (vae.OVERLAP, vae.MARGIN, vae.MIN_TILE, vae.MIN_MOSAIC, vae.MAX_MOSAIC) == (8, 2, 16, 1024, 16384)
+    assert (vae.TOLERANCE, vae.MAX_RUNS) == (0.03, 3)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_canvas_lies_on_the_device_where_it_fits(room):
+    """Asked with the canvas's bytes."""
+    asked = []
+
+    class Room(Runtime):
+        def has_room(self, size, device):
+            asked.append((size, device.type))
+            return room
+
+    coder = dataclasses.replace(Coder(runtime=Room()).coder, device=torch.device("meta"))
+    assert coder._place(torch.zeros(1, 3, 8, 8)).device.type == ("meta" if room else "cpu") and asked == [(3 * 64 * 4, "meta")]
+
+
+def test_canvases_lie_on_the_cpu_where_nobody_says_more():
+    assert Runtime().has_room(1, torch.device("cpu")) and not Runtime().has_room(1, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("length", "tile", "expected"), [

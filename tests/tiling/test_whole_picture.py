@@ -235,13 +235,14 @@ def test_keys_of_the_tiles(monkeypatch):
     network = lambda x: whole.attend(block, *(picture if whole._mosaic else tokens))  # noqa: E731
     mosaic_of = Mosaic(torch.zeros(1, 1, 4, 4), [1.0] * 4, [1.0, 2.0, 2.0, 1.0])
     whole.collect(network, mosaic_of)  # 24 cells: every fourth, and a share of 3 x 2 has a divisor in common with 4
-    whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4)), (slice(1, 4), slice(0, 2))])
+    for _ in range(2):
+        whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4)), (slice(1, 4), slice(0, 2))])
     whole.correct(network, mosaic_of)
     cells = torch.arange(32).view(2, 4, 4)
-    chosen = torch.cat([cells[0, 0:3, 2:4].flatten()[::5], cells[1, 1:4, 0:2].flatten()[::5]])
+    chosen = torch.cat([cells[0, 0:3, 2:4].flatten()[::5], cells[1, 1:4, 0:2].flatten()[::5]]).repeat(2)
     k, v, log_weights = whole._keys[block]
     assert torch.equal(k[0], tokens[1].flatten(0, 1)[chosen]) and torch.equal(v[0], tokens[2].flatten(0, 1)[chosen])
-    assert torch.allclose(log_weights, torch.full((4,), 0.25).log())
+    assert torch.allclose(log_weights, torch.full((8,), 0.125).log())
     with pytest.raises(ValueError, match="zip"):
         whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4))])
 
