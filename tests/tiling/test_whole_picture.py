@@ -225,6 +225,10 @@ def test_sums_by_hand():
         assert torch.allclose(whole._sums[norm], 2 * expected)
 
 
+def test_keys_are_about_as_many_as_an_untiled_middle_has():
+    assert whole_picture.MAX_KEYS == 64**2  # of a picture of 512 x 512 pixels
+
+
 @torch.no_grad()
 def test_keys_of_the_tiles(monkeypatch):
     """Of each tile's share, in steps that leave no column out; after a correction they are what tiles attend to, each as much as any other."""
@@ -242,7 +246,7 @@ def test_keys_of_the_tiles(monkeypatch):
     chosen = torch.cat([cells[0, 0:3, 2:4].flatten()[::5], cells[1, 1:4, 0:2].flatten()[::5]]).repeat(2)
     k, v, log_weights = whole._keys[block]
     assert torch.equal(k[0], tokens[1].flatten(0, 1)[chosen]) and torch.equal(v[0], tokens[2].flatten(0, 1)[chosen])
-    assert torch.allclose(log_weights, torch.full((8,), 0.125).log())
+    assert log_weights.shape == (8,) and torch.allclose(log_weights, torch.tensor(0.125).log())
     with pytest.raises(ValueError, match="zip"):
         whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4))])
 
@@ -308,6 +312,18 @@ def test_tiles_of_a_picture_whose_statistics_are_its_own_run_once(monkeypatch):
         lambda i: image, result, 24
     )
     assert runtime.totals == [4] and torch.allclose(result, network(image), atol=1e-5)
+
+
+@pytest.mark.parametrize("off", [0.0301, 0.03])
+@torch.no_grad()
+def test_tiles_run_three_times_at_most(monkeypatch, off):
+    """As long as statistics are off by more than is allowed."""
+    monkeypatch.setattr(WholePicture, "off", lambda self: off)
+    network, runtime = nn.GroupNorm(2, 4), Counting()
+    TiledCoder(network, lambda network, part: network(part), lambda copied, block, whole: None, 1, 1, lambda *size: 4, runtime).run(
+        lambda i: torch.randn(1, 4, 64, 64), torch.zeros(1, 4, 64, 64), 36
+    )
+    assert runtime.totals == ([4, 4, 4] if off > 0.03 else [4])
 
 
 @torch.no_grad()
