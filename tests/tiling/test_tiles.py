@@ -51,11 +51,13 @@ def test_windows_fall_to_neighbours_alone():
     assert torch.equal(first, first[:, :1].expand(-1, 96))  # flat along the axis with one tile
 
 
-def test_ramp_by_hand():
-    """Over an overlap of 12 with margins of 2: nothing for two elements, a squared sine over eight, one for two."""
-    window = TileLayout(36, 8, 24, 12, 2).window(TileLayout(36, 8, 24, 12, 2).tiles[1])[:, 0]
-    ramp = torch.tensor([math.sin(math.pi / 2 * (i + 0.5) / 8) ** 2 for i in range(8)])
-    assert torch.allclose(window, torch.cat([torch.zeros(2), ramp, torch.ones(14)]), atol=1e-6)
+@pytest.mark.parametrize("scale", [1, 2])
+def test_ramp_by_hand(scale):
+    """Over an overlap of 12 with margins of 2: nothing for two cells, a squared sine over eight, one for two."""
+    layout = TileLayout(36, 8, 24, 12, 2)
+    window = layout.window(layout.tiles[1], scale)[:, 0]
+    ramp = torch.tensor([math.sin(math.pi / 2 * (i + 0.5) / (8 * scale)) ** 2 for i in range(8 * scale)])
+    assert torch.allclose(window, torch.cat([torch.zeros(2 * scale), ramp, torch.ones(14 * scale)]), atol=1e-6)
 
 
 def test_one_tile_is_the_canvas_bit_for_bit():
@@ -82,6 +84,13 @@ def test_shares_cover_the_canvas_once(height, width, side, overlap):
 def test_overlap_must_be_smaller_than_the_tile():
     with pytest.raises(ValueError, match="overlap: found 16 with tiles of 16, expected from 0 to 15"):
         TileLayout(64, 64, 16, 16)
+
+
+@pytest.mark.parametrize("margin", [4, 5, -1])
+def test_margins_leave_some_of_the_overlap(margin):
+    assert TileLayout(64, 64, 16, 8, 3).margin == 3
+    with pytest.raises(ValueError, match=f"margin: found {margin} with an overlap of 8, expected less than half of it"):
+        TileLayout(64, 64, 16, 8, margin)
 
 
 def test_blended_noise_is_the_blend_of_the_windows_draws():

@@ -11,7 +11,7 @@ from torch import nn
 
 from fewstep_sr.tiling import vae
 from fewstep_sr.tiling.batching import Runtime
-from fewstep_sr.tiling.mosaic import mosaic
+from fewstep_sr.tiling.mosaic import Mosaic, mosaic
 from fewstep_sr.tiling.tiles import TileLayout
 from fewstep_sr.tiling.vae import TiledCoder, even_tile
 
@@ -194,7 +194,17 @@ def test_every_tile_has_its_answer(monkeypatch):
         Coder(fits=2).run(torch.randn(1, 1, 60, 50), 34)
 
 
-@pytest.mark.parametrize("record", [Coder().coder, TileLayout(8, 8, 8, 0), TileLayout(8, 8, 8, 0).tiles[0]], ids=lambda record: type(record).__name__)
+def test_a_result_that_is_blended_elsewhere_comes_back(monkeypatch):
+    monkeypatch.setattr(TiledCoder, "_place", lambda self, canvas: canvas.clone())
+    picture = torch.randn(2, 1, 60, 50)
+    assert torch.allclose(Coder().run(picture, 34), picture, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [Coder().coder, Mosaic.whole(torch.zeros(1, 1, 2, 2)), TileLayout(8, 8, 8, 0), TileLayout(8, 8, 8, 0).tiles[0]],
+    ids=lambda record: type(record).__name__,
+)
 def test_records_do_not_change(record):
     for field in dataclasses.fields(record):
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -269,6 +269,20 @@ def test_attention_by_hand():
 
 
 @torch.no_grad()
+def test_a_tile_that_is_the_whole_picture_attends_to_it():
+    whole, block, tokens = WholePicture(), nn.Identity(), torch.randn(1, 4, 8)
+    whole.collect(lambda x: whole.attend(block, tokens, tokens, tokens), Mosaic.whole(torch.zeros(1, 1, 2, 2)))
+    expected = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+    assert torch.allclose(whole.attend(block, tokens, tokens, tokens), expected, atol=1e-6)
+
+
+def test_networks_with_a_part_left_out_are_copied():
+    network = nn.Sequential(nn.GroupNorm(2, 4))
+    network.register_module("absent", None)
+    assert share_whole_picture(network, WholePicture(), lambda copied, block, whole: None)._modules["absent"] is None
+
+
+@torch.no_grad()
 def test_affine_is_asked_of_the_layer():
     norm = nn.GroupNorm(2, 4, eps=0.5)
     norm.weight.copy_(torch.tensor([1.0, 2, -3, 0.5])), norm.bias.copy_(torch.tensor([0.0, -1, 4, 2]))

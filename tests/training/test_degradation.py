@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 from draws import KINDS, MODES, NO, YES, Draws, below, by_formula, filtered, jpeg_by_pillow, noisy_picture, profile
 
 from pipelines.training import degradation as module
-from pipelines.training.degradation import Degradation, Order, _sinc_kernel
+from pipelines.training.degradation import Degradation, Mild, Order, _sinc_kernel
 
 
 def test_ranges_and_chances_are_the_published_ones():
@@ -256,7 +256,28 @@ def test_sides_that_are_no_multiples(height, width):
         Degradation()(torch.zeros(3, height, width), 0)
 
 
-@pytest.mark.parametrize("settings", [Degradation(), Order()])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_mild_degradation(compressed):
+    """One blur of 21 pixels' side, the reduction, noise of which small is likelier than large, and often a good JPEG."""
+    mild, picture = Mild(), noisy_picture(48, 80)
+    assert (mild.sigma, mild.noise, mild.jpeg_chance, mild.jpeg_quality) == ((0.4, 2.8), 6.0, 0.5, (70.0, 98.0))
+    draws = Draws(
+        *blur((0.4, 2.8), 1.5, 3)[2:],
+        ("choice", MODES, "area"),
+        ("standard_normal", (1, 3, 12, 20), np.float32, None),
+        ("random", 0.7),
+        ("random", below(0.5) if compressed else 0.5),
+        *([("uniform", 70, 98, 84.0)] if compressed else []),
+    )
+    found = Degradation()._once(picture, (12, 20), draws)
+    assert draws.done()
+    x = area(filtered(picture, gaussian_blur(1.5, 21)), (12, 20)) + torch.from_numpy(draws.arrays[0]) * 6 * 0.49 / 255
+    expected = ((jpeg_by_pillow(x, 84) if compressed else x)[0].clamp(0, 1) * 255).round() / 255
+    off = (found - expected).abs() * 255
+    assert off.max() < 8 and off.mean() < 0.05
+
+
+@pytest.mark.parametrize("settings", [Degradation(), Order(), Mild()])
 def test_settings_stay(settings):
     """All samples of a run have the same ranges, also where several share the object."""
     for field in fields(settings):

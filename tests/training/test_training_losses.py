@@ -12,12 +12,13 @@ from fewstep_sr.networks.posterior import Posterior
 from pipelines.training.adapters import adapt_regulariser
 from pipelines.training.common import denoiser
 from pipelines.training.discriminator import LatentDiscriminator
-from pipelines.training.distillation import distillation_loss, regulariser_loss
+from pipelines.training.distillation import CLASSIFIER_TIMESTEPS, classifier_distillation_loss, distillation_loss, regulariser_loss
 from pipelines.training.losses import (
     LATENT_BOUND,
     _gradient_magnitude,
     adversarial_loss,
     gaussian_constraint,
+    gradient_loss,
     gradient_similarity,
     hinge_loss,
     variance_constraint,
@@ -222,6 +223,38 @@ def test_gradient_similarity_is_the_papers():
     g, h = _gradient_magnitude(a), _gradient_magnitude(b)
     c = 170 / 255 / 255
     assert gradient_similarity(a, b).item() == pytest.approx(((2 * g * h + c) / (g * g + h * h + c)).mean().item(), rel=1e-9)
+
+
+def test_gradient_loss():
+    """Of three sizes, whole, half and quarter: rows' and columns' differences, in each channel by itself."""
+    a, b = torch.rand(2, 2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(())
+    for side in (1, 2, 4):
+        x, y = (p.unfold(2, side, side).unfold(3, side, side).mean((-1, -2)) for p in (a, b))
+        expected += ((x[:, :, 1:] - x[:, :, :-1]) - (y[:, :, 1:] - y[:, :, :-1])).abs().mean()
+        expected += ((x[..., 1:] - x[..., :-1]) - (y[..., 1:] - y[..., :-1])).abs().mean()
+    assert torch.allclose(gradient_loss(a, b), expected)
+
+
+def test_guidance_needs_a_negative_prompt(tensors):
+    _, _, latents, embeds, _ = tensors
+    with pytest.raises(ValueError, match=r"negative_prompt_embeds: found none with guidance 7\.5\. Give the negative prompt"):
+        distillation_loss(latents, latents, torch.tensor([30, 900]), lambda x, t, e: x, lambda x, t, e: x, embeds, None)
+
+
+def test_classifier_distillation(tensors):
+    """The gradient leads from the prediction for the negative prompt to the guided one, in units of the latents' distance to the latter."""
+    _, _, latents, embeds, negative = tensors
+    assert CLASSIFIER_TIMESTEPS == (20, 500)
+    noise, timesteps = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([30, 400])
+    loss = classifier_distillation_loss(latents, noise, timesteps, lambda x, t, e: x * (0.3 if e is embeds else 0.1), embeds, negative)
+    loss.backward()
+    alpha_bar = alpha_bar_at(timesteps, latents)
+    noisy = add_noise(latents.detach(), noise, alpha_bar)
+    fake, real = (predict_x0(noisy, noisy * factor, alpha_bar) for factor in (0.1, 0.1 + 7.5 * 0.2))
+    pull = (fake - real) / (latents.detach() - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+    assert relative_error(latents.grad, 2 / latents.numel() * pull) < 1e-4
+    assert loss.item() == pytest.approx(pull.square().mean().item(), rel=1e-4)
 
 
 def test_discriminator_bound():
