@@ -7,14 +7,16 @@ by the VAE's scaling factor in both. Wherever ``alpha_bar`` is an argument it is
 Timesteps are indices of the schedule, 0 (almost clean) to 999 (almost noise).
 """
 
+from __future__ import annotations
+
 from functools import cache
 from typing import TypeVar
 
-import torch
+from .lazy import torch
 
 NUM_TRAIN_TIMESTEPS = 1000
 
-Level = TypeVar("Level", float, torch.Tensor)
+Level = TypeVar("Level", float, "torch.Tensor")
 """A noise level: one for all latents, or a tensor that broadcasts against them."""
 
 

@@ -1,7 +1,8 @@
 """The command line, ``python -m pipelines`` in a checkout and ``fewstep-sr`` where the package is installed: upscale,
 evaluate, compare, verify, convert, info, train.
 
-Each command imports what it needs when it is asked for: torch takes a second that ``--help`` need not, and where diffusers, peft, accelerate or
+Each command imports what it needs when it is asked for, and the methods' records import torch at its first use: it takes a second that ``--help``
+need not. Where diffusers, peft, accelerate or
 transformers are broken, all commands work that restore or train nothing.
 """
 

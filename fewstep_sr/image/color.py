@@ -3,10 +3,11 @@
 Pictures are (B, 3, H, W), RGB in [0, 1], content and reference of one size; only results of ``ycbcr`` are clamped.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
+from ..lazy import F, torch
 
 
 def adain(content: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -78,27 +79,35 @@ def lab(content: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return lab_to_rgb(adain(rgb_to_lab(content), rgb_to_lab(reference)))
 
 
-# IEC 61966-2-1 (sRGB), linear RGB to XYZ, each row divided by the white point D65, so that white is (1, 1, 1).
-_RGB_TO_XYZ = torch.tensor(((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505)), dtype=torch.float64)
-_RGB_TO_XYZ /= _RGB_TO_XYZ.sum(1, keepdim=True)
+# IEC 61966-2-1 (sRGB), linear RGB to XYZ; each row is divided by the white point D65, so that white is (1, 1, 1).
+_RGB_TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
 # CIE 15:2004, section 8.2.1.1: (L*, a*, b*) + (16, 0, 0) is this matrix times (f(X), f(Y), f(Z)).
-_F_TO_LAB = torch.tensor(((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0)), dtype=torch.float64)
+_F_TO_LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
 _DELTA = 6 / 29
+
+
+def _matrix(rows: tuple[tuple[float, ...], ...]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _rgb_to_xyz() -> torch.Tensor:
+    matrix = _matrix(_RGB_TO_XYZ)
+    return matrix / matrix.sum(1, keepdim=True)
 
 
 def rgb_to_lab(image: torch.Tensor) -> torch.Tensor:
     """sRGB (B, 3, H, W) in [0, 1] to CIELAB under D65: L* in [0, 100], a* and b*."""
     linear = torch.where(image <= 0.04045, image / 12.92, ((image.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
-    xyz = _mix(_RGB_TO_XYZ, linear)
+    xyz = _mix(_rgb_to_xyz(), linear)
     f = torch.where(xyz > _DELTA**3, xyz.clamp(min=_DELTA**3) ** (1 / 3), xyz / (3 * _DELTA**2) + 4 / 29)
-    return _mix(_F_TO_LAB, f) - torch.tensor([16.0, 0.0, 0.0]).to(image)[:, None, None]
+    return _mix(_matrix(_F_TO_LAB), f) - torch.tensor([16.0, 0.0, 0.0]).to(image)[:, None, None]
 
 
 def lab_to_rgb(image: torch.Tensor) -> torch.Tensor:
     """The inverse of :func:`rgb_to_lab`, not clamped."""
-    f = _mix(torch.linalg.inv(_F_TO_LAB), image + torch.tensor([16.0, 0.0, 0.0]).to(image)[:, None, None])
+    f = _mix(torch.linalg.inv(_matrix(_F_TO_LAB)), image + torch.tensor([16.0, 0.0, 0.0]).to(image)[:, None, None])
     xyz = torch.where(f > _DELTA, f**3, 3 * _DELTA**2 * (f - 4 / 29))
-    linear = _mix(torch.linalg.inv(_RGB_TO_XYZ), xyz)
+    linear = _mix(torch.linalg.inv(_rgb_to_xyz()), xyz)
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
 
 

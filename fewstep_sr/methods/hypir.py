@@ -1,13 +1,14 @@
 """HYPIR (Lin et al., arXiv 2025) on Stable Diffusion 2.1: a LoRA fine-tuned adversarially from the diffusion prior, one step, one knob."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..bases import TEXT_WIDTHS
 from ..diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at, predict_x0
+from ..lazy import torch
 from ..weights.kinds import FileKind
 from ..weights.lora import Adapter, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors

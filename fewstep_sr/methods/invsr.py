@@ -1,18 +1,22 @@
 """InvSR (Yue et al., CVPR 2025): a predicted noise map makes the low-quality image a state of the diffusion trajectory."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..diffusion import add_noise, predict_x0
-from ..networks.noise_predictor import NoisePredictor, NoisePredictorConfig
+from ..lazy import torch
 from ..weights.kinds import FileKind, has_key, unwrap, without_wrappers
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
 from .method import Demo, Method, Option, Paper, Published, Source
 from .schedule import Schedule, parse_timesteps
+
+if TYPE_CHECKING:
+    from ..networks.noise_predictor import NoisePredictorConfig  # a network's module imports torch
 
 MAX_START = 250
 """The noise predictor is trained for start timesteps up to this one, counted from 1."""
@@ -60,6 +64,8 @@ class NoisePredictorWeights:
 
 def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> NoisePredictorWeights:
     """A bare state dict, or a training checkpoint with one inside. Dimensions come from the weights' shapes."""
+    from ..networks.noise_predictor import NoisePredictorConfig
+
     inner = unwrap(state) or state
     weights = {k: v for k, v in without_wrappers(inner, name).items() if isinstance(v, torch.Tensor)}
     try:
@@ -71,6 +77,8 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> NoisePredi
 
 
 def _check_shapes(weights: Mapping[str, torch.Tensor], config: NoisePredictorConfig, name: str) -> None:
+    from ..networks.noise_predictor import NoisePredictor
+
     try:
         expected = {k: tuple(v.shape) for k, v in NoisePredictor(config, device="meta").state_dict().items()}
     except RuntimeError:  # a product of its dimensions is beyond 64 bits
@@ -89,6 +97,8 @@ def save_noise_predictor(weights: NoisePredictorWeights, path: str | Path) -> No
 
 
 def _summary(weights: NoisePredictorWeights) -> list[str]:
+    from ..networks.noise_predictor import NoisePredictorConfig
+
     published = "as published" if weights.config == NoisePredictorConfig() else "not the published dimensions"
     blocks = ", ".join(f"{n} layers of {c}" for c, n in zip(weights.config.block_out_channels, weights.config.layers_per_block, strict=True))
     return [f"  network: {blocks} ({published})", "  fits: SD-Turbo (and Stable Diffusion 2.1-base, whose latents are the same)"]

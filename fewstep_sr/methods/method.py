@@ -1,5 +1,7 @@
 """What there is to say of a published method, in one record: everything that lists methods reads it."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from ..lazy import torch
 from ..weights.kinds import FileKind
 from .schedule import Schedule
 

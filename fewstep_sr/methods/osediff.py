@@ -1,13 +1,14 @@
 """OSEDiff (Wu et al., NeurIPS 2024): the low-quality latent is the start of a single diffusion step."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..bases import TEXT_WIDTHS
 from ..diffusion import NUM_TRAIN_TIMESTEPS, alpha_bar_at, predict_x0
+from ..lazy import torch
 from ..weights.kinds import FileKind, is_pisasr, strip_wrappers, without_wrappers
 from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors

@@ -1,13 +1,14 @@
 """PiSA-SR (Sun et al., CVPR 2025): two LoRA sets on one UNet, one for the pixels' fidelity and one for semantic detail, each with a knob."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ..bases import TEXT_WIDTHS
 from ..files import written_whole
+from ..lazy import torch
 from ..weights.kinds import FileKind, is_pisasr
 from ..weights.lora import PEFT_ALPHA, Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors

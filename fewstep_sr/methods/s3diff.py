@@ -1,23 +1,25 @@
 """S3Diff (Zhang et al., arXiv 2024) on SD-Turbo: a LoRA whose weights follow how blurred and how noisy the image is, one step, guided."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING, Any
 
 from ..bases import TEXT_WIDTHS
 from ..diffusion import alpha_bar_at, predict_x0
-from ..networks.degradation import DegradationConfig, EstimatorWeights, parse_estimator
+from ..lazy import F, torch
 from ..weights.kinds import FileKind, has_key, without_wrappers
 from ..weights.lora import Adapter, LowRank, metadata_alpha, one_adapter, read_lora
 from ..weights.save import save_safetensors
 from ..weights.strict import own_copies
 from .invsr import INVSR
 from .method import Companion, Method, OneStep, Option, Paper, Published, Source, number
+
+if TYPE_CHECKING:
+    from ..networks.degradation import EstimatorWeights  # a network's module imports torch
 
 TIMESTEP = 999
 """Index of the noise schedule of the one step, counted from 0."""
@@ -177,7 +179,7 @@ def _parse(state: Mapping, metadata: Mapping[str, str], name: str) -> S3DiffAdap
         unet_replaced=own_copies({"conv_in.weight": weight, "conv_in.bias": bias}, f"{name}: UNet"),
         frequencies=own_copies({_FREQUENCIES: frequencies}, name)[_FREQUENCIES].float(),
         modulation=modulation,
-        estimator=parse_estimator(estimator, {}, name) if estimator else None,
+        estimator=_parse_estimator(estimator, {}, name) if estimator else None,
     )
 
 
@@ -237,12 +239,20 @@ def _summary(adapter: S3DiffAdapter) -> list[str]:
     ]
 
 
+def _parse_estimator(state: Mapping, metadata: Mapping[str, str], name: str) -> EstimatorWeights:
+    from ..networks.degradation import parse_estimator
+
+    return parse_estimator(state, metadata, name)
+
+
 def save_estimator(weights: EstimatorWeights, path: str | Path) -> None:
     """Write an estimator as safetensors under its published keys."""
     save_safetensors(weights.state_dict, path, {"family": "S3Diff degradation estimator"})
 
 
 def _summary_estimator(weights: EstimatorWeights) -> list[str]:
+    from ..networks.degradation import DegradationConfig
+
     published = "as published" if weights.config == DegradationConfig() else "not the published dimensions"
     channels = f"{weights.config.channels} and {weights.config.out_channels} channels ({published})"
     return [f"  network: {channels}; blur and noise of an image, 0 to 1", "  fits: S3Diff (--estimator)"]
@@ -261,7 +271,7 @@ ESTIMATOR = Companion(
     kind=FileKind("s3diff-estimator", "S3Diff's degradation estimator", has_key(r"^fc_degree\.0\.0\.")),
     contents="two small networks that estimate blur and noise",
     source="de_net.pth is at github.com/ArcticHare105/S3Diff, in assets/mm-realsr.",
-    parse=parse_estimator,
+    parse=_parse_estimator,
     save=save_estimator,
     summary=_summary_estimator,
     replaced_by=("blur", "noise"),

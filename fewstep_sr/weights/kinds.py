@@ -3,13 +3,14 @@
 A method's own kind stands in its record; :func:`fewstep_sr.methods.identify` asks those first and then the kinds below.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
-
 from ..bases import TEXT_WIDTHS
+from ..lazy import torch
 from .strict import printable
 
 

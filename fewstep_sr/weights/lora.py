@@ -1,12 +1,13 @@
 """LoRA weights (Hu et al., ICLR 2022), as PEFT writes them: one reader for every adapter file."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
+from ..lazy import torch
 from .strict import own_copies
 
 PEFT_ALPHA = 8.0

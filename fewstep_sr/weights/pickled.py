@@ -4,6 +4,8 @@ The look is for what PyTorch's reader does not mind: entries that unpack to more
 bytes, storages of another size than what is kept for them, and kinds of tensors that are no weights.
 """
 
+from __future__ import annotations
+
 import io
 import pickle
 import re
@@ -13,8 +15,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-import torch
-
+from ..lazy import torch
 from .opcodes import python_objects, require_weights_alone
 from .strict import Refused
 

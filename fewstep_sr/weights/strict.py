@@ -1,15 +1,16 @@
 """What a weight file may hold: plain tensors under text keys, none larger than what is stored, and in use none that are not finite."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 
-import torch
+from ..lazy import torch
 
 MAX_DEPTH = 32
 MAX_ENTRIES = 500_000
 MAX_KEY = 512
 
-_NAMES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
-_WEIGHT_DTYPES = {getattr(torch, name) for name in _NAMES if hasattr(torch, name)}  # older PyTorch has not all of them
+_FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
 class Refused(ValueError):
@@ -101,8 +102,9 @@ def require_weights(tensor: torch.Tensor, what: str) -> None:
     """
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{what} is {_shortened(tensor)}, expected a tensor; the file is damaged.")
-    if tensor.dtype not in _WEIGHT_DTYPES:
-        raise ValueError(f"{what} is of {str(tensor.dtype).removeprefix('torch.')}, expected floating-point numbers. Choose another file.")
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _FLOATS:
+        raise ValueError(f"{what} is of {dtype}, expected floating-point numbers. Choose another file.")
     if not tensor.numel():
         raise ValueError(f"{what} has the shape {_shape(tensor)}, which holds no numbers; the file is damaged.")
     if not all(_finite(part) for part in _parts(tensor.detach())):

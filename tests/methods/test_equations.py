@@ -10,6 +10,7 @@ from toys import gaussian, golden, relative_error
 from fewstep_sr import diffusion
 from fewstep_sr.diffusion import add_noise, alpha_bar_at, alpha_bar_of, from_sigma_space, predict_x0, sigma_of, sigma_to_index, to_sigma_space
 from fewstep_sr.methods import INVSR, METHODS, OSEDIFF, invsr, osediff
+from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
 Z, NOISE = torch.tensor([[[[2.0]]]]), torch.tensor([[[[-3.0]]]])
 
@@ -139,7 +140,7 @@ def test_records_do_not_change():
         (METHODS["s3diff"].companions[0], "option"),
         (METHODS["hypir"].options[0].widget, "low"),
         (OSEDIFF.published[0], "source"),
-        (invsr.NoisePredictorWeights(invsr.NoisePredictorConfig(), {}), "config"),
+        (invsr.NoisePredictorWeights(NoisePredictorConfig(), {}), "config"),
     ):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, field, None)
@@ -167,7 +168,7 @@ def test_summaries():
         "  replaces: the UNet's conv_in",
         "  fits: Stable Diffusion 2.x, text width 1024",
     ]
-    config = invsr.NoisePredictorConfig()
+    config = NoisePredictorConfig()
     assert "3 layers of 256, 3 layers of 512 (as published)" in INVSR.summary(invsr.NoisePredictorWeights(config, {}))[0]
-    other = invsr.NoisePredictorConfig(block_out_channels=(64, 64))
+    other = NoisePredictorConfig(block_out_channels=(64, 64))
     assert "not the published dimensions" in INVSR.summary(invsr.NoisePredictorWeights(other, {}))[0]

@@ -62,7 +62,7 @@ assert main(["upscale", {str(ROOT / "miniature" / "photo.png")!r}, "--demo", "-o
 
 @pytest.mark.slow
 def test_what_commands_import(tmp_path):
-    """``--help`` does without torch wherever no method has options there; files are read with torch alone."""
+    """``--help`` does without torch everywhere, though the methods' options are in their records; files are read with torch alone."""
     torch.save(toys.osediff_checkpoint(3, 4), tmp_path / "osediff.pkl")
     code = f"""
 import sys
@@ -73,11 +73,14 @@ for command in ([], ["compare"], ["convert"], ["info"], ["train"], ["train", "os
     except SystemExit:
         pass
     print("imported:", [name for name in ["torch", "numpy", "PIL", *{HEAVY}] if name in sys.modules])
-for command in (["info", {str(tmp_path / "osediff.pkl")!r}], ["convert", {str(tmp_path / "osediff.pkl")!r}], ["upscale", "--help"], ["evaluate", "--help"], ["verify", "--help"]):
+for command in ("upscale", "evaluate", "verify"):
     try:
-        main(command)
+        main([command, "--help"])
     except SystemExit:
         pass
+    print("imported:", [name for name in ["torch", "numpy", *{HEAVY}] if name in sys.modules])
+for command in ("info", "convert"):
+    assert main([command, {str(tmp_path / "osediff.pkl")!r}]) == 0
     print("imported:", [name for name in {HEAVY} if name in sys.modules])
 """
     found = run(code)
