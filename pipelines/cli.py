@@ -2,8 +2,7 @@
 evaluate, compare, verify, convert, info, train.
 
 Each command imports what it needs when it is asked for, and the methods' records import torch at its first use: it takes a second that ``--help``
-need not. Where diffusers, peft, accelerate or
-transformers are broken, all commands work that restore or train nothing.
+need not. Where diffusers, peft, accelerate or transformers are broken, all commands work that restore or train nothing.
 """
 
 import argparse
