@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 _OTHER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
-_PLANAR = 284
+PLANAR = 284
 _PREMULTIPLIED = "RGBa;16"
 
 
@@ -30,7 +30,7 @@ def is_deep(image: Image.Image) -> bool:
     raw = raw_mode(image)
     if raw[:-1] not in ("RGB;16", "RGBA;16", "RGBX;16", _PREMULTIPLIED, "LA;16") or raw[-1] not in _OTHER:
         return False
-    return getattr(image, "tag_v2", {}).get(_PLANAR, 1) == 1
+    return getattr(image, "tag_v2", {}).get(PLANAR, 1) == 1
 
 
 def read_deep(open_again, image: Image.Image) -> np.ndarray:

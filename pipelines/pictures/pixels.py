@@ -13,12 +13,13 @@ from PIL import Image, ImageCms
 
 from fewstep_sr.image.alpha import fill_transparent
 
-from .deep import is_deep, raw_mode, read_deep
+from .deep import PLANAR, is_deep, raw_mode, read_deep
 
 _log = logging.getLogger(__name__)
 
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 _ORIENTATION, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 262, 0
+_BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -75,6 +76,7 @@ def to_pixels(image: Image.Image, open_again: Callable[[], AbstractContextManage
         ValueError: the range of its values is unknown, or it has several frames.
     """
     require_one_frame(image)
+    _require_values_that_pillow_reads(image)
     if open_again is not None and is_deep(image):
         values, converted = read_deep(open_again, image), False
     else:
@@ -100,6 +102,20 @@ def require_one_frame(image: Image.Image) -> None:
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
         raise ValueError(f"it has {frames} frames or pages, expected one. Take it apart first (Pillow: image.seek(n), then image.copy()).")
+
+
+def _require_values_that_pillow_reads(image: Image.Image) -> None:
+    """Refuse TIFF files whose numbers Pillow takes for others: planes of 16 bits for planes of 8, and signed numbers for unsigned ones.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(_BITS, (1,))
+    if tags.get(PLANAR, 1) != 1 and len(bits) > 1 and max(bits) > 8:
+        raise ValueError(f"it has {max(bits)} bits a channel, each channel in a plane of its own. Save it again with interleaved channels.")
+    if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and max(bits) < 32:
+        raise ValueError(f"it has signed numbers of {max(bits)} bits, expected 8 or 16 bits without sign. Convert it first.")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -157,6 +157,23 @@ def test_white_is_zero(tmp_path):
     check(tmp_path / "16.tif", DEEP[..., :1])
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_what_pillow_takes_for_other_numbers_is_refused(tmp_path, order):
+    write_tiff(tmp_path / "in.tif", RGB, order, planar=True)  # planes of 8 bits are read
+    check(tmp_path / "in.tif", RGB)
+    signed = (DEEP[..., :1] >> 1).astype(np.int16)
+    for values, planar, words in (
+        (DEEP, True, "16 bits a channel, each channel in a plane"),
+        (signed, False, "signed numbers of 16 bits"),
+        ((signed >> 8).astype(np.int8), False, "signed numbers of 8 bits"),
+    ):
+        write_tiff(tmp_path / "in.tif", values, order, planar=planar)
+        with pytest.raises(UnreadableError, match=words):
+            read_picture(tmp_path / "in.tif")
+        with pytest.raises(ValueError, match=f"image: it has {words}"):
+            to_batch(Image.open(tmp_path / "in.tif"))
+
+
 def test_floats(tmp_path):
     ramp = np.linspace(0, 1, WIDTH * HEIGHT, dtype=np.float32).reshape(HEIGHT, WIDTH)
     Image.fromarray(ramp).save(tmp_path / "in.tif")

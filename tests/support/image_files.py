@@ -34,23 +34,27 @@ def write_png(path: Path, values: np.ndarray, bits: int = 16, key: tuple[int, ..
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-def write_tiff(path: Path, values: np.ndarray, order: str = "<", white_is_zero: bool = False, alpha: int = 2, orientation: int = 1) -> None:
-    """(H, W, 1, 3 or 4), any unsigned or floating-point type, uncompressed. ``alpha``: 1 multiplied into the colours, 2 not."""
+def write_tiff(
+    path: Path, values: np.ndarray, order: str = "<", white_is_zero: bool = False, alpha: int = 2, orientation: int = 1, planar: bool = False
+) -> None:
+    """(H, W, 1, 3 or 4), any integer or floating-point type, uncompressed. ``alpha``: 1 multiplied into the colours, 2 not."""
     height, width, channels = values.shape
     bits = 8 * values.dtype.itemsize
+    planes = channels if planar else 1
     photometric = 2 if channels > 2 else 0 if white_is_zero else 1
     tags = [
-        (256, 4, (width,)), (257, 4, (height,)), (258, 3, (bits,) * channels), (259, 3, (1,)), (262, 3, (photometric,)), (273, 4, (0,)),
-        (274, 3, (orientation,)), (277, 3, (channels,)), (278, 4, (height,)), (279, 4, (values.nbytes,)),
+        (256, 4, (width,)), (257, 4, (height,)), (258, 3, (bits,) * channels), (259, 3, (1,)), (262, 3, (photometric,)), (273, 4, (0,) * planes),
+        (274, 3, (orientation,)), (277, 3, (channels,)), (278, 4, (height,)), (279, 4, (values.nbytes // planes,) * planes),
+        (284, 3, (1 + planar,)),
     ]  # fmt: skip
     tags += [(338, 3, (alpha,))] if channels == 4 else []
-    tags += [(339, 3, (3,) * channels)] if values.dtype.kind == "f" else []
+    tags += [(339, 3, ({"f": 3, "i": 2}[values.dtype.kind],) * channels)] if values.dtype.kind != "u" else []
     at = 8 + 2 + 12 * len(tags) + 4
     extra, entries = b"", b""
     offsets = {tag: len(v) * (2 if kind == 3 else 4) for tag, kind, v in tags}
     start = at + sum(size for size in offsets.values() if size > 4)
     for tag, kind, value in tags:
-        value = (start,) if tag == 273 else value
+        value = tuple(start + i * values.nbytes // planes for i in range(planes)) if tag == 273 else value
         data = struct.pack(f"{order}{len(value)}{'H' if kind == 3 else 'I'}", *value)
         if len(data) > 4:
             entries += struct.pack(f"{order}HHII", tag, kind, len(value), at + len(extra))
@@ -58,4 +62,5 @@ def write_tiff(path: Path, values: np.ndarray, order: str = "<", white_is_zero: 
         else:
             entries += struct.pack(f"{order}HHI", tag, kind, len(value)) + data.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    values = values.transpose(2, 0, 1) if planar else values
     path.write_bytes(head + entries + bytes(4) + extra + values.astype(values.dtype.newbyteorder(order)).tobytes())
