@@ -1,6 +1,5 @@
 """What both pipelines share: pictures in and out, text, VAE, guidance."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from .checks import require_finite, require_number, require_stable_diffusion
 from .compiled import Compiler
 from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
+from .ranges import scaled
 from .runtime import PipelineRuntime
 from .single_file import CONFIG, find_tokenizer, require_noise_prediction
 from .tiling import Tiling
@@ -173,13 +173,9 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
 
     def preprocess(self, image: Pictures, scale: float = 4.0) -> tuple[torch.Tensor, torch.Tensor]:
         """The pictures as (B, 3, h, w), and enlarged by ``scale`` (without antialiasing, as 'Upscale Image By' does; :attr:`upsampling`)."""
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale: found {scale}, expected a finite number above 0.")
         image = to_batch(image)
-        size = [round(side * scale) for side in image.shape[-2:]]
-        if min(size) < 1:
-            raise ValueError(f"scale: found {scale}, which leaves nothing of a picture of {image.shape[-1]} x {image.shape[-2]} pixels.")
-        return image, F.interpolate(image, size=size, mode=self.upsampling, align_corners=False)
+        width, height = scaled((image.shape[-1], image.shape[-2]), scale)
+        return image, F.interpolate(image, size=(height, width), mode=self.upsampling, align_corners=False)
 
     @torch.no_grad()
     def encode(self, image: torch.Tensor, posterior: str = "mean", generator: Generators = None) -> torch.Tensor:

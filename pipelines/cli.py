@@ -158,10 +158,17 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     video.add_argument("--crf", type=float, help=f"quality, a smaller number is better (default: {defaults})")
     video.add_argument("--pixel-format", choices=PIXEL_FORMATS, help="default: yuv420p, or yuv420p10le for more than 8 bits")
     video.add_argument(
-        "--fps", type=Fraction, default=Fraction(24), help="of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
+        "--fps", type=_fraction, default=Fraction(24), help="of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
     )
     video.add_argument("--steady", action="store_true", help="average grain over time before frames are restored, which lowers flicker")
     video.add_argument("--segment", type=int, default=120, metavar="FRAMES", help="a run that was cut loses so many at most (default: %(default)s)")
+
+
+def _fraction(text: str) -> Fraction:
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"found {text[:40]}, expected a number such as 25 or 30000/1001.") from None
 
 
 def _place(text: str) -> Path | str:

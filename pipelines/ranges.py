@@ -2,12 +2,35 @@
 
 import math
 import sys
+from collections.abc import Sequence
+from reprlib import repr as shorten
 from typing import TYPE_CHECKING
 
 from .video.formats import CONTAINERS, require_video_options
 
 if TYPE_CHECKING:
+    from .jobs import Job
     from .settings import Settings
+
+
+LONGEST_SIDE = 2**31 - 1
+"""Pixels of the longest side that any format holds, PNG's."""
+
+
+def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """(width, height) times ``scale``, in whole pixels.
+
+    Raises:
+        ValueError: ``scale`` is no finite number above 0, leaves nothing of the picture, or makes a side of more than :data:`LONGEST_SIDE`.
+    """
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale: found {scale}, expected a finite number above 0.")
+    if max(size) * scale > LONGEST_SIDE:
+        raise ValueError(f"scale: found {scale:g}, which makes more than {LONGEST_SIDE} pixels a side of a picture of {size[0]} x {size[1]} pixels.")
+    width, height = (round(side * scale) for side in size)
+    if min(width, height) < 1:
+        raise ValueError(f"scale: found {scale:g}, which leaves nothing of a picture of {size[0]} x {size[1]} pixels.")
+    return width, height
 
 
 def require_ranges(settings: "Settings") -> None:
@@ -18,9 +41,11 @@ def require_ranges(settings: "Settings") -> None:
     """
     if not 0 < settings.scale < math.inf:
         raise ValueError(f"--scale: found {settings.scale:g}, expected a finite number of more than 0.")
+    if settings.scale > LONGEST_SIDE:
+        raise ValueError(f"--scale: found {settings.scale:g}, which makes more than {LONGEST_SIDE} pixels a side of any picture.")
     for option, side in (("--long-side", settings.long_side), ("--short-side", settings.short_side)):
-        if side is not None and side < 1:
-            raise ValueError(f"{option}: found {side}, expected a number of pixels from 1 on.")
+        if side is not None and not 1 <= side <= LONGEST_SIDE:
+            raise ValueError(f"{option}: found {shorten(side)}, expected a number of pixels from 1 to {LONGEST_SIDE}.")
     if settings.megapixels is not None and not 0 < settings.megapixels < math.inf:
         raise ValueError(f"--megapixels: found {settings.megapixels:g}, expected a finite number of more than 0, such as 2.")
     if not math.isfinite(settings.cfg):
@@ -33,15 +58,17 @@ def require_ranges(settings: "Settings") -> None:
             + (f", and say with {controls} how much is restored." if controls else ".")
         )
     if not 0 <= settings.seed < 2**64:
-        raise ValueError(f"--seed: found {settings.seed}, expected 0 to 2**64 - 1.")
+        raise ValueError(f"--seed: found {shorten(settings.seed)}, expected 0 to 2**64 - 1.")
     if not 1 <= settings.quality <= 100:
-        raise ValueError(f"--quality: found {settings.quality}, expected 1 to 100.")
+        raise ValueError(f"--quality: found {shorten(settings.quality)}, expected 1 to 100.")
     if settings.tile and (settings.tile < 256 or settings.tile % 64):
-        raise ValueError(f"--tile: found {settings.tile}, expected a multiple of 64 from 256 on, or 0 for whole pictures.")
+        raise ValueError(f"--tile: found {shorten(settings.tile)}, expected a multiple of 64 from 256 on, or 0 for whole pictures.")
     if settings.fps <= 0:
         raise ValueError(f"--fps: found {settings.fps}, expected a number of more than 0.")
+    if settings.crf is not None and not math.isfinite(settings.crf):
+        raise ValueError(f"--crf: found {settings.crf:g}, expected a finite number.")
     if settings.segment < 1:
-        raise ValueError(f"--segment: found {settings.segment}, expected 1 frame or more.")
+        raise ValueError(f"--segment: found {shorten(settings.segment)}, expected 1 frame or more.")
     if settings.output is not None and settings.output.suffix.lower() in CONTAINERS:
         require_video_options(settings.output, settings.codec, settings.crf, settings.pixel_format)
     if settings.compile and settings.offload:
@@ -71,6 +98,22 @@ def require_device(name: str) -> None:
         raise ValueError(f"--device: found {name!r}, expected one of those here: {', '.join(here)}.") from error
     if device.type == "meta":
         raise ValueError("--device: found 'meta', which holds no values. Choose cpu, cuda or mps.")
+
+
+def say_ignored_of_videos(settings: "Settings", jobs: Sequence["Job"]) -> None:
+    """Say on stderr which options are for videos, where there is none.
+
+    Raises:
+        ValueError: ``steady`` is among them, whose results would not be what was asked for.
+    """
+    if any(job.is_video for job in jobs):
+        return
+    if settings.steady:
+        raise ValueError("--steady: found pictures alone, expected a video, or -o with a video's name for a folder of frames. Leave it out.")
+    given = {name: getattr(settings, name) for name in ("codec", "crf", "pixel_format", "fps", "segment")}
+    for name, value in given.items():
+        if value != getattr(type(settings), name):
+            print(f"--{name.replace('_', '-')} is passed over: it is for videos, and these are pictures.", file=sys.stderr)
 
 
 def say_ignored(settings: "Settings") -> None:

@@ -21,6 +21,7 @@ from .jobs import Job, beside, list_jobs
 from .pictures import read_picture, require_place, require_writable, write_picture
 from .processes import Peers
 from .processor import choose, fit_threads
+from .ranges import say_ignored_of_videos, scaled
 from .settings import Settings
 from .single_file import find_tokenizer
 from .video.run import upscale_frames
@@ -39,8 +40,7 @@ def upscale(settings: Settings) -> int:
 def _upscale(settings: Settings, output: Path, state: PartialState, peers: Peers) -> int:
     began = time.monotonic()
     jobs = list_jobs(settings.inputs, output, settings.suffix)
-    if settings.steady and not any(job.is_video for job in jobs):
-        raise ValueError("--steady: found pictures alone, expected a video, or -o with a video's name for a folder of frames. Leave it out.")
+    say_ignored_of_videos(settings, jobs)
     results = Results(settings, jobs)
     with peers.waiting(lambda: "Nothing was begun."):
         mine, done = share(jobs, state, results)
@@ -141,8 +141,7 @@ class Upscaler:
         if job.is_video:
             return upscale_frames(job, settings, self.restore, self.record(job), self.position)
         picture = read_picture(job.source)
-        scale = settings.scale_of(picture.pixels.size)
-        width, height = (round(side * scale) for side in picture.pixels.size)
+        width, height = scaled(picture.pixels.size, settings.scale_of(picture.pixels.size))
         require_writable(picture, (width, height), job.target)
         require_place(job.target, (width, height))
         restored = self.restore(picture.pixels.tensor())

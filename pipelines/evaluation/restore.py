@@ -14,6 +14,7 @@ from ..done import Results
 from ..jobs import Job
 from ..pictures import read_picture, write_picture
 from ..pictures.record import make_record, read_record, same_result
+from ..ranges import scaled
 from ..settings import Settings
 from ..upscale import Upscaler, find_files
 from .journal import Journal
@@ -105,7 +106,7 @@ def enlarge(scale: float, jobs: Sequence[Job], journal: Journal, overwrite: bool
 
     def work(job: Job) -> Written:
         picture = read_picture(job.source)
-        height, width = (round(side * scale) for side in reversed(picture.pixels.size))
+        width, height = scaled(picture.pixels.size, scale)
         enlarged = F.interpolate(picture.pixels.tensor(), size=(height, width), mode="bicubic", align_corners=False).clamp(0, 1)
         plain = replace(picture, pixels=replace(picture.pixels, alpha=None))
         notes = write_picture(enlarged, plain, job.target, 95, record(job))

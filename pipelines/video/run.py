@@ -17,6 +17,7 @@ from ..jobs import Job
 from ..pictures import Picture, Pixels, require_place, require_writable, write_picture
 from ..pictures.record import read_record, same_result
 from ..pictures.write import output_error
+from ..ranges import scaled
 from ..settings import Settings
 from ..tiling import fitting
 from .formats import CODECS, CONTAINERS, default_codec, default_pixel_format, is_pattern, require_video_options
@@ -41,7 +42,7 @@ def upscale_frames(job: Job, settings: Settings, restore: Restore, record: str, 
     source: Frames = PictureFrames(job.source, job.frames, settings.fps) if job.frames else Clip(job.source)
     if is_pattern(job.target):
         return _to_pictures(job, settings, source, restore, record, position)
-    width, height = _scaled(source.size, settings.scale_of(source.size))
+    width, height = scaled(source.size, settings.scale_of(source.size))
     encoding = _encoding(job.target, settings, source, (width, height))
     index = source.index if isinstance(source, Clip) else None
     if index is not None:
@@ -93,10 +94,6 @@ def _restored(frames: Iterable[tuple[int, int, torch.Tensor]], restore: Restore,
             yield pts, duration, image
 
 
-def _scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    return round(size[0] * scale), round(size[1] * scale)
-
-
 def _encoding(target: Path, settings: Settings, source: Frames, size: tuple[int, int]) -> Encoding:
     name = settings.codec or default_codec(CONTAINERS[target.suffix.lower()], source.deep)
     pixel_format = settings.pixel_format or default_pixel_format(CODECS[name], source.deep)
@@ -107,7 +104,7 @@ def _encoding(target: Path, settings: Settings, source: Frames, size: tuple[int,
 
 def _to_pictures(job: Job, settings: Settings, source: Frames, restore: Restore, record: str, position: int) -> Written:
     """One file a frame, counted from 1; those that are there are left as they are."""
-    width, height = _scaled(source.size, settings.scale_of(source.size))
+    width, height = scaled(source.size, settings.scale_of(source.size))
     bytes_written, path = 0, job.target
     missing: list[Path] = []
 

@@ -1,6 +1,7 @@
 """Which images a command names, where their results go, and what of them is done."""
 
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import pytest
 from PIL import Image
 
 from fewstep_sr.methods import METHODS
+from pipelines.base import FewStepSRPipeline
 from pipelines.cli import main
 from pipelines.done import Results
 from pipelines.jobs import Job, beside, list_jobs
 from pipelines.pictures import Picture, Pixels, find_in_folder, write_picture
+from pipelines.ranges import scaled
 from pipelines.settings import Settings
 
 OUT = Path("nowhere_yet")
@@ -205,6 +208,11 @@ def test_a_single_named_file_is_done_again(tmp_path):
         ("--scale inf", "--scale: found inf"),
         ("--scale 0", "--scale: found 0"),
         ("--scale -2", "--scale: found -2"),
+        ("--scale 1e300", "--scale: found 1e+300, which makes more than 2147483647 pixels a side"),
+        (f"--long-side {10**400}", "--long-side: found 1000"),
+        (f"--short-side {10**400}", "--short-side: found 1000"),
+        (f"--tile -{10**400}", "--tile: found -1000"),
+        ("--crf nan", "--crf: found nan"),
         ("--cfg nan", "--cfg: found nan"),
         (f"--seed {2**64}", f"--seed: found {2**64}, expected 0 to"),
         ("--seed -1", "--seed: found -1"),
@@ -222,7 +230,37 @@ def test_options_edges(tmp_path, capsys, words, message):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     method = [] if "cfg" in words else ["--demo"]
     assert main(["upscale", str(tmp_path / "a.png"), "-o", str(tmp_path / "b.png"), *method, *words.split()]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "b.png").exists()
+    said = capsys.readouterr().err
+    assert message in said and len(said) < 300 and not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("fps", ["1/0", "nan", "x", "9" * 400 + "/0"])
+def test_a_frame_rate_that_is_none(tmp_path, capsys, fps):
+    with pytest.raises(SystemExit):
+        main(["upscale", str(tmp_path), "--demo", "--fps", fps])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"--fps: found {fps[:40]}, expected a number such as 25 or 30000/1001" in said and len(said) < 200
+
+
+@pytest.mark.parametrize(
+    ("size", "scale", "message"),
+    [
+        ((12, 8), 1e308, "makes more than 2147483647 pixels a side of a picture of 12 x 8"),
+        ((12, 8), 2**28, "makes more than"),
+        ((12, 8), 0.06, "leaves nothing of a picture of 12 x 8"),
+        ((12, 8), float("nan"), "expected a finite number"),
+        ((12, 8), float("inf"), "expected a finite number"),
+    ],
+)
+def test_sizes_that_no_picture_has(size, scale, message):
+    with pytest.raises(ValueError, match=message):
+        scaled(size, scale)
+    with pytest.raises(ValueError, match=message):
+        FewStepSRPipeline.preprocess(None, Image.new("RGB", size), scale)
+
+
+def test_sizes_are_rounded():
+    assert scaled((12, 8), 1.45) == (17, 12) and scaled((2**31 - 1, 1), 1) == (2**31 - 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -242,3 +280,18 @@ def test_options_that_change_nothing_are_said(capsys, own, words):
     assert words in capsys.readouterr().err
     say_ignored(settings())
     assert capsys.readouterr().err == ""
+
+
+def test_options_of_videos_are_said_where_there_is_none(capsys):
+    from pipelines.ranges import say_ignored_of_videos
+
+    pictures, video = [Job(Path("a.png"), Path("b.png"))], [Job(Path("a.mp4"), Path("b.mp4"))]
+    own = settings(codec="hevc", crf=20.0, pixel_format="yuv420p", fps=Fraction(25), segment=10)
+    say_ignored_of_videos(own, video)
+    say_ignored_of_videos(settings(), pictures)
+    assert capsys.readouterr().err == ""
+    say_ignored_of_videos(own, pictures)
+    said = capsys.readouterr().err
+    assert [line.split()[0] for line in said.splitlines()] == ["--codec", "--crf", "--pixel-format", "--fps", "--segment"] and "for videos" in said
+    with pytest.raises(ValueError, match="--steady: found pictures alone"):
+        say_ignored_of_videos(settings(steady=True), pictures)
