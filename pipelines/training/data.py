@@ -52,7 +52,7 @@ class TrainingPictures(Dataset):
         crops: int | None = None,
     ):
         self.paths, self.patch, self.length, self.seed, self.degradation = list(paths), patch, length, seed, degradation
-        self.chances = None if weights is None else np.asarray(weights, float) / sum(weights)
+        self.chances = None if weights is None else _chances(weights)
         self.crops = crops
         self._degraded: dict[int, torch.Tensor] = {}
         self._cache: dict[Path, np.ndarray] = {}
@@ -107,6 +107,12 @@ class TrainingPictures(Dataset):
         if self._cached + pixels.nbytes <= CACHE_BYTES:
             self._cache[path], self._cached = pixels, self._cached + pixels.nbytes
         return pixels
+
+
+def _chances(weights: Sequence[float]) -> np.ndarray:
+    shares = np.asarray(weights, float)
+    shares = shares / shares.max()  # whose sum may be beyond what a float holds
+    return shares / shares.sum()
 
 
 def _enlarged(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from fewstep_sr.networks.indices import MAX_LAYERS
 from fewstep_sr.networks.noise_predictor import NoisePredictorConfig
 
 from .options import TIMESTEPS, InvSROptions, LoopOptions, OSEDiffOptions, PiSASROptions
@@ -180,6 +181,8 @@ class InvSRSettings:
             raise ValueError(
                 f"--predictor-channels, --predictor-layers: found {found} numbers, expected as many of one as of the other, one a level."
             )
+        if sum(layers) > MAX_LAYERS:
+            raise ValueError(f"--predictor-layers: found {sum(layers)} in all, expected at most {MAX_LAYERS}: a file of more is not read.")
         _require_whole_cells(self.data.patch)
 
     @classmethod

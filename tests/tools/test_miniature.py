@@ -105,6 +105,40 @@ def test_a_picture_of_held_out_photos(tmp_path):
     assert sheet.shape == (64 + 256, 4 * 320, 3) and np.array_equal(sheet[64:, 960:], np.asarray(Image.open(photo).convert("RGB")))
 
 
+def test_a_sheet_that_cannot_be_is_refused_before_the_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tools.miniature.picture.load_demo", None)  # is not reached
+    Image.new("RGB", (70, 63)).save(tmp_path / "small.png")
+    Image.new("RGB", (70, 64)).save(tmp_path / "photo.png")
+    for photo, output, words in (
+        ("small.png", "sheet.png", "small.png: found 70 x 63 pixels, expected 64 a side at least"),
+        ("photo.png", "sheet.xyz", "-o: found sheet.xyz, expected a name that ends in .png"),
+        ("photo.png", "photo.png/sheet.png", "a file is where a folder is needed"),
+    ):
+        assert main(["picture", str(tmp_path / photo), "-o", str(tmp_path / output)]) == 2
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "options"), [
+    ("synthesize", {"--count": ["0", "-1", "x"], "--size": ["0", "63", "99999"], "--seed": ["-1"]}),
+    ("vae", {"--channels": ["0", "-8", "12"], "--kl-weight": ["-1", "nan", "inf"]}),
+    ("base", {"--channels": ["0", "48"], "--width": ["0", "-4"]}),
+    ("picture", {"--mild-degradation": ["nan", "-0.1", "1.1"], "--seed": ["-1"]}),
+])  # fmt: skip
+def test_ranges_are_refused_at_once(tmp_path, capsys, command, options):
+    needed = {
+        "synthesize": [],
+        "picture": ["photo.png"],
+        "vae": ["--data", "x", "--steps", "1"],
+        "base": ["--data", "x", "--steps", "1", "--vae", "x"],
+    }
+    for option, values in options.items():
+        for value in values:
+            with pytest.raises(SystemExit) as exit:
+                main([command, *needed[command], "-o", str(tmp_path / "out"), f"{option}={value}"])
+            error = capsys.readouterr().err
+            assert exit.value.code == 2 and f"argument {option}: found '{value}', expected" in error, (option, value)
+
+
 def resource_file(folder: str, name: str, content: bytes) -> bytes:
     """Qt's binary resource format, version 1, with one file in one folder."""
     names = b"".join(struct.pack(">HI", len(text), 0) + text.encode("utf-16-be") for text in (folder, name))

@@ -112,6 +112,7 @@ def test_a_loops_every_option_but_two_is_on_the_command_line():
     ("invsr", ["--variance-alone", "--variance-weight", "1"], "--variance-alone: expected"),
     ("invsr", ["--variance-alone", "--init", "a.pth", "--variance-weight", "1", "--weight-decay", "0.1"], "--variance-alone: expected"),
     ("invsr", ["--predictor-layers", "3"], "--predictor-channels, --predictor-layers: found 2 and 1 numbers, expected as many of one as of the other"),
+    ("invsr", ["--predictor-layers", "33", "32"], "--predictor-layers: found 65 in all, expected at most 64: a file of more is not read."),
 ])  # fmt: skip
 def test_what_does_not_go_together(method, words, message):
     with pytest.raises(ValueError) as error:

@@ -1,5 +1,7 @@
 """What trainings read: data sets and the degradation; and Muon."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,12 @@ def test_lists_small_pictures_and_shares(folder, tmp_path):
     assert [path.name for path in paths] == ["small.png", "000000.png"]
     only_small = TrainingPictures(paths, 64, 5, weights=[1, 0])
     assert all(torch.allclose(only_small[i]["hq"], torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 64, 64)) for i in range(5))
+
+
+def test_shares_of_any_size():
+    for share in (1e-300, 1.0, 1e308):
+        chances = TrainingPictures([Path("a"), Path("b"), Path("c")], 32, 1, weights=[share, share, 0.5 * share]).chances
+        assert np.allclose(chances, [0.4, 0.4, 0.2])
 
 
 def test_data_errors_name_the_source(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipelines.cli import run_command
 from pipelines.training.arguments import RAW, add_common, begin, training_pictures
+from pipelines.training.ranges import WEIGHT, real, whole
 from pipelines.training.settings import DataSettings
 
 _PHOTOS = "Fetches the photos that tools/miniature/photos.json lists, with authors and licences, with apt-get, pip and git."
@@ -29,16 +30,18 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("synthesize", parents=[common], help="draw synthetic pictures to train on", description=_SYNTHESIZE, **RAW)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    command.add_argument("--count", type=int, default=400, help="default: %(default)s")
-    command.add_argument("--size", type=int, default=512, help="side in pixels (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the first picture (default: %(default)s)")
+    command.add_argument("--count", type=whole(1), default=400, help="default: %(default)s")
+    command.add_argument("--size", type=whole(64, 16_384), default=512, help="side in pixels (default: %(default)s)")
+    command.add_argument("--seed", type=whole(0), default=0, help="of the first picture (default: %(default)s)")
     command.set_defaults(run=_synthesize)
 
     command = commands.add_parser("vae", parents=[common], help="train a small VAE of Stable Diffusion's shape", **RAW)
     add_common(command, lr=7e-4)
     command.add_argument("--init", type=Path, help="go on from this VAE (a diffusers folder) instead of random weights")
-    command.add_argument("--channels", type=int, nargs="+", default=[32, 32, 64, 128], help="of each resolution (default: 32 32 64 128)")
-    command.add_argument("--kl-weight", type=float, default=1e-4, help="pull of the posterior to the standard normal (default: %(default)g)")
+    command.add_argument(
+        "--channels", type=whole(8, 8192, multiple=8), nargs="+", default=[32, 32, 64, 128], help="of each resolution (default: 32 32 64 128)"
+    )
+    command.add_argument("--kl-weight", type=WEIGHT, default=1e-4, help="pull of the posterior to the standard normal (default: %(default)g)")
     command.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it the latents")
     command.set_defaults(run=_vae)
 
@@ -47,8 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--vae", type=Path, required=True, help="the VAE (a diffusers folder)")
     command.add_argument("--init", type=Path, help="go on from this base (a diffusers folder), with its prompt, instead of random weights")
     command.add_argument("--low-timesteps", action="store_true", help="draw timesteps as the square of even ones: restoration uses the lower quarter")
-    command.add_argument("--channels", type=int, nargs="+", default=[64, 64, 64], help="of each resolution (default: 64 64 64)")
-    command.add_argument("--width", type=int, default=64, help="of the prompt embedding (default: %(default)s)")
+    command.add_argument(
+        "--channels", type=whole(32, 8192, multiple=32), nargs="+", default=[64, 64, 64], help="of each resolution (default: 64 64 64)"
+    )
+    command.add_argument("--width", type=whole(1, 8192), default=64, help="of the prompt embedding (default: %(default)s)")
     command.set_defaults(run=_base)
 
     command = commands.add_parser("pack", parents=[common], help="a base and the methods' weights for it into one folder, in half precision", **RAW)
@@ -61,8 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("picture", parents=[common], help="held-out photos beside what the miniature makes of them, as one picture", **RAW)
     command.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
     command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
-    command.add_argument("--mild-degradation", type=float, default=1.0, metavar="SHARE", help="chance of the mild degradation (default: %(default)g)")
-    command.add_argument("--seed", type=int, default=0, help="of the first photo's degradation (default: %(default)s)")
+    command.add_argument(
+        "--mild-degradation", type=real(0, 1), default=1.0, metavar="SHARE", help="chance of the mild degradation (default: %(default)g)"
+    )
+    command.add_argument("--seed", type=whole(0), default=0, help="of the first photo's degradation (default: %(default)s)")
     command.set_defaults(run=_picture)
     return parser
 

@@ -7,15 +7,27 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fewstep_sr.files import require_room
+from fewstep_sr.image.formats import FORMATS
 from fewstep_sr.methods import METHODS
 from pipelines.demo import load_demo
-from pipelines.pictures import read_pixels
+from pipelines.pictures import read_pixels, read_size
 from pipelines.training.degradation import Degradation
 
 
 @torch.no_grad()
 def compare(photos: Sequence[Path], path: Path, degradation: Degradation, seed: int = 0) -> None:
-    """Write a row for each photo, cropped to multiples of 64: bicubic enlargement by 4 of what ``degradation`` leaves, OSEDiff, InvSR, the original."""
+    """Write a row for each photo, cropped to multiples of 64: bicubic enlargement by 4 of what ``degradation`` leaves, OSEDiff, InvSR, the original.
+
+    Raises:
+        OSError, ValueError: it cannot be written, or a photo cannot be read or is too small; nothing is computed then.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"-o: found {path.name}, expected a name that ends in {', '.join(FORMATS)}.")
+    require_room(path)
+    for photo in photos:
+        if min(size := read_size(photo)) < 64:
+            raise ValueError(f"{photo}: found {size[0]} x {size[1]} pixels, expected 64 a side at least.")
     demos = {method: load_demo(method) for method in ("osediff", "invsr")}
     rows = []
     for i, photo in enumerate(photos):
