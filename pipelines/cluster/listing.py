@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fewstep_sr.image.formats import WRITTEN, readable, unreadable
+from fewstep_sr.image.formats import WRITTEN, readable, readers, unreadable
 
 from ..pictures import read_size
 from ..pictures.find import is_hidden
@@ -142,7 +142,7 @@ def picture_size(item: Item) -> tuple[int, int] | None:
         from PIL import Image
 
         filesystem, path = open_address(item.source)
-        with filesystem.open(path, "rb", block_size=2**16) as file, Image.open(file) as image:
+        with filesystem.open(path, "rb", block_size=2**16) as file, Image.open(file, formats=readers(Path(path).suffix)) as image:
             return image.size
     except Exception:
         return None

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from fewstep_sr.weights.read import read_weights
+from fewstep_sr.weights.strict import own_copies
 
 from ..checks import require_stable_diffusion
 from ..osediff import OSEDiffPipeline
@@ -64,6 +66,20 @@ def _load_folder(name: str, offline: dict) -> Base:
     return base
 
 
+def read_prompt_embeds(file: Path, width: int) -> dict[str, torch.Tensor]:
+    """The embeddings in a file such as :data:`PROMPT_FILE`, float32, by their names there; ``width`` is the base's.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, it is damaged, or its embeddings are none for the base.
+    """
+    tensors = own_copies(read_weights(file)[0], file.name)
+    for name in {"prompt_embeds", *tensors}:
+        found = tensors.get(name, torch.empty(0))
+        if found.ndim != 3 or found.shape[-1] != width:
+            raise ValueError(f"{file.name}: found {name} of shape {tuple(found.shape[:8])}, expected (1, tokens, {width}), as the base has it.")
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
 class Prompts:
     """Prompt embeddings of pictures: from a file, of a fixed text, or of the tags that a tagger reads off the high-quality pictures (OSEDiff).
 
@@ -88,14 +104,10 @@ class Prompts:
             self.networks = [base.text_encoder, tagger.network] if tagger else []
 
     def _read(self, file: Path) -> None:
-        tensors = load_file(file)
-        width = self._base.unet.config.cross_attention_dim
-        found = tensors.get("prompt_embeds", torch.empty(0))
-        if found.ndim != 3 or found.shape[-1] != width:
-            raise ValueError(f"{file.name}: found prompt_embeds of shape {tuple(found.shape)}, expected (1, tokens, {width}), as the base has it.")
+        tensors = read_prompt_embeds(file, self._base.unet.config.cross_attention_dim)
         if self._tagger:
             raise ValueError("tagger: a tagger's tags need a text encoder, but the prompt is given as embeddings. Give one or the other.")
-        self._fixed, self._negative, self._empty = found.float(), tensors.get("negative_prompt_embeds"), tensors.get("empty_prompt_embeds")
+        self._fixed, self._negative, self._empty = tensors["prompt_embeds"], tensors.get("negative_prompt_embeds"), tensors.get("empty_prompt_embeds")
 
     def settings(self) -> dict[str, Any]:
         """What a run keeps of them: texts, or a file's contents."""

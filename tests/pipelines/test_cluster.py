@@ -1,6 +1,7 @@
 """``upscale --ray``: lists, blocks, the manifest and addresses; workers that die, machines that come and go, and the whole on a cluster of two nodes."""
 
 import contextlib
+import io
 import os
 import random
 import subprocess
@@ -90,6 +91,16 @@ def test_blocks_are_sized_by_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(listing, "BLOCK_PICTURES", 32)
     blocks = pack([items[0]] * 5, replace(settings("in", "-o", "out"), long_side=22))
     assert [len(block) for block in blocks] == [2, 2, 1]
+
+
+def test_headers_on_other_file_systems_are_of_the_named_formats_alone():
+    memory = fsspec.filesystem("memory")
+    file = io.BytesIO()
+    Image.new("L", (7, 5)).save(file, "PNG")
+    memory.pipe_file("/bucket/a.png", file.getvalue())
+    memory.pipe_file("/bucket/script.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    assert picture_size(Item("memory://bucket/a.png", "")) == (7, 5)
+    assert picture_size(Item("memory://bucket/script.png", "")) is None
 
 
 @pytest.mark.parametrize("output", ["{tmp}/out", "memory://out"])

@@ -488,6 +488,20 @@ def test_what_does_not_fit_is_said(folder, base, tmp_path, capfd):
     save_file({"prompt_embeds": torch.randn(1, 8, 5)}, tmp_path / "narrow.safetensors")
     with pytest.raises(ValueError, match=r"narrow\.safetensors: found prompt_embeds of shape \(1, 8, 5\), expected \(1, tokens, 32\)"):
         Prompts(base, file=tmp_path / "narrow.safetensors")
+    good = torch.randn(1, 8, WIDTH)
+    for name, tensors, message in (
+        ("nan", {"prompt_embeds": good * float("nan")}, "nan.safetensors: prompt_embeds holds values that are not finite"),
+        ("negative", {"prompt_embeds": good, "negative_prompt_embeds": good[0].clone()}, "found negative_prompt_embeds of shape"),
+        ("none", {"negative_prompt_embeds": good}, "found prompt_embeds of shape"),
+    ):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.raises(ValueError, match=message):
+            Prompts(base, file=tmp_path / f"{name}.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "nan.safetensors").read_bytes()[:-8])
+    with pytest.raises(ValueError, match="cut.safetensors: the safetensors file is damaged or cut off"):
+        Prompts(base, file=tmp_path / "cut.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        Prompts(base, file=tmp_path / "missing.safetensors")
     save_file({"prompt_embeds": torch.randn(1, 8, WIDTH)}, tmp_path / "alone.safetensors")
     with pytest.raises(ValueError, match="negative prompt"):
         OSEDiffTask(base, Prompts(base, file=tmp_path / "alone.safetensors"), OSEDiffOptions())

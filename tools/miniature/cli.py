@@ -108,9 +108,8 @@ def _vae(arguments: argparse.Namespace) -> int:
 def _base(arguments: argparse.Namespace) -> int:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from safetensors.torch import load_file
 
-    from pipelines.training.bases import PROMPT_FILE
+    from pipelines.training.bases import PROMPT_FILE, read_prompt_embeds
     from pipelines.training.loop import train
 
     from .base_unet import BaseUNetTask, small_unet
@@ -119,7 +118,7 @@ def _base(arguments: argparse.Namespace) -> int:
     begin(settings)
     if arguments.init:
         unet = UNet2DConditionModel.from_pretrained(arguments.init / "unet", torch_dtype=torch.float32)
-        prompt_embeds = load_file(arguments.init / PROMPT_FILE)["prompt_embeds"].float()
+        prompt_embeds = read_prompt_embeds(arguments.init / PROMPT_FILE, unet.config.cross_attention_dim)["prompt_embeds"]
     else:
         unet, prompt_embeds = small_unet(tuple(arguments.channels), arguments.width), torch.randn(1, 8, arguments.width)
     vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.float32)

@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors import safe_open
 
 from fewstep_sr.methods import INVSR, OSEDIFF, load_weights
+from fewstep_sr.weights.read import read_weights
 from fewstep_sr.weights.save import save_safetensors
+from fewstep_sr.weights.strict import own_copies
 from pipelines.training.bases import PROMPT_FILE
 
 
@@ -23,6 +23,9 @@ def pack(base: Path, osediff: Path | None, noise_predictor: Path | None, folder:
     for method, source in ((OSEDIFF, osediff), (INVSR, noise_predictor)):
         if source:
             load_weights(method, source)
+    sources = {PROMPT_FILE: base / PROMPT_FILE, **{name: source for name, source in weights.items() if source}}
+    files = {name: read_weights(source) for name, source in sources.items()}
+    tensors = {name: own_copies(state, sources[name].name) for name, (state, _) in files.items()}
     networks = {"unet": UNet2DConditionModel.from_pretrained(base / "unet"), "vae": AutoencoderKL.from_pretrained(base / "vae")}
     folder.mkdir(parents=True, exist_ok=True)
     for name, network in networks.items():
@@ -31,8 +34,7 @@ def pack(base: Path, osediff: Path | None, noise_predictor: Path | None, folder:
         config.pop("_name_or_path", None)  # a path of this machine
         (folder / name / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copytree(base / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    for name, source in {PROMPT_FILE: base / PROMPT_FILE, **{name: source for name, source in weights.items() if source}}.items():
-        with safe_open(source, "pt") as file:
-            halved = {key: file.get_tensor(key).to(torch.float16) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            save_safetensors(halved, folder / name, {k: v for k, v in (file.metadata() or {}).items() if k != "format"})
+    for name, (_, metadata) in files.items():
+        halved = {key: tensor.half() for key, tensor in tensors[name].items()}
+        save_safetensors(halved, folder / name, {k: v for k, v in metadata.items() if k != "format"})
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
