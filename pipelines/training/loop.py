@@ -25,6 +25,7 @@ from .data import TrainingPictures, load_batches
 from .options import LoopOptions
 from .progress import Progress
 from .records import go_on, settings_of
+from .states import reason
 from .task import Batch, Task
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
     try:
         with run.peers.waiting(lambda: "The last checkpoint is whole: --resume goes on from it."):
             return _train(run, checkpoints)
+    except BaseException:
+        run.save_before_the_end()
+        raise
     finally:
         run.peers.leave()
 
@@ -98,6 +102,8 @@ class _Run:
         self.task, self.pictures, self.options = task, pictures, options
         self.peers = join()
         self.progress, self.finished = Progress(), False
+        self.saved: int | None = None  # no step is made
+        self.updating = False
         self.history: list[dict[str, float]] = []
         self.accelerator = self._join()
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -162,6 +168,7 @@ class _Run:
         samples = options.batch * accelerator.num_processes * options.accumulate
         pictures.length = options.steps * samples
         self.bar = tqdm(total=options.steps, initial=step, disable=not accelerator.is_main_process, desc=options.output.name)
+        self.saved = step
         if step >= options.steps:
             return iter(())  # accelerate 1.0 gives a None where there is no batch
         loader = accelerator.prepare(load_batches(pictures, options.batch, step * samples, options.workers))
@@ -189,6 +196,7 @@ class _Run:
         norm, optimizer = None, self.optimizers[phase]
         if self.accelerator.sync_gradients:
             self.accelerator.unscale_gradients(optimizer)  # not the other phase's, which may not be whole yet
+            self.updating = True
             norm = nn.utils.clip_grad_norm_(learning(self.task.phases[phase]), self.options.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -200,6 +208,7 @@ class _Run:
         if self.ema:
             self.ema.step(learning(self.first))
         self.progress.step += 1
+        self.updating = False
         self.bar.update()
 
     def due(self, every: int) -> bool:
@@ -227,7 +236,18 @@ class _Run:
         """A checkpoint, and the result beside it."""
         self.progress.require_finite(self.accelerator)
         save_checkpoint(self.accelerator, self.options.output, self.settings, self.progress.step)
+        self.saved = self.progress.step
         self.save_result()
+
+    def save_before_the_end(self) -> None:
+        """Save the steps since the last checkpoint when an error, or Ctrl+C, ends the run: not in the middle of an update, nor where others would be waited for."""
+        if self.saved is None or self.progress.step == self.saved or self.updating or self.accelerator.num_processes > 1:
+            return
+        try:
+            self.save()
+            _log.warning("the run ends after step %d, which is saved: --resume goes on from it.", self.progress.step)
+        except Exception as error:  # which must not hide the first one
+            _log.warning("the steps after the last checkpoint, of step %d, could not be saved (%s).", self.saved, reason(error))
 
     def save_result(self) -> None:
         if self.accelerator.is_main_process:

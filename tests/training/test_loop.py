@@ -1,5 +1,6 @@
 """The training loop itself, on a task of one number: what it waits for, how it seeds, what it does with losses that are no numbers, and after a kill."""
 
+import json
 import os
 import pickle
 import random
@@ -121,6 +122,64 @@ def test_a_run_killed_before_its_result_was_written_writes_it(tmp_path, pictures
     assert "found all of 3 steps made" in caplog.text
 
 
+def saved_step(tmp_path) -> int:
+    return json.loads((tmp_path / "run" / "checkpoint" / "run.json").read_text())["step"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("CUDA out of memory"), ValueError("data: there is no other picture")])
+@pytest.mark.parametrize("where", ["loss", "data"])
+def test_what_dies_in_the_middle_saves_first(tmp_path, pictures, monkeypatch, caplog, error, where):
+    """In the forward pass, or where a batch is read: the steps that are made are saved, and a resumed run is the uncut one."""
+    calls = []
+
+    def dies(real):
+        def call(*arguments):
+            calls.append(1)
+            if len(calls) == 6 + (where == "data"):  # one sample is drawn for the example
+                raise error
+            return real(*arguments)
+
+        return call
+
+    kind, name = (Mean, "loss") if where == "loss" else (type(pictures), "__getitem__")
+    monkeypatch.setattr(kind, name, dies(getattr(kind, name)))
+    with pytest.raises(type(error)):
+        train(Mean(), pictures, options(tmp_path, 9, save_every=1000))
+    monkeypatch.undo()
+    AcceleratorState._reset_state()
+    made = 5 if where == "loss" else 4  # the sixth batch is read before the fifth is learned from
+    assert saved_step(tmp_path) == made and f"after step {made}, which is saved" in caplog.text
+    train(Mean(), pictures, options(tmp_path, 9, resume=True))
+    train(Mean(), pictures, LoopOptions(tmp_path / "uncut", 9, batch=1, lr=0.01))
+    assert (tmp_path / "run" / "result.txt").read_text() == (tmp_path / "uncut" / "result.txt").read_text()
+
+
+def test_what_dies_within_an_update_keeps_the_checkpoint_before(tmp_path, pictures, monkeypatch):
+    """Where weights are half updated, or a disk takes nothing, the last checkpoint stays and the error is the first one."""
+    calls, real = [], torch.optim.Optimizer.zero_grad
+
+    def dies(*arguments, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*arguments, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(Mean(), pictures, options(tmp_path, 9, save_every=4))
+    assert saved_step(tmp_path) == 4
+
+
+def test_an_error_is_not_hidden_by_a_disk_that_takes_nothing(tmp_path, pictures, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pipelines.training.loop.save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(Mean(), pictures, options(tmp_path, 9, save_every=2))
+    assert "could not be saved (" in caplog.text and "No space left" in caplog.text
+
+
 class Code:
     def __init__(self, path):
         self.path = path
@@ -159,8 +218,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path, pictures, cut, name, damage):
     path = cut / name
     path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     found = "random states of 0 processes" if name.startswith("random") and not damage else name
+    before = {file.name: file.read_bytes() for file in cut.iterdir()}
     with pytest.raises(ValueError, match=f"checkpoint: .*{found}"):
         train(Mean(), pictures, options(tmp_path, 2, ema=0.9, resume=True))
+    assert {file.name: file.read_bytes() for file in cut.iterdir()} == before  # and no half of it is saved in its place
 
 
 def test_states_of_something_else_are_named(tmp_path, pictures, cut):
