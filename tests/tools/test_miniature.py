@@ -70,6 +70,7 @@ def test_photos_of_a_cache(tmp_path, monkeypatch, caplog):
     listed = [
         {"source": "scikit-image", "path": "skimage/data/a.png", "author": "A", "licence": "CC0-1.0"},
         {"source": "scikit-image", "path": "skimage/data/missing.png", "author": "A", "licence": "CC0-1.0"},
+        {"source": "scikit-image", "path": "skimage/data/script.png", "author": "A", "licence": "CC0-1.0"},
         {"source": "pop-wallpapers", "path": "original/b.jpg", "author": "B", "licence": "CC0-1.0"},
         {"source": "gcompris-qt-data", "path": "x.rcc:/f/c.jpg", "author": "C", "licence": "CC0-1.0"},
     ]
@@ -78,18 +79,21 @@ def test_photos_of_a_cache(tmp_path, monkeypatch, caplog):
     for path, size in (("scikit-image/skimage/data/a.png", (90, 60)), ("pop-wallpapers/original/b.jpg", (2160, 2160))):
         (tmp_path / "cache" / path).parent.mkdir(parents=True)
         Image.new("RGB", size, "red").save(tmp_path / "cache" / path)
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    (tmp_path / "cache" / "scikit-image/skimage/data/script.png").write_bytes(script)
     rcc = tmp_path / "cache" / "gcompris-qt-data/usr/share/gcompris-qt/rcc"
     rcc.mkdir(parents=True)
-    (rcc / "x.rcc").write_bytes(resource_file("f", "c.jpg", jpeg_file((90, 60))))
+    (rcc / "x.rcc").write_bytes(resource_file("f", "c.jpg", jpeg_file((90, 60), orientation=6)))
     with caplog.at_level(logging.WARNING):
         assert photos.collect_photos(tmp_path / "out", tmp_path / "cache") == 3
     assert "scikit-image: can't read skimage/data/missing.png" in caplog.text
+    assert "scikit-image: can't read skimage/data/script.png (cannot identify image file" in caplog.text
     sizes = {str(path.relative_to(tmp_path / "out")): Image.open(path).size for path in (tmp_path / "out").rglob("*.png")}
     assert sizes == {
         "scikit-image/data-a-0.png": (90, 60),
         "pop-wallpapers/original-b-0.png": (1080, 1080),
         "pop-wallpapers/original-b-1.png": (1024, 1024),
-        "gcompris-qt-data/f-c-0.png": (60, 40),
+        "gcompris-qt-data/f-c-0.png": (40, 60),
     }
     (rcc / "x.rcc").write_bytes(b"PK\3\4")
     with pytest.raises(RuntimeError, match="found a file that begins with b'PK"):
@@ -148,9 +152,10 @@ def resource_file(folder: str, name: str, content: bytes) -> bytes:
     return b"qres" + struct.pack(">IIII", 1, 20, 20 + len(nodes), 20 + len(nodes) + len(data)) + nodes + data + names
 
 
-def jpeg_file(size: tuple[int, int]) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", size, "blue").save(file, format="JPEG")
+def jpeg_file(size: tuple[int, int], orientation: int = 1) -> bytes:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size, "blue").save(file, format="JPEG", exif=exif)
     return file.getvalue()
 
 

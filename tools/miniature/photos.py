@@ -17,6 +17,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from fewstep_sr.image.formats import readers
+from pipelines.pictures import from_pil
+
 PHOTOS = Path(__file__).with_name("photos.json")
 """A list of ``source``, ``path`` in it (for a Qt resource file, that file, a colon and the path in it), ``author``, ``licence`` and, where known, ``page``."""
 
@@ -46,8 +49,8 @@ def collect_photos(folder: Path, cache: Path) -> int:
         root = _fetch(source, cache)
         for path in (photo["path"] for photo in photos if photo["source"] == source):
             try:
-                image = Image.open(io.BytesIO(_read(root, path))).convert("RGB")
-            except (OSError, KeyError) as error:
+                image = _open(_read(root, path))
+            except (OSError, KeyError, ValueError) as error:
                 _log.warning("%s: can't read %s (%s); left out.", source, path, error)
                 continue
             found += 1
@@ -95,6 +98,13 @@ def read_resources(path: Path) -> dict[str, bytes]:
 
     walk(0, "")
     return files
+
+
+def _open(data: bytes) -> Image.Image:
+    """A photo as all pictures are read here: upright, of known formats alone, in 8 bits."""
+    with Image.open(io.BytesIO(data), formats=readers("")) as image:
+        values = (from_pil(image).tensor()[0] * 255).round().byte()
+    return Image.fromarray(values.movedim(0, -1).contiguous().numpy())
 
 
 def _reduced(image: Image.Image, factor: float) -> Image.Image:
