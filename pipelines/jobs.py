@@ -86,9 +86,7 @@ def list_jobs(inputs: Sequence[str], output: Path, suffix: str | None) -> list[J
 
 def _sources(text: str, output: Path) -> Iterable[_Source]:
     """Images that an input names."""
-    if not text.strip():
-        raise ValueError("INPUT: found an empty name (a variable of the shell that is not set?), expected a file, a folder or a glob.")
-    path = Path(text).expanduser()
+    path = _existing(text)
     suffixes = readable() | unreadable()
     if path.is_dir():
         if path.resolve() == output.resolve():
@@ -98,9 +96,22 @@ def _sources(text: str, output: Path) -> Iterable[_Source]:
     if path.is_file():
         return [_Source(path, Path(path.name), named=True)]
     matches = [Path(match) for match in _glob(path)]
-    if not matches:
-        raise FileNotFoundError(f"{text}: there is no such file or folder, and nothing matches it.")
     return [_Source(p, Path(p.name)) for p in matches if p.is_file() and (p.suffix.lower() in suffixes or is_video(p))]
+
+
+def _existing(text: str) -> Path:
+    """The path or pattern that an input names.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is empty.
+    """
+    if not text.strip():
+        raise ValueError("INPUT: found an empty name (a variable of the shell that is not set?), expected a file, a folder or a glob.")
+    path = Path(text).expanduser()
+    if not path.exists() and not _glob(path):
+        raise FileNotFoundError(f"{text}: there is no such file or folder, and nothing matches it.")
+    return path
 
 
 def _glob(path: Path) -> list[str]:
@@ -180,9 +191,10 @@ def beside(inputs: Sequence[str], size: str, suffix: str | None) -> Path:
     """Where one image's result goes without ``-o``: beside it, with the result's ``size`` in its name, such as ``x4``.
 
     Raises:
+        FileNotFoundError: nothing is there.
         ValueError: there is not one image, but several or a folder.
     """
-    path = Path(inputs[0]).expanduser()
+    path, *_ = [_existing(text) for text in inputs]
     if len(inputs) > 1 or not path.is_file():
         raise ValueError(f"-o: found none for {', '.join(inputs)}, expected a folder for the results. Only a single picture's goes beside it.")
     if is_video(path):

@@ -438,7 +438,7 @@ def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, na
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--long-side", "0"], "--long-side: found 0, expected a number of pixels from 1 on"),
+        (["--long-side", "0"], "--long-side: found 0, expected a number of pixels from 1 to 2147483647"),
         (["--megapixels", "nan"], "--megapixels: found nan, expected a finite number of more than 0"),
         (["--long-side", "5", "--scale", "2"], "argument --scale: not allowed with argument --long-side"),
     ],

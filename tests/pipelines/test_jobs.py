@@ -1,6 +1,7 @@
 """Which images a command names, where their results go, and what of them is done."""
 
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -87,6 +88,19 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, text):
     monkeypatch.chdir(touch(tmp_path, "a.png"))
     with pytest.raises(ValueError, match="INPUT: found an empty name"):
         list_jobs([text], OUT, None)
+
+
+@pytest.mark.parametrize("names", [["cta.png"], ["ca?.jpg"], ["cat.png", "cta.png"], ["cta"]])
+def test_a_mistyped_name_is_answered_about_the_name(tmp_path, monkeypatch, names):
+    """With -o and without."""
+    monkeypatch.chdir(touch(tmp_path, "cat.png"))
+    for call in (lambda: beside(names, "x4", None), lambda: list_jobs(names, OUT, None)):
+        with pytest.raises(FileNotFoundError, match=rf"^{re.escape(names[-1])}: there is no such file or folder, and nothing matches it"):
+            call()
+    with pytest.raises(ValueError, match="-o: found none for cat.png, ca[?].png, expected a folder"):
+        beside(["cat.png", "ca?.png"], "x4", None)
+    with pytest.raises(ValueError, match="INPUT: found an empty name"):
+        beside([""], "x4", None)
 
 
 @pytest.mark.parametrize(
