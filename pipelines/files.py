@@ -22,11 +22,11 @@ def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path
         FileExistsError: ``output`` exists and ``overwrite`` is not set.
         FileNotFoundError, ValueError: there is nothing to convert.
     """
-    output = output or path.with_suffix(".safetensors")
-    if path.is_dir():
-        return _convert_folder(path, output, overwrite)
+    output = output or (path.with_name(f"{path.name}.safetensors") if path.is_dir() else path.with_suffix(".safetensors"))
     if output.suffix != ".safetensors":
         raise ValueError(f"-o: found {output.name}, expected a name that ends in .safetensors.")
+    if path.is_dir():
+        return _convert_folder(path, output, overwrite)
     if output.resolve() == path.resolve():
         raise ValueError(f"{path}: it is a safetensors file already.")
     if output.exists() and not overwrite:

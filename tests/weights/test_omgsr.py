@@ -1,6 +1,7 @@
 """OMGSR-S: the folder that PEFT writes becomes one file, which restores as the adapted networks themselves do."""
 
 import json
+import shutil
 
 import pipeline_toys
 import pytest
@@ -78,6 +79,14 @@ def test_what_the_file_says(trained, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "replaces: nothing" in text and "timestep: 273" in text and "one of an OMGSR-S adapter's two files" in text
     assert main(["convert", str(folder), "-o", str(tmp_path / "omgsr.safetensors")]) == 2  # not written over
+
+
+def test_where_a_folders_file_goes(trained, tmp_path, capsys):
+    folder = tmp_path / "OMGSR-S_v1.5"
+    shutil.copytree(trained[0], folder)
+    assert main(["convert", str(folder), "-o", str(tmp_path / "omgsr.pth")]) == 2
+    assert "-o: found omgsr.pth, expected a name that ends in .safetensors" in capsys.readouterr().err and not (tmp_path / "omgsr.pth").exists()
+    assert main(["convert", str(folder)]) == 0 and (tmp_path / "OMGSR-S_v1.5.safetensors").is_file()
 
 
 def test_what_is_no_such_folder(trained, tmp_path):
