@@ -62,6 +62,10 @@ def same_result(record: str, other: str) -> bool:
 
 
 def recorded_settings(record: str) -> dict[str, Any]:
-    """The settings in words; empty where they were too long to keep."""
+    """The settings in words; empty where they were too long to keep, or are no longer what was written."""
     words = record.split(" ", 2)
-    return json.loads(words[2]) if len(words) == 3 else {}
+    try:
+        settings = json.loads(words[2]) if len(words) == 3 else {}
+    except (ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}

@@ -215,6 +215,21 @@ def test_a_single_named_file_is_done_again(tmp_path):
     assert not Results(settings(overwrite=True), [job])(job)
 
 
+@pytest.mark.parametrize("rest", [' {"scale": 4', " [1, 2]", " " + "[" * 3000, " nothing", "", " null"])
+def test_a_record_that_was_cut_ends_no_run(tmp_path, capsys, rest):
+    """As other programs leave it: the result is done again, and info says what there is."""
+    touch(tmp_path, "a.png", "b.png", "out/x")
+    jobs = [Job(tmp_path / f"{name}.png", tmp_path / "out" / f"{name}.png") for name in "ab"]
+    pixels = Pixels(np.zeros((4, 4, 3), np.uint8))
+    write_picture(pixels.tensor(), Picture(pixels), jobs[0].target, 95, f"ComfyUI-FewStepSR {'0' * 32}{rest}")
+    look = Results(settings(), jobs)
+    assert not look(jobs[0]) and not look(jobs[1])
+    look.report(0)
+    assert "1 were made with other settings and are done again (a.png: " in capsys.readouterr().err
+    assert main(["info", str(jobs[0].target)]) == 0
+    assert "a picture restored by this program" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
