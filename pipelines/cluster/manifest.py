@@ -30,7 +30,8 @@ class Manifest:
         found = [np.zeros(0, "<u8")]
         if self._filesystem.isdir(self._folder):
             paths = self._filesystem.ls(self._folder, detail=False)
-            found += [np.frombuffer(self._filesystem.cat_file(path), "<u8") for path in paths if path.endswith(".manifest")]
+            contents = [self._filesystem.cat_file(path) for path in paths if path.endswith(".manifest")]
+            found += [np.frombuffer(data[: len(data) // 8 * 8], "<u8") for data in contents]  # one that was cut holds what is whole
         self._known = np.unique(np.concatenate(found))
         self._new: list[int] = []
         self._flushed = time.monotonic()

@@ -22,6 +22,7 @@ pytest.importorskip("diffusers")
 
 from pipelines.cli import main, make_parser
 from pipelines.cluster import listing, run
+from pipelines.cluster.files import open_address
 from pipelines.cluster.listing import Item, list_items, pack, picture_size
 from pipelines.cluster.manifest import Manifest
 from pipelines.cluster.pool import Ahead, Pool
@@ -115,6 +116,11 @@ def test_the_manifest_knows_what_is_done_with_which_settings(tmp_path, output):
     again = Manifest(output, settings("in", "-o", "out"))
     assert [item in again for item in items] == [True] * 3 + [False] * 2
     assert not any(item in Manifest(output, settings("in", "-o", "out", "--seed", "7")) for item in items)
+    filesystem, root = open_address(output)
+    [path] = filesystem.ls(f"{root}/.fewstepsr", detail=False)
+    filesystem.pipe_file(path, filesystem.cat_file(path)[:-3])  # cut: the last picture is done again, the others are known
+    assert [item in Manifest(output, settings("in", "-o", "out")) for item in items] == [True] * 2 + [False] * 3
+    filesystem.rm(f"{root}/.fewstepsr", recursive=True)
 
 
 def test_a_worker_restores_and_reports(tmp_path):
