@@ -223,6 +223,8 @@ def test_sums_by_hand():
         assert torch.allclose(whole._sums[norm], expected)
         whole.watch(layer, tiles, [(slice(0, 3), slice(1, 6)), (slice(2, 4), slice(0, 5))], scale=2)
         assert torch.allclose(whole._sums[norm], 2 * expected)
+        with pytest.raises(ValueError, match="zip"):
+            whole.watch(layer, tiles, [(slice(0, 3), slice(1, 6))], scale=2)
 
 
 def test_keys_are_about_as_many_as_an_untiled_middle_has():
