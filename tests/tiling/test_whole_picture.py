@@ -231,6 +231,13 @@ def test_keys_are_about_as_many_as_an_untiled_middle_has():
     assert whole_picture.MAX_KEYS == 64**2  # of a picture of 512 x 512 pixels
 
 
+def test_rounding_makes_no_negative_variance():
+    """Of 4 elements of value 3, the sum of whose squares came out a little less than 36."""
+    norm, whole = nn.GroupNorm(1, 1), WholePicture()
+    whole._sums[norm] = torch.tensor([[4.0], [12.0], [35.99]])
+    assert [value.item() for value in whole._true()[norm]] == [3, 0]
+
+
 @torch.no_grad()
 def test_keys_of_the_tiles(monkeypatch):
     """Of each tile's share, in steps that leave no column out; after a correction they are what tiles attend to, each as much as any other."""
@@ -294,7 +301,10 @@ def test_affine_is_asked_of_the_layer():
 
 class Counting(Runtime):
     def __init__(self):
-        self.totals, self.done = [], 0
+        self.totals, self.done, self.calls = [], 0, 0
+
+    def before_call(self):
+        self.calls += 1
 
     def progress(self, total):
         self.totals.append(total)
@@ -340,6 +350,7 @@ def test_tiles_run_three_times_at_most(monkeypatch, off):
         lambda i: torch.randn(1, 4, 64, 64), torch.zeros(1, 4, 64, 64), 36
     )
     assert runtime.totals == ([4, 4, 4] if off > 0.03 else [4])
+    assert runtime.calls == 2 * len(runtime.totals)  # the user may stop before each: the reduced pass, and four tiles at once
 
 
 @torch.no_grad()
