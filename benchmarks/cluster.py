@@ -3,8 +3,10 @@
     python benchmarks/cluster.py
     python benchmarks/cluster.py --kills 10
 
-The first: the miniature enlarges pictures of 128 x 128 pixels four times, in turns by the process itself and by one worker of Ray's, both with a single thread; medians of the
-rounds. Then blocks that hold nothing show what a call costs.
+The first: the miniature enlarges pictures of 128 x 128 pixels four times, by the process itself and by one worker of Ray's, both with a single thread. What is compared is the
+time on processors, which others on the machine change little: of the process, and of the driver, Ray's own processes and the worker together. Rounds come in pairs, in turns one
+or the other first, with the same pictures; the median of the pairs' ratios is given with an interval of at least 95 % (order statistics). Then blocks that hold nothing show what a
+call costs.
 
 The second: on a cluster of two Ray nodes on this machine, one is killed at a random moment while it has a block, and another joins. A run is good where every picture is
 there once and whole, and the report names the one that is no picture.
@@ -14,6 +16,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import os
 import random
 import statistics
@@ -27,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", RAY_worker_niceness="0", RAY_USAGE_STATS_ENABLED="0")
 
+import psutil  # noqa: E402
 import ray  # noqa: E402
 from PIL import Image  # noqa: E402
 
@@ -54,8 +58,6 @@ NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 def is_at_work(node) -> bool:
     """Whether a worker of a node has a block: Ray names a process by what it does."""
-    import psutil
-
     for process in psutil.Process(node.all_processes["raylet"][0].process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if " ".join(process.cmdline()).startswith("ray::Worker.work"):
@@ -113,10 +115,19 @@ def kills(number: int, seed: int) -> None:
     print(f"{good} of {number} runs good")
 
 
+def interval(ordered: list[float]) -> tuple[float, float]:
+    """Of the median, of at least 95 %: as many values outside as a fair coin seldom exceeds. The whole range where there are fewer than six."""
+    number, outside = len(ordered), 0
+    while 2 * sum(math.comb(number, k) for k in range(outside + 1)) <= 0.05 * 2**number:
+        outside += 1
+    outside = max(1, outside)
+    return ordered[outside - 1], ordered[-outside]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=16, help="in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of them")
     parser.add_argument("--blocks", type=int, default=2000, help="that hold nothing")
     parser.add_argument("--kills", type=int, default=0, help="runs in which a machine is killed, in place of the measurement")
     parser.add_argument("--seed", type=int, default=1, help="of the moments at which it is")
@@ -139,20 +150,41 @@ def main() -> None:
         pool = Pool(ray, Worker, "CPU", settings)
         warm = list(pool.run(Ahead([blocks[0][:1]], 1)))
         assert not warm[0].error
-        seconds: dict[str, list[float]] = {"one process": [], "one worker": []}
-        for _ in range(a.rounds):
-            begin = time.perf_counter()
+        tree = psutil.Process()
+
+        def processors() -> float:
+            """Seconds on processors, so far, of this process and all that it started."""
+            total = 0.0
+            for process in (tree, *tree.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    total += sum(process.cpu_times()[:2])
+            return total
+
+        def alone() -> tuple[float, float]:
+            begin, wall = time.process_time(), time.perf_counter()
             rows = [row for block in blocks for row in here.work(block)]
-            seconds["one process"].append((time.perf_counter() - begin) / len(rows))
-            begin = time.perf_counter()
-            rows = list(pool.run(Ahead(pack(list_items([str(source)], out, None), settings), 10)))
-            seconds["one worker"].append((time.perf_counter() - begin) / len(rows))
             assert not any(row.error for row in rows)
+            return (time.process_time() - begin) / len(rows), (time.perf_counter() - wall) / len(rows)
+
+        def with_ray() -> tuple[float, float]:
+            begin, wall = processors(), time.perf_counter()
+            rows = list(pool.run(Ahead(pack(list_items([str(source)], out, None), settings), 10)))
+            assert not any(row.error for row in rows)
+            return (processors() - begin) / len(rows), (time.perf_counter() - wall) / len(rows)
+
+        pairs: list[dict] = []
+        for number in range(a.rounds):
+            order = (alone, with_ray) if number % 2 else (with_ray, alone)
+            pairs.append({measure.__name__: measure() for measure in order})
         pool.close()
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    for name, found in seconds.items():
-        print(f"{name}: {medians[name] * 1000:.0f} ms a picture (rounds {' '.join(f'{s * 1000:.0f}' for s in found)})")
-    print(f"Ray adds {medians['one worker'] / medians['one process'] - 1:+.1%}, listing and headers included")
+    for what, name in enumerate(("on processors", "by the clock")):
+        ratios = sorted(pair["with_ray"][what] / pair["alone"][what] - 1 for pair in pairs)
+        seconds = [statistics.median(pair[key][what] for pair in pairs) for key in ("alone", "with_ray")]
+        low, high = interval(ratios)
+        print(
+            f"{name}: {seconds[0]:.2f} s a picture in one process, {seconds[1]:.2f} s by one worker; Ray adds {statistics.median(ratios):+.1%} "
+            f"({low:+.1%} to {high:+.1%}), listing and headers included ({len(pairs)} pairs)"
+        )
     empty = Pool(ray, Nothing, "CPU")
     list(empty.run(Ahead([[Item("", "")]], 1)))
     begin = time.perf_counter()

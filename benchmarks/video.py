@@ -3,8 +3,8 @@
     python benchmarks/video.py --minutes 10 --cuts 10
 
 The clip is made of a photo of the tests, moved by a pixel a frame, under grain, 5 frames a second of 32 x 32 pixels, with a tone; the miniature enlarges it twice. Runs are ended
-by SIGKILL at random moments, seeded, until one is whole, and compared with one that was left alone, packet for packet, in a lossless codec (FFV1), so that any bit of a frame counts;
-every second one averages over time (--steady), as does the long clip.
+by SIGKILL at random moments, seeded, until one is whole, and compared with one that was left alone, packet for packet, in a lossless codec (FFV1), so that any bit of a frame counts,
+or in the one that --codec names; every second one averages over time (--steady), as does the long clip.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 FPS, SIZE = 5, (32, 32)
-LOSSLESS = ["--codec", "ffv1", "--pixel-format", "yuv444p"]
 
 
 def write_clip(path: Path, seconds: float) -> None:
@@ -86,20 +85,21 @@ def memory(folder: Path, minutes: float) -> None:
     print("  " + " ".join(f"{tenth:.0f}" for tenth in tenths))
 
 
-def cuts(folder: Path, number: int) -> None:
+def cuts(folder: Path, number: int, codec: str) -> None:
+    encoding = ["--codec", codec, "--pixel-format", "yuv444p" if codec == "ffv1" else "yuv420p"]
     clip = folder / "short.mp4"
     write_clip(clip, 12)
     whole, seconds = {}, {}
     for steady, words in enumerate(([], ["--steady"])):
         begin = time.monotonic()
-        start(clip, folder / f"whole_{steady}.mkv", [*words, *LOSSLESS]).join()
+        start(clip, folder / f"whole_{steady}.mkv", [*words, *encoding]).join()
         whole[steady], seconds[steady] = content(folder / f"whole_{steady}.mkv"), time.monotonic() - begin
     assert whole[0] != whole[1]
-    start(clip, folder / "again.mkv", LOSSLESS).join()
+    start(clip, folder / "again.mkv", encoding).join()
     print(f"two runs that are left alone: {'the same' if content(folder / 'again.mkv') == whole[0] else 'DIFFERENT'}", flush=True)
     draw, same, kills = random.Random(1), 0, 0
     for i in range(number):
-        out, words, expected = folder / f"cut_{i}.mkv", ["--steady"] * (i % 2) + LOSSLESS, whole[i % 2]
+        out, words, expected = folder / f"cut_{i}.mkv", ["--steady"] * (i % 2) + encoding, whole[i % 2]
         while True:
             process = start(clip, out, words)
             process.join(seconds[i % 2] * draw.uniform(0.2, 1.2))
@@ -122,6 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of the long clip; 0: not")
     parser.add_argument("--cuts", type=int, default=10, help="runs that are killed")
+    parser.add_argument("--codec", default="ffv1", help="of the runs that are killed: ffv1, h264, hevc, av1 or vp9")
     parser.add_argument("--stub", action="store_true", help="pixels are repeated in place of the networks, whose memory is the same for each frame")
     arguments = parser.parse_args()
     import torch
@@ -134,7 +135,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.cuts:
-            cuts(Path(folder), arguments.cuts)
+            cuts(Path(folder), arguments.cuts, arguments.codec)
         if arguments.minutes:
             memory(Path(folder), arguments.minutes)
 

@@ -24,6 +24,10 @@ _SHIFT = 2**32
 
 _OF_STREAMS = ("language", "title", "handler_name")
 
+_REPEATABLE = {"libx264": {"x264-params": "asm=avx2"}} if torch.backends.cpu.get_cpu_capability() == "AVX512" else {}
+"""x264's MB-tree in AVX-512 reads past the macroblocks of a row unless their number is a multiple of 8 (mbtree_propagate_list in x264 of 2024): two runs
+differ in rates and bits. That in AVX2 takes as long."""
+
 
 class Encoding:
     """How frames are encoded.
@@ -41,7 +45,7 @@ class Encoding:
 
     def open(self, container) -> Any:
         """The stream of a container that is written."""
-        options = dict(self.codec.options)
+        options = {**self.codec.options, **_REPEATABLE.get(self.codec.encoder, {})}
         if self.crf is not None:
             options["crf"] = f"{self.crf:g}"
         stream = container.add_stream(self.codec.encoder, rate=self.source.rate, options=options)

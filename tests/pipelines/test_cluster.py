@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import random
-import subprocess
 import sys
 import threading
 import time
@@ -196,22 +195,34 @@ def test_s3(tmp_path, monkeypatch):
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
-@pytest.fixture
-def machines(monkeypatch):
-    """A cluster of two nodes, to which others can be added. ``second`` is the one that can be lost: the driver is on the first."""
+@pytest.fixture(scope="module")
+def cluster():
+    """One machine of a cluster."""
     pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
-    import ray
     from ray.cluster_utils import Cluster
 
-    for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"), ("RAY_worker_niceness", "0"), ("RAY_USAGE_STATS_ENABLED", "0")):
-        monkeypatch.setenv(name, value)
-    found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
-    found.second = found.add_node(**NODE)
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"), ("RAY_worker_niceness", "0"), ("RAY_USAGE_STATS_ENABLED", "0")):
+            environment.setenv(name, value)
+        found = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        try:
+            yield found
+        finally:
+            found.shutdown()
+
+
+@pytest.fixture
+def machines(cluster):
+    """A cluster of two nodes, to which others can be added. ``second`` is the one that can be lost: the driver is on the first."""
+    import ray
+
+    cluster.second = cluster.add_node(**NODE)
     try:
-        yield found
+        yield cluster
     finally:
         ray.shutdown()
-        found.shutdown()
+        for node in list(cluster.worker_nodes):
+            cluster.remove_node(node, allow_graceful=False)
 
 
 @pytest.mark.slow
@@ -350,7 +361,7 @@ def is_at_work(node) -> bool:
 
 
 @pytest.mark.slow
-def test_a_node_is_killed_and_another_joins(tmp_path, machines):
+def test_a_node_is_killed_and_another_joins(tmp_path, machines, monkeypatch, capsys):
     """Every picture is there once, none half; the report names what failed; a second run does nothing."""
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
@@ -358,29 +369,24 @@ def test_a_node_is_killed_and_another_joins(tmp_path, machines):
     for i in range(number):
         Image.open(ROOT / "miniature" / "photo.png").convert("RGB").resize((64, 64)).rotate(i).save(source / f"{i:03}.png")
     (source / "bad.png").write_text("no picture")
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from pipelines.cluster import listing; from pipelines.cli import main; listing.BLOCK_PICTURES = 2; sys.exit(main())",
-    ]
-    command += ["upscale", str(source), "-o", str(out), "--ray", machines.address, "--demo", "--scale", "4", "--device", "cpu"]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    collected: list = []
-    reader = threading.Thread(target=lambda: collected.extend(first.communicate()))
-    reader.start()
+    monkeypatch.setattr(listing, "BLOCK_PICTURES", 2)
+    command = ["upscale", str(source), "-o", str(out), "--ray", machines.address, "--demo", "--scale", "4", "--device", "cpu"]
+    ended: list[int] = []
+    first = threading.Thread(target=lambda: ended.append(main(command)))
+    first.start()
     begin = time.monotonic()
-    while not (is_at_work(machines.second) and list(out.glob("*.png"))) and first.poll() is None:
+    while not (is_at_work(machines.second) and list(out.glob("*.png"))) and first.is_alive():
         time.sleep(0.1)
         assert time.monotonic() - begin < 600
     time.sleep(random.uniform(0, 1))
     there = len(list(out.glob("*.png")))
     machines.remove_node(machines.second, allow_graceful=False)
-    assert first.poll() is None and there < number, collected
+    assert first.is_alive() and there < number, capsys.readouterr()
     machines.add_node(**NODE)
-    reader.join(600)
-    written, report = collected
+    first.join(600)
+    written, report = capsys.readouterr()
     print(f"killed at {there} results\n{written}{report}")
-    assert first.returncode == 1 and f"{number} images written" in written, report
+    assert ended == [1] and f"{number} images written" in written, report
     assert f"1 of {number + 1} failed" in report and "bad.png" in report and "cannot identify" in report and "was lost" in report
     assert sorted(path.name for path in out.glob("*.png")) == [f"{i:03}.png" for i in range(number)]
     for path in out.glob("*.png"):
@@ -388,8 +394,10 @@ def test_a_node_is_killed_and_another_joins(tmp_path, machines):
             image.load()
             assert image.size == (256, 256)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert f"{number} are done already, says the manifest" in again.stderr and "0 images written" in again.stdout
+    (source / "bad.png").unlink()
+    assert main(command) == 0
+    written, report = capsys.readouterr()
+    assert f"{number} are done already, says the manifest" in report and "0 images written" in written
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.png")} == before
 
 
