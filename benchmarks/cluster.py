@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,39 +153,54 @@ def main() -> None:
         assert not warm[0].error
         tree = psutil.Process()
 
-        def processors() -> float:
-            """Seconds on processors, so far, of this process and all that it started."""
-            total = 0.0
-            for process in (tree, *tree.children(recursive=True)):
+        def processors() -> dict[str, float]:
+            """Seconds on processors, so far, of the worker, of this process, and of all else that Ray has started."""
+            taken = {"worker": 0.0, "driver": sum(tree.cpu_times()[:2]), "ray": 0.0}
+            for process in tree.children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    total += sum(process.cpu_times()[:2])
-            return total
+                    taken["worker" if process.cmdline()[0].startswith("ray::Worker") else "ray"] += sum(process.cpu_times()[:2])
+            return taken
 
-        def alone() -> tuple[float, float]:
-            begin, wall = time.process_time(), time.perf_counter()
-            rows = [row for block in blocks for row in here.work(block)]
-            assert not any(row.error for row in rows)
-            return (time.process_time() - begin) / len(rows), (time.perf_counter() - wall) / len(rows)
-
-        def with_ray() -> tuple[float, float]:
+        def measured(work: Callable[[], Iterable[Row]]) -> dict[str, float]:
+            """A picture's seconds."""
             begin, wall = processors(), time.perf_counter()
-            rows = list(pool.run(Ahead(pack(list_items([str(source)], out, None), settings), 10)))
-            assert not any(row.error for row in rows)
-            return (processors() - begin) / len(rows), (time.perf_counter() - wall) / len(rows)
+            rows = list(work())
+            assert rows and not any(row.error for row in rows)
+            wall, end = time.perf_counter() - wall, processors()
+            return {name: (end[name] - begin[name]) / len(rows) for name in end} | {"clock": wall / len(rows)}
+
+        def alone() -> dict[str, float]:
+            found = measured(lambda: [row for block in blocks for row in here.work(block)])
+            return {"processors": found["driver"], "clock": found["clock"], "idle": found["ray"] / found["clock"]}
+
+        def with_ray() -> dict[str, float]:
+            found = measured(lambda: pool.run(Ahead(pack(list_items([str(source)], out, None), settings), 10)))
+            return found | {"processors": found["worker"] + found["driver"] + found["ray"]}
 
         pairs: list[dict] = []
         for number in range(a.rounds):
             order = (alone, with_ray) if number % 2 else (with_ray, alone)
             pairs.append({measure.__name__: measure() for measure in order})
+            print(f"alone {pairs[-1]['alone']['processors']:.2f} s, with Ray {pairs[-1]['with_ray']['processors']:.2f} s", flush=True)
         pool.close()
-    for what, name in enumerate(("on processors", "by the clock")):
-        ratios = sorted(pair["with_ray"][what] / pair["alone"][what] - 1 for pair in pairs)
-        seconds = [statistics.median(pair[key][what] for pair in pairs) for key in ("alone", "with_ray")]
+    for ours, theirs, name in (
+        ("processors", "processors", "on processors, all together"),
+        ("worker", "processors", "on processors, the worker alone"),
+        ("clock", "clock", "by the clock"),
+    ):
+        ratios = sorted(pair["with_ray"][ours] / pair["alone"][theirs] - 1 for pair in pairs)
+        seconds = [statistics.median(found) for found in ([pair["alone"][theirs] for pair in pairs], [pair["with_ray"][ours] for pair in pairs])]
         low, high = interval(ratios)
         print(
-            f"{name}: {seconds[0]:.2f} s a picture in one process, {seconds[1]:.2f} s by one worker; Ray adds {statistics.median(ratios):+.1%} "
-            f"({low:+.1%} to {high:+.1%}), listing and headers included ({len(pairs)} pairs)"
+            f"{name}: {seconds[0]:.2f} s a picture in one process, {seconds[1]:.2f} s with Ray, {statistics.median(ratios):+.1%} "
+            f"({low:+.1%} to {high:+.1%}, {len(pairs)} pairs)"
         )
+    driver, others, idle = (
+        statistics.median(pair[key][part] for pair in pairs) for key, part in (("with_ray", "driver"), ("with_ray", "ray"), ("alone", "idle"))
+    )
+    print(
+        f"the driver, listing and headers included: {driver * 1000:.0f} ms a picture; Ray's own processes: {others * 1000:.0f} ms, and {idle:.1%} of a processor when idle"
+    )
     empty = Pool(ray, Nothing, "CPU")
     list(empty.run(Ahead([[Item("", "")]], 1)))
     begin = time.perf_counter()

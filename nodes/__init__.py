@@ -10,6 +10,7 @@ from .color import FewStepSRColorFix
 from .cutout import FewStepSRFillTransparent
 from .demo import FewStepSRDemoLoader
 from .load_adapter import FewStepSRAdapterLoader
+from .long_video import FewStepSRVideo
 from .one_step import FewStepSROneStep
 from .quality import FewStepSRQuality
 from .scheduler import FewStepScheduler
@@ -41,4 +42,5 @@ NODES = [
     FewStepSRAdapterLoader,
     FewStepSROneStep,
     FewStepSRQuality,
+    FewStepSRVideo,
 ]

@@ -105,25 +105,29 @@ class InvSRStartState(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise_predictor, image, latent, sigmas, posterior="sample", seed=12345) -> io.NodeOutput:
-        samples = require_picture(latent)
-        timestep = _start_timestep(sigmas)
-        picture = require_image(image, "image")
-        if picture.shape[0] not in (1, samples.shape[0]):
-            raise ValueError(f"image: found {picture.shape[0]} pictures, expected 1 or {samples.shape[0]}, as many as in latent.")
-        picture = fit_picture(picture, picture_size(latent), tuple(samples.shape[-2:]), noise_predictor.network.config.pixels_per_cell)
-        predicted = predict_noise(noise_predictor, picture, timestep)
-        noise = predicted.mean if posterior == "mean" else predicted.sample(draw_noise(predicted.mean.shape, seed))
-        noise = require_finite(noise, "InvSR Start State (the noise predictor)", "--fp32-unet or --bf16-unet")
+        noise, start, state = predicted_start(noise_predictor, image, latent, sigmas, posterior, seed)
+        return io.NodeOutput(start, {**latent, "samples": state}, ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls))
 
-        latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
-        alpha_bar = alpha_bar_of(float(sigmas[0]))
-        state = start_state(latent_format.process_in(samples.float()), noise, alpha_bar)
-        state = latent_format.process_out(to_sigma_space(state, alpha_bar))
-        return io.NodeOutput(
-            PredictedNoise(noise, latent, partial(_require_unnoised, state), seed),
-            {**latent, "samples": state},
-            ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls),
-        )
+
+def predicted_start(
+    noise_predictor: ManagedNetwork, image: torch.Tensor, latent: dict, sigmas: torch.Tensor, posterior: str, seed: int
+) -> tuple[torch.Tensor, PredictedNoise, torch.Tensor]:
+    """The predicted noise map (B, 4, h, w), the NOISE for samplers that take one, and the start state, in ComfyUI's scale of latents."""
+    samples = require_picture(latent)
+    timestep = _start_timestep(sigmas)
+    picture = require_image(image, "image")
+    if picture.shape[0] not in (1, samples.shape[0]):
+        raise ValueError(f"image: found {picture.shape[0]} pictures, expected 1 or {samples.shape[0]}, as many as in latent.")
+    picture = fit_picture(picture, picture_size(latent), tuple(samples.shape[-2:]), noise_predictor.network.config.pixels_per_cell)
+    predicted = predict_noise(noise_predictor, picture, timestep)
+    noise = predicted.mean if posterior == "mean" else predicted.sample(draw_noise(predicted.mean.shape, seed))
+    noise = require_finite(noise, "InvSR Start State (the noise predictor)", "--fp32-unet or --bf16-unet")
+
+    latent_format = comfy.latent_formats.SD15()  # Stable Diffusion 2.x has the same scale
+    alpha_bar = alpha_bar_of(float(sigmas[0]))
+    state = start_state(latent_format.process_in(samples.float()), noise, alpha_bar)
+    state = latent_format.process_out(to_sigma_space(state, alpha_bar))
+    return noise, PredictedNoise(noise, latent, partial(_require_unnoised, state), seed), state
 
 
 def _require_unnoised(start_state: torch.Tensor, samples: torch.Tensor) -> None:

@@ -118,9 +118,9 @@ def _common() -> argparse.ArgumentParser:
 
 def _add_upscale(command: argparse.ArgumentParser) -> None:
     from fewstep_sr.image.formats import FORMATS
+    from fewstep_sr.video.formats import CODECS, PIXEL_FORMATS
 
     from .options import add_machine, add_method, add_weights
-    from .video.formats import CODECS, PIXEL_FORMATS
 
     command.set_defaults(run=_upscale)
     command.epilog = _UPSCALE

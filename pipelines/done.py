@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fewstep_sr.files import require_room
+from fewstep_sr.video.formats import CONTAINERS, is_video
 
 from .jobs import Job
 from .pictures.record import make_record, read_record, read_video_record, recorded_settings, same_result
 from .settings import Settings
-from .video.formats import CONTAINERS, is_video
 
 _LISTED = 5
 

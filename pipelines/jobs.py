@@ -10,9 +10,9 @@ from pathlib import Path
 from PIL import Image
 
 from fewstep_sr.image.formats import FORMATS, WRITTEN, readable, unreadable
+from fewstep_sr.video.formats import CONTAINERS, OTHERWISE, is_pattern, is_video
 
 from .pictures import find_in_folder
-from .video.formats import CONTAINERS, OTHERWISE, is_pattern, is_video
 
 
 @dataclass(frozen=True)

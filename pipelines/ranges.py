@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING
 
-from .video.formats import CONTAINERS, require_video_options
+from fewstep_sr.video.formats import CONTAINERS, require_video_options
 
 if TYPE_CHECKING:
     from .jobs import Job

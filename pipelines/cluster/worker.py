@@ -7,13 +7,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from fewstep_sr.video.formats import is_video
+
 from ..batch import Written, meets_all, reason
 from ..done import settings_to_record
 from ..jobs import Job
 from ..pictures.record import make_record
 from ..pictures.write import output_error
 from ..settings import Settings
-from ..video.formats import is_video
 from .files import fetch, is_remote, open_address, put
 from .listing import Item
 

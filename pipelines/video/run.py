@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from fewstep_sr.image.sizes import VAE_MULTIPLE
 from fewstep_sr.image.temporal import Steady
+from fewstep_sr.video.formats import CODECS, CONTAINERS, default_codec, default_pixel_format, is_pattern, require_video_options
+from fewstep_sr.video.frames import Clip, Frames
+from fewstep_sr.video.segments import Encoding, Segments, require_copies
 
 from ..batch import Written
 from ..jobs import Job
@@ -20,9 +23,7 @@ from ..pictures.write import output_error
 from ..ranges import scaled
 from ..settings import Settings
 from ..tiling import fitting
-from .formats import CODECS, CONTAINERS, default_codec, default_pixel_format, is_pattern, require_video_options
-from .frames import Clip, Frames, PictureFrames
-from .segments import Encoding, Segments, require_copies
+from .pictures import PictureFrames
 
 Restore = Callable[[torch.Tensor], torch.Tensor]
 """Frames (B, 3, h, w) in [0, 1] to (B, 3, H, W)."""
@@ -36,7 +37,7 @@ def upscale_frames(job: Job, settings: Settings, restore: Restore, record: str, 
         position: line of the progress bar.
 
     Raises:
-        UnreadableError, ValueError: no video, or one that the result's container or codec does not hold.
+        ValueError: no video, or one that the result's container or codec does not hold.
         OutputError: the result cannot be written. Whole segments stay, and another run goes on from them.
     """
     source: Frames = PictureFrames(job.source, job.frames, settings.fps) if job.frames else Clip(job.source)

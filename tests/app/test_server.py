@@ -317,6 +317,20 @@ def test_a_clip_in_groups(server):
     assert numbers == [2, 1]
 
 
+def test_template_long_video(server):
+    """The node's file is Save Video's, packet for packet."""
+    import av
+
+    output = run(server, load("Long video x2 (OSEDiff)"))["SaveVideo"]
+    [saved] = output[0]["images"]
+    with av.open(str(server.base / "output" / saved["subfolder"] / saved["filename"])) as video:
+        packets = [bytes(packet) for packet in video.demux(video=0) if packet.size]
+        assert video.streams.video[0].average_rate == 8 and (video.streams.video[0].width, video.streams.video[0].height) == (100, 72)
+    [made] = (server.base / "temp").glob("fewstepsr_*.mp4")
+    with av.open(str(made)) as video:
+        assert [bytes(packet) for packet in video.demux(video=0) if packet.size] == packets and len(packets) == 3
+
+
 def test_every_template_is_run():
     compared = {"pisasr_fidelity_and_detail", "all_methods_x4"}
     run_here = {
@@ -330,6 +344,7 @@ def test_every_template_is_run():
         "invsr_1_to_5_steps",
         "text_to_image_invsr_x4",
         "video_osediff_x2",
+        "Long video x2 (OSEDiff)",
         "try_osediff",
         "try_invsr",
     }

@@ -538,6 +538,10 @@ CONTRACT = {
     "DAPETaggerLoader": (["tagger_name", "dape_name"], ["DAPE_TAGGER"]),
     "FewStepSRFillTransparent": (["image", "mask"], ["IMAGE"]),
     "FewStepSRQuality": (["image", "reference"], ["FLOAT", "FLOAT", "FLOAT"]),
+    "FewStepSRVideo": (
+        ["video", "model", "positive", "vae", "negative", "noise_predictor", "scale_by", "frames", "color_fix", "steady", "clamp", "steps", "seed", "crf"],
+        ["VIDEO"],
+    ),
     "FewStepSRDemoLoader": (["method"], ["MODEL", "VAE", "CONDITIONING", "NOISE_PREDICTOR", "IMAGE"]),
     "DAPETagger": (["tagger", "image", "threshold", "max_tags", "exclude", "prefix", "suffix"], ["STRING"]),
 }

@@ -13,11 +13,13 @@ from PIL import Image
 pytest.importorskip("diffusers")
 
 from fewstep_sr.methods import METHODS
+from fewstep_sr.video import formats
+from fewstep_sr.video.frames import SWSCALE, Clip, Colors
+from fewstep_sr.video.segments import Encoding, Segments
 from pipelines.cli import main
 from pipelines.jobs import list_jobs
-from pipelines.video import formats, run
-from pipelines.video.frames import SWSCALE, Clip, Colors, PictureFrames
-from pipelines.video.segments import Encoding, Segments
+from pipelines.video import run
+from pipelines.video.pictures import PictureFrames
 
 av = pytest.importorskip("av", reason="PyAV is not installed (pip install av)")
 

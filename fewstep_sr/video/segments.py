@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from fewstep_sr.files import remove_stale, written_whole
-
+from ..files import remove_stale, written_whole
 from .formats import CODECS, CONTAINERS, Codec
 from .frames import FULL, RGB16_WHITE, SWSCALE, Frames, require_av
 
@@ -33,7 +32,7 @@ class Encoding:
     """How frames are encoded.
 
     Args:
-        codec: a key of :data:`pipelines.video.formats.CODECS`.
+        codec: a key of :data:`fewstep_sr.video.formats.CODECS`.
         crf: None for the codec's default.
         size: (width, height).
     """
@@ -164,7 +163,7 @@ def _write(output, template, segments: Segments, original, index: int | None, so
         if hasattr(output, "set_chapters") and (chapters := original.chapters()):
             output.set_chapters(chapters)
     comment = next((value for key, value in original.metadata.items() if key.lower() == "comment"), "") if original is not None else ""
-    output.metadata["comment"] = f"{comment}\n{record}" if comment else record
+    output.metadata["comment"] = "\n".join(filter(None, (comment, record)))
     packets = [_video_packets(segments, source.time_base, last_duration, video)]
     if outputs:
         packets.append(_copied_packets(original, outputs))

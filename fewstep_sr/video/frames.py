@@ -1,4 +1,4 @@
-"""Frames out of a video's file, or out of picture files, one after another: as RGB, upright, with the time of each."""
+"""Frames out of a video's file one after another: as RGB, upright, with the time of each."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from einops import rearrange
-
-from ..pictures import UnreadableError, read_pixels, read_size
 
 _SD_HEIGHT = 576
 """Up to here, where a file does not name its matrix, players take BT.601, above it BT.709."""
@@ -90,7 +88,7 @@ class Clip:
     """A video's file. The stream is the first that is no cover picture.
 
     Raises:
-        UnreadableError: no video, a damaged one, or one whose colours have no matrix.
+        ValueError: no video, a damaged one, or one whose colours have no matrix.
     """
 
     def __init__(self, path: Path):
@@ -102,7 +100,7 @@ class Clip:
             self.index = stream.index
             first = next(iter(self._decode(container, stream)), None)
             if first is None:
-                raise UnreadableError("no frame of it can be decoded.")
+                raise ValueError("no frame of it can be decoded.")
             self._orient = _orientation(first)
             width, height = first.width, first.height
             self.size = (height, width) if self._orient[0] else (width, height)
@@ -125,12 +123,12 @@ class Clip:
         try:
             return self._av.open(str(self.path), metadata_errors="replace")
         except self._av.error.FFmpegError as error:
-            raise UnreadableError(f"it cannot be read as a video ({error.strerror}).") from error
+            raise ValueError(f"it cannot be read as a video ({error.strerror}).") from error
 
     def _stream(self, container):
         streams = [s for s in container.streams.video if not s.disposition & self._av.stream.Disposition.attached_pic]
         if not streams:
-            raise UnreadableError("it has no video stream.")
+            raise ValueError("it has no video stream.")
         streams[0].thread_type = "AUTO"
         return streams[0]
 
@@ -139,7 +137,7 @@ class Clip:
         if self._rgb or matrix == _UNKNOWN:
             matrix = 6 if frame.height <= _SD_HEIGHT and not self._rgb else 1
         if matrix not in _MATRICES:
-            raise UnreadableError(f"its colours have the matrix number {matrix} (ISO/IEC 23091-2), which is not read. Convert it to BT.709 first.")
+            raise ValueError(f"its colours have the matrix number {matrix} (ISO/IEC 23091-2), which is not read. Convert it to BT.709 first.")
         limited = self._rgb or int(frame.color_range) != FULL
         if frame.format.name.startswith("yuvj"):
             limited = False
@@ -198,32 +196,3 @@ def _orientation(frame) -> tuple[bool, bool, bool]:
 def _count(stream, container, rate: Fraction) -> int | None:
     seconds = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1_000_000
     return round(seconds * rate) or None
-
-
-class PictureFrames:
-    """Picture files of one size as frames, so many a second. Their colours are written as BT.709.
-
-    Raises:
-        ValueError: they have several sizes.
-    """
-
-    def __init__(self, folder: Path, files: tuple[Path, ...], fps: Fraction):
-        self.path, self.files = folder, files
-        self.size = read_pixels(files[0]).size
-        sizes = {read_size(path) for path in files[1:]}  # as stored; turned ones are found out when they are read
-        if others := sizes - {self.size, self.size[::-1]}:
-            raise ValueError(
-                f"its frames have several sizes, {self.size[0]} x {self.size[1]} and {' x '.join(map(str, others.pop()))}, expected one."
-            )
-        self.time_base, self.rate, self.count = 1 / fps, fps, len(files)
-        self.deep, self.colors, self.sample_aspect_ratio = False, Colors(), Fraction(1)
-        self.notes: list[str] = []
-
-    def read(self, skip: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for number, path in enumerate(self.files[skip:], skip):
-            pixels = read_pixels(path)
-            if pixels.size != self.size:
-                raise ValueError(
-                    f"{path.name} has {' x '.join(map(str, pixels.size))} pixels, expected {' x '.join(map(str, self.size))}, as the first."
-                )
-            yield number, 1, pixels.tensor()
