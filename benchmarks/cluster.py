@@ -181,7 +181,9 @@ def main() -> None:
         for number in range(a.rounds):
             order = (alone, with_ray) if number % 2 else (with_ray, alone)
             pairs.append({measure.__name__: measure() for measure in order})
-            print(f"alone {pairs[-1]['alone']['processors']:.2f} s, with Ray {pairs[-1]['with_ray']['processors']:.2f} s", flush=True)
+            own, theirs = pairs[-1]["alone"], pairs[-1]["with_ray"]
+            parts = ", ".join(f"{name} {theirs[name]:.3f}" for name in ("worker", "driver", "ray"))
+            print(f"seconds on processors a picture: {own['processors']:.3f} alone, {theirs['processors']:.3f} with Ray ({parts})", flush=True)
         pool.close()
     for ours, theirs, name in (
         ("processors", "processors", "on processors, all together"),

@@ -158,7 +158,7 @@ class FewStepSRVideo(io.ComfyNode):
         temporary.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="fewstepsr_", dir=temporary) as folder:
             try:
-                source = Clip(_file(video, Path(folder)))
+                source = _open(video, Path(folder))
             except ValueError as error:
                 raise ValueError(f"video: {error}") from error
             target = _target(source, temporary / f"fewstepsr_{uuid.uuid4().hex}.mp4")
@@ -202,15 +202,23 @@ def _invsr(model, noise_predictor, positive, image: torch.Tensor, latent: dict, 
     return {**latent, "samples": samples.to(comfy.model_management.intermediate_device())}
 
 
-def _file(video, folder: Path) -> Path:
-    """The video's own file, where it is all of it, else one that core writes, frame by frame and without loss where it can."""
-    window = getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()  # ComfyUI 0.25 has none
-    if isinstance(video, InputImpl.VideoFromFile) and not any(window) and isinstance(source := video.get_stream_source(), str):
-        return Path(source)
-    path = folder / "source.mp4"
+def _open(video, folder: Path) -> Clip:
+    """The video's own file, or the part of it that Trim Video left; what never was a file becomes one, without loss where core can."""
+    if isinstance(video, InputImpl.VideoFromFile):
+        source, path = video.get_stream_source(), folder / "source"
+        if isinstance(source, str):
+            path = Path(source)
+        else:
+            path.write_bytes(source.getbuffer())
+        return Clip(path, *video.get_active_trim_window())
+    width, height = video.get_dimensions()
+    if width % 2 or height % 2:
+        raise ValueError(
+            f"found frames of {width} x {height} pixels that were never a file, expected even sides. Crop a row or a column with 'Image Crop' before."
+        )
     lossless = {"crf": 0.0} if "crf" in inspect.signature(video.save_to).parameters else {}
-    video.save_to(str(path), format=Types.VideoContainer.MP4, codec=Types.VideoCodec.H264, **lossless)
-    return path
+    video.save_to(str(folder / "source.mp4"), format=Types.VideoContainer.MP4, codec=Types.VideoCodec.H264, **lossless)
+    return Clip(folder / "source.mp4")
 
 
 def _target(source: Clip, target: Path) -> Path:

@@ -52,6 +52,8 @@ class Frames(Protocol):
         deep: more than 8 bits.
         sample_aspect_ratio: width of a pixel by its height.
         notes: what is not kept.
+        origin: timestamp in the file of what counts as 0; known once the first frame was read.
+        end: timestamp in the file at which the source ends; None for the file's own end.
     """
 
     path: Path
@@ -62,6 +64,8 @@ class Frames(Protocol):
     colors: Colors
     sample_aspect_ratio: Fraction
     notes: list[str]
+    origin: int
+    end: int | None
 
     @property
     def count(self) -> int | None: ...
@@ -85,13 +89,17 @@ def require_av() -> Any:
 
 
 class Clip:
-    """A video's file. The stream is the first that is no cover picture.
+    """A video's file, or a part of it, whose first frame then is at time 0. The stream is the first that is no cover picture.
+
+    Args:
+        start: seconds from which frames count.
+        duration: seconds until the part's end; 0 for the file's.
 
     Raises:
         ValueError: no video, a damaged one, or one whose colours have no matrix.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, start: float = 0.0, duration: float = 0.0):
         self._av = require_av()
         self.path = path
         self.notes: list[str] = []
@@ -108,7 +116,12 @@ class Clip:
             self.time_base = stream.time_base
             self.rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             self._step = max(1, round(1 / (self.rate * self.time_base)))
+            self.origin = 0
+            self._start = int(start / self.time_base) if start or duration else None
+            self.end = int((start + duration) / self.time_base) if duration else None
             self.count: int | None = stream.frames or _count(stream, container, self.rate)
+            if self.count and self._start is not None:
+                self.count = max(1, min(round(duration * self.rate) or self.count, self.count - round(start * self.rate)))
             self.deep = first.format.components[0].bits > 8
             aspect = stream.sample_aspect_ratio or Fraction(1)
             self.sample_aspect_ratio = 1 / aspect if self._orient[0] else aspect
@@ -155,14 +168,24 @@ class Clip:
                     self.notes.append("damaged parts of it are passed over")
 
     def read(self, skip: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
-        last = None
+        last, number = None, 0
         with self._open() as container:
-            for number, frame in enumerate(self._decode(container, container.streams[self.index])):
+            stream = container.streams[self.index]
+            if self._start:
+                container.seek(self._start, stream=stream)
+            for frame in self._decode(container, stream):
                 # A file without timestamps, or with one twice: the next at the usual distance.
                 pts = frame.pts if frame.pts is not None and (last is None or frame.pts > last) else (0 if last is None else last + self._step)
                 last = pts
-                if number >= skip:
-                    yield pts, frame.duration or self._step, self._tensor(frame)
+                if self._start is not None and pts < self._start:
+                    continue
+                if self.end is not None and pts >= self.end:
+                    return
+                if self._start is not None and number == 0:
+                    self.origin = pts
+                number += 1
+                if number > skip:
+                    yield pts - self.origin, frame.duration or self._step, self._tensor(frame)
 
     def _tensor(self, frame) -> torch.Tensor:
         width, height = self._coded

@@ -166,7 +166,7 @@ def _write(output, template, segments: Segments, original, index: int | None, so
     output.metadata["comment"] = "\n".join(filter(None, (comment, record)))
     packets = [_video_packets(segments, source.time_base, last_duration, video)]
     if outputs:
-        packets.append(_copied_packets(original, outputs))
+        packets.append(_copied_packets(original, outputs, source))
     for packet in heapq.merge(*packets, key=lambda packet: packet.dts * packet.time_base):
         output.mux(packet)
     return notes
@@ -255,8 +255,10 @@ def _video_packets(segments: Segments, time_base: Fraction, last_duration: int, 
             yield packet
 
 
-def _copied_packets(original, outputs: dict[int, Any]) -> Iterator[Any]:
+def _copied_packets(original, outputs: dict[int, Any], source: Frames) -> Iterator[Any]:
+    """Packets of the streams that go along: of a part of a file, those of its time, moved with it."""
     last: dict[int, int] = {}
+    begin, end = source.origin * source.time_base, None if source.end is None else source.end * source.time_base
     for packet in original.demux([stream for stream in original.streams if stream.index in outputs]):
         if packet.dts is None or packet.size == 0:
             continue
@@ -264,5 +266,12 @@ def _copied_packets(original, outputs: dict[int, Any]) -> Iterator[Any]:
         if packet.dts < last.get(stream, packet.dts):  # a broken file's: containers take rising times alone
             continue
         last[stream] = packet.dts
+        time = packet.dts * packet.time_base
+        if (begin and time < begin) or (end is not None and time >= end):
+            continue
+        if begin:
+            shift = round(begin / packet.time_base)
+            packet.dts -= shift
+            packet.pts = None if packet.pts is None else packet.pts - shift
         packet.stream = outputs[stream]
         yield packet
