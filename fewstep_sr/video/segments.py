@@ -160,7 +160,8 @@ def _write(output, template, segments: Segments, original, index: int | None, so
         video = _add_video(output, template)
     if original is not None:
         output.metadata.update({key: value for key, value in original.metadata.items() if key.lower() not in _NOT_KEPT})
-        if hasattr(output, "set_chapters") and (chapters := original.chapters()):
+        whole = not source.origin and source.end is None
+        if whole and hasattr(output, "set_chapters") and (chapters := original.chapters()):
             output.set_chapters(chapters)
     comment = next((value for key, value in original.metadata.items() if key.lower() == "comment"), "") if original is not None else ""
     output.metadata["comment"] = "\n".join(filter(None, (comment, record)))

@@ -97,15 +97,22 @@ def test_frames_are_those_of_the_graph(comfy, demo, clip, method):
 def test_a_part_and_what_was_never_a_file(comfy, demo, clip):
     """Trim Video's part alone is restored, and so are frames from memory."""
     whole = video_of(clip)
-    part = restore(comfy, demo, "OSEDiff", whole.as_trimmed(50 / 600, 150 / 600, strict_duration=False))
+    part = restore(comfy, demo, "OSEDiff", whole.as_trimmed(50 / 600, 160 / 600, strict_duration=False))
     times, pictures = frames_of(part.get_stream_source())
     expected = on_the_graph(comfy, demo, "OSEDiff", torch.cat([frame for *_, frame in read(clip)])[2:5].movedim(1, -1)).numpy() * 255
     assert times == [0, Fraction(17, 1000), Fraction(250, 1000)] and np.abs(pictures - expected).mean() < 2.5  # at 50, 60 and 200 of 600
     with av.open(part.get_stream_source()) as container:
         sound = [float(packet.pts * packet.time_base) for packet in container.demux(audio=0) if packet.size]
-    assert 0 <= sound[0] < 0.03 and 0.2 < sound[-1] < 0.26
-    made = comfy.run("CreateVideo", images=torch.rand(3, 16, 18, 3), fps=8.0)[0]
-    assert frames_of(restore(comfy, demo, "OSEDiff", made).get_stream_source())[1].shape == (3, 32, 36, 3)
+    assert 0 <= sound[0] < 0.03 and 0.2 < sound[-1] < 0.28
+    latest = importlib.import_module("comfy_api.latest")
+
+    def made(width):
+        components = latest.Types.VideoComponents(images=torch.rand(3, 16, width, 3), audio=None, frame_rate=Fraction(8))
+        return latest.InputImpl.VideoFromComponents(components)
+
+    assert frames_of(restore(comfy, demo, "OSEDiff", made(18)).get_stream_source())[1].shape == (3, 32, 36, 3)
+    with pytest.raises(ValueError, match="video: found frames of 17 x 16 pixels that were never a file"):
+        restore(comfy, demo, "OSEDiff", made(17))
 
 
 def test_an_interrupt_leaves_nothing(comfy, demo, clip, monkeypatch):
