@@ -29,7 +29,8 @@ class PictureFrames:
         self.time_base, self.rate, self.count = 1 / fps, fps, len(files)
         self.deep, self.colors, self.sample_aspect_ratio = False, Colors(), Fraction(1)
         self.notes: list[str] = []
-        self.origin, self.end = 0, None
+        self.origin = 0
+        self.end: int | None = None
 
     def read(self, skip: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
         for number, path in enumerate(self.files[skip:], skip):
