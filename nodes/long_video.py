@@ -55,7 +55,6 @@ class FewStepSRVideo(io.ComfyNode):
                 ),
                 io.Conditioning.Input("positive", tooltip="The prompt, one for all frames."),
                 io.Vae.Input("vae", tooltip="The VAE from the same loader; for InvSR the checkpoint's own."),
-                io.Conditioning.Input("negative", optional=True, tooltip="For a method whose published cfg is not 1 (S3Diff)."),
                 NoisePredictorSocket.Input(
                     "noise_predictor",
                     optional=True,
@@ -126,7 +125,6 @@ class FewStepSRVideo(io.ComfyNode):
         model,
         positive,
         vae,
-        negative=None,
         noise_predictor=None,
         scale_by=2.0,
         frames=4,
@@ -148,7 +146,7 @@ class FewStepSRVideo(io.ComfyNode):
             enlarged = comfy.utils.common_upscale(images, *size, "bicubic", "disabled").movedim(1, -1)
             latent = FewStepSRVAEEncode.execute(enlarged, vae)[0]
             if noise_predictor is None:
-                latent = FewStepSROneStep.execute(model, positive, latent, negative)[0]
+                latent = FewStepSROneStep.execute(model, positive, latent)[0]
             else:
                 latent = _invsr(model, noise_predictor, positive, pixels, latent, steps, seed)
             decoded = FewStepSRVAEDecode.execute(latent, vae, clamp=clamp)[0]
@@ -169,9 +167,11 @@ class FewStepSRVideo(io.ComfyNode):
 
 
 def _require_method(model, noise_predictor) -> None:
-    if model.get_attachment(PER_IMAGE) is not None:
+    if (carried := model.get_attachment(PER_IMAGE)) is not None:
+        title = carried.method.title
         raise ValueError(
-            "model: found an adapter for each image (S3Diff Adapt), expected one for all frames. S3Diff restores videos on the command line alone."
+            f"model: found {title}'s adapter, which is another one for each image, expected one for all frames. Take another method, or the command "
+            f"line (upscale --method {carried.method.key})."
         )
     mark, _ = found_adapter(model)
     if noise_predictor is None and mark is None:

@@ -144,3 +144,13 @@ def test_refused(comfy, demo, clip, tmp_path):
     (tmp_path / "no.mp4").write_text("no video")
     with pytest.raises(ValueError, match="video: it cannot be read as a video"):
         comfy.run("FewStepSRVideo", **{**wired, "video": video_of(tmp_path / "no.mp4")}, noise_predictor=predictor)
+
+
+def test_an_adapter_for_each_image_is_refused(comfy, demo, clip):
+    from types import SimpleNamespace
+
+    s3diff = importlib.import_module("fewstep_sr.methods").METHODS["s3diff"]
+    model = demo["OSEDiff"][0].clone()
+    model.set_attachments("fewstep_sr_per_image", SimpleNamespace(method=s3diff))
+    with pytest.raises(ValueError, match="model: found S3Diff's adapter, which is another one for each image.*--method s3diff"):
+        comfy.run("FewStepSRVideo", video=video_of(clip), model=model, positive=demo["OSEDiff"][2], vae=demo["OSEDiff"][1])

@@ -544,7 +544,6 @@ CONTRACT = {
             "model",
             "positive",
             "vae",
-            "negative",
             "noise_predictor",
             "scale_by",
             "frames",
