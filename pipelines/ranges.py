@@ -134,7 +134,8 @@ def say_ignored(settings: "Settings") -> None:
     published = settings.method.schedule.published if settings.method.schedule else {}
     if timesteps and steps not in (None, 1):
         print("--steps is passed over: --timesteps says which.", file=sys.stderr)
-    if settings.suffix in (".png", ".tif", ".tiff") and settings.quality != 95:
-        print(f"--quality is passed over: {settings.suffix[1:].upper()} loses nothing.", file=sys.stderr)
+    suffix = settings.suffix or (settings.output.suffix.lower() if settings.output else "")
+    if suffix in (".png", ".tif", ".tiff") and settings.quality != 95:
+        print(f"--quality is passed over: {suffix[1:].upper()} loses nothing.", file=sys.stderr)
     if steps and not timesteps and published and steps not in published:
         print(f"--steps {steps}: {settings.method.title} is published with 1 to {max(published)}; these are evenly spaced.", file=sys.stderr)

@@ -129,8 +129,8 @@ def test_output_names_that_agree(tmp_path):
     assert beside([str(touch(tmp_path, "c.bmp") / "c.bmp")], "x1.5", None).name == "c_x1.5.png"
 
 
-def settings(method="osediff", **kwargs) -> Settings:
-    return Settings(inputs=("a",), output=None, method=METHODS[method], **kwargs)
+def settings(method="osediff", output=None, **kwargs) -> Settings:
+    return Settings(inputs=("a",), output=output, method=METHODS[method], **kwargs)
 
 
 def result(job: Job, own: Settings | None) -> None:
@@ -298,6 +298,7 @@ def test_sizes_are_rounded():
         ({"negative_prompt": "x"}, "--negative-prompt is passed over"),
         ({"options": {"dape": Path("d.pth")}}, "--dape is passed over: it goes with --tagger"),
         ({"suffix": ".png", "quality": 50}, "--quality is passed over: PNG loses nothing"),
+        ({"output": Path("a.TIF"), "quality": 50}, "--quality is passed over: TIF loses nothing"),
         ({"method": "invsr", "options": {"steps": 9, "timesteps": ()}}, "--steps 9: InvSR is published with 1 to 5; these are evenly spaced"),
         ({"method": "invsr", "options": {"steps": 3, "timesteps": (100,)}}, "--steps is passed over"),
     ],
