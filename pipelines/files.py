@@ -10,9 +10,13 @@ from fewstep_sr.methods.osediff import save_adapter
 from fewstep_sr.weights.kinds import TAGGER
 from fewstep_sr.weights.light_decoder import Decoder, convert_light_decoder, is_light_decoder, read_light_decoder
 from fewstep_sr.weights.read import read_weights
+from fewstep_sr.weights.strict import printable
 from fewstep_sr.weights.tagger import convert_tagger, load_tagger_weights
 
 from .pictures.record import read_record, recorded_settings
+
+_LONGEST = 4000
+"""Characters of a setting or a note; a result's record holds no more."""
 
 
 def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path | None = None, vae: Path | None = None) -> str:
@@ -63,7 +67,7 @@ def _convert_folder(path: Path, output: Path, overwrite: bool) -> str:
 def describe_file(path: Path) -> str:
     """A few lines on a weight file: kind, rank, size, and what it fits; on a picture that ``upscale`` has written: with which settings."""
     if made := read_record(path):
-        settings = [f"  {name}: {value}" for name, value in recorded_settings(made).items()]
+        settings = [f"  {_shown(name)}: {_shown(str(value))}" for name, value in recorded_settings(made).items()]
         return "\n".join(
             [f"{path}: a picture restored by this program, {_size(path)}", *(settings or ["  note: its settings were too long to keep"])]
         )
@@ -78,8 +82,13 @@ def describe_file(path: Path) -> str:
         lines += _light_decoder(read_light_decoder(path, kind))
     elif kind.lacking:
         lines.append(f"  note: {kind.lacking}")
-    lines += [f"  {key}: {value}" for key, value in sorted(metadata.items()) if key != "format" and len(value) <= 200]
+    lines += [f"  {_shown(key)}: {_shown(value)}" for key, value in sorted(metadata.items()) if key != "format" and len(value) <= 200]
     return "\n".join(lines)
+
+
+def _shown(text: str) -> str:
+    """What a file says, without what a terminal could take for a command; of keys, what a line holds."""
+    return text if text.isprintable() and len(text) <= _LONGEST else printable(text)
 
 
 def _tagger(path: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """Which images a command names, where their results go, and what of them is done."""
 
+import json
 import os
 import re
 from fractions import Fraction
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from fewstep_sr.methods import METHODS
 from pipelines.base import FewStepSRPipeline
@@ -213,6 +216,18 @@ def test_a_single_named_file_is_done_again(tmp_path):
     with pytest.raises(FileExistsError, match="b.png exists and is no result of this program"):
         Results(settings(), [job])(job)
     assert not Results(settings(overwrite=True), [job])(job)
+
+
+def test_info_gives_a_terminal_no_commands(tmp_path, capsys):
+    """Out of a result's record and of a weight file's metadata."""
+    pixels = Pixels(np.zeros((4, 4, 3), np.uint8))
+    record = f"ComfyUI-FewStepSR {'0' * 32} " + json.dumps({"prompt": "\x1b[2J", "a\x07": 1, "base": "sd.safetensors"})
+    write_picture(pixels.tensor(), Picture(pixels), tmp_path / "a.png", 95, record)
+    save_file({"x": torch.zeros(2)}, tmp_path / "a.safetensors", {"note": "\x1b]0;title\x07", "\x1b[1m" + "k" * 5000: "v"})
+    for name, words in (("a.png", ["base: sd.safetensors", "\\x1b[2J"]), ("a.safetensors", ["note: \\x1b]0;title"])):
+        assert main(["info", str(tmp_path / name)]) == 0
+        said = capsys.readouterr().out
+        assert all(word in said for word in words) and all(line.isprintable() and len(line) < 300 for line in said.splitlines())
 
 
 @pytest.mark.parametrize("rest", [' {"scale": 4', " [1, 2]", " " + "[" * 3000, " nothing", "", " null"])
