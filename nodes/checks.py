@@ -99,6 +99,15 @@ def require_picture(latent: dict, name: str = "latent") -> torch.Tensor:
     return samples
 
 
+def require_own_noise(model, samples: torch.Tensor) -> None:
+    """Refuse context windows that shuffle noise between pictures (FreeNoise, Qiu et al., ICLR 2024): here a picture's noise is made of the picture."""
+    if len(samples) > 1 and getattr(model.model_options.get("context_handler"), "freenoise", False):
+        raise ValueError(
+            f"model: found context windows with freenoise, which gives pictures of a batch one another's noise, expected each of the {len(samples)} "
+            "pictures' own. Turn freenoise off."
+        )
+
+
 def require_memory(model, samples: torch.Tensor) -> None:
     """Refuse a picture of which a single activation, the output of the UNet's first feed-forward, is larger than the device's memory."""
     height, width = samples.shape[-2:]

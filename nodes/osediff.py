@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..fewstep_sr.methods import OSEDIFF, load_weights
 from ..fewstep_sr.methods.osediff import TIMESTEP
 from .adapter import adapt_model, adapt_vae
-from .checks import require_picture, require_stable_diffusion
+from .checks import require_own_noise, require_picture, require_stable_diffusion
 from .load_adapter import check_base, strength_input
 from .marks import require_family
 from .noise import PredictedNoise, number_pictures
@@ -150,6 +150,7 @@ class OSEDiffStartState(io.ComfyNode):
         require_stable_diffusion(model)
         require_family(model, OSEDIFF, OTHER_FAMILY)
         samples = require_picture(latent)
+        require_own_noise(model, samples)
         noise = PredictedNoise(model.get_model_object("latent_format").process_in(samples.float()), latent, _require_blank)
         return io.NodeOutput(noise, {**latent, "samples": torch.zeros_like(samples), "batch_index": number_pictures(latent)})
 

@@ -9,7 +9,7 @@ import latent_preview
 import torch
 
 from ..fewstep_sr.diffusion import alpha_bar_of, from_sigma_space, to_sigma_space
-from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_picture, require_stable_diffusion
+from .checks import TILE_IT, require_conditioning, require_finite, require_memory, require_own_noise, require_picture, require_stable_diffusion
 from .page import require_number
 from .tiled_model import is_tiled, predict_only, stream_pictures
 
@@ -24,6 +24,7 @@ def require_step(model, positive, latent: dict, negative, cfg: float) -> dict:
     """The conditionings for the sampler, by name. Raises ValueError where an input of a one-step node does not fit."""
     require_stable_diffusion(model)
     samples = require_picture(latent)
+    require_own_noise(model, samples)
     if not is_tiled(model) and "model_function_wrapper" not in model.model_options:  # other packs' tiling
         require_memory(model, samples)
     require_number(cfg, "cfg", 0.0, 100.0)

@@ -113,6 +113,27 @@ def test_sampled_pictures_are_the_batchs(comfy, model, latent):
     assert relative_error(sample(pick(comfy, blank, 2)), sample(blank)[2:3]) < 1e-4
 
 
+def test_context_windows_that_shuffle_noise_are_refused(comfy, model, latent):
+    """FreeNoise gives a picture the noise of another, which here is another picture."""
+    from comfy_extras.nodes_context_windows import ContextWindowsManualNode as Windows
+
+    def windows(freenoise):
+        options = {"context_length": 1, "context_overlap": 0, "context_schedule": "standard_static", "context_stride": 1}
+        return Windows.execute(model=model, **options, closed_loop=False, fuse_method="flat", dim=0, freenoise=freenoise)[0]
+
+    def step(model, latent):
+        return comfy.run("OSEDiffOneStep", model=model, positive=conditioning(SEED), latent=latent)[0]["samples"]
+
+    for node, inputs in (("OSEDiffOneStep", {"positive": conditioning(SEED)}), ("OSEDiffStartState", {})):
+        with pytest.raises(
+            ValueError, match="model: found context windows with freenoise.* expected each of the 4 pictures' own. Turn freenoise off"
+        ):
+            comfy.run(node, model=windows(True), latent=latent, **inputs)
+    assert relative_error(step(windows(False), latent), step(model, latent)) < 1e-4
+    one = pick(comfy, latent, 1)
+    assert relative_error(step(windows(True), one), step(model, one)) < 1e-4
+
+
 def test_numbers_are_numbers_to_others(comfy, model, latent):
     import copy
     import json
