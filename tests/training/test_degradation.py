@@ -269,9 +269,9 @@ def test_mild_degradation(compressed):
         ("random", below(0.5) if compressed else 0.5),
         *([("uniform", 70, 98, 84.0)] if compressed else []),
     )
-    found = Degradation()._once(picture, (12, 20), draws)
+    found = Degradation(mild=Mild(noise=100.0))._once(picture, (12, 20), draws)
     assert draws.done()
-    x = area(filtered(picture, gaussian_blur(1.5, 21)), (12, 20)) + torch.from_numpy(draws.arrays[0]) * 6 * 0.49 / 255
+    x = area(filtered(picture, gaussian_blur(1.5, 21)), (12, 20)) + torch.from_numpy(draws.arrays[0]) * 100 * 0.49 / 255
     expected = ((jpeg_by_pillow(x, 84) if compressed else x)[0].clamp(0, 1) * 255).round() / 255
     off = (found - expected).abs() * 255
     assert off.max() < 8 and off.mean() < 0.05
