@@ -20,6 +20,7 @@ from fewstep_sr.tiling.unet import take
 
 from .checks import require_finite, require_number, require_stable_diffusion
 from .compiled import Compiler
+from .convolutions import Convolutions, replace_convolutions
 from .decoder import DecoderMixin
 from .inputs import Generators, Pictures, require_one_or_each, to_batch, to_generators, to_texts
 from .ranges import scaled
@@ -139,6 +140,10 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
             if isinstance(network, torch.nn.Module):
                 torch.nn.Module.to(network, dtype)  # not diffusers' own, which warns of what does not concern these networks
         self.vae.to(memory_format=memory_format)
+
+    def replace_convolutions(self, choice: Convolutions) -> None:
+        """Let convolutions on a CPU run as ``choice`` says from now on, after :meth:`convert`: :func:`pipelines.processor.choose_convolutions` measures which is fastest."""
+        replace_convolutions(self.unet, self.vae.decoder, choice)
 
     def encode_prompt(self, prompt: str | list[str]) -> torch.Tensor:
         """Text embeddings (B, 77, width) of the base's own text encoder."""

@@ -44,15 +44,15 @@ class Tiling:
         """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1] of any size, float32 on the CPU."""
 
         def call(network, part):
-            part = (part * 2 - 1).to(device, vae.dtype)
-            if self._compiles(network, whole):
-                return self.call(_encode, part, network.encoder, network.quant_conv).float()
-            return network.encode(part).latent_dist.parameters.float()
+            return network.encode((part * 2 - 1).to(device, vae.dtype)).latent_dist.parameters.float()
+
+        def compiled(network, part):
+            return self.call(_encode, (part * 2 - 1).to(device, vae.dtype), network.encoder, network.quant_conv).float()
 
         whole = self._untiled(vae)
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(whole, call, _share_attention, VAE_MULTIPLE, 1, self._coder_fitting(moments), runtime, device)
+        coder = TiledCoder(whole, call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device, compiled if self._compiles(whole) else None)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
@@ -60,14 +60,14 @@ class Tiling:
         """Pictures (B, 3, 8h, 8w) in [-1, 1] of the VAE's own latents (B, 4, h, w), float32 on the CPU."""
 
         def call(network, part):
-            part = part.to(device, vae.dtype)
-            if self._compiles(network, whole):
-                return self.call(_decode, part, network.decoder, network.post_quant_conv).float()
-            return network.decode(part).sample.float()
+            return network.decode(part.to(device, vae.dtype)).sample.float()
+
+        def compiled(network, part):
+            return self.call(_decode, part.to(device, vae.dtype), network.decoder, network.post_quant_conv).float()
 
         whole = self._untiled(vae)
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(whole, call, _share_attention, 1, VAE_MULTIPLE, self._coder_fitting(latents), runtime, device)
+        coder = TiledCoder(whole, call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime, device, compiled if self._compiles(whole) else None)
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 
@@ -87,17 +87,13 @@ class Tiling:
         """``function(image, ...)``, compiled where there is a compiler."""
         return (self.compiler or call_plainly)(function, image, *args, **kwargs)
 
-    def _compiles(self, network: AutoencoderKL, whole: AutoencoderKL) -> bool:
-        """Whether a VAE is compiled: not what shares the statistics of a whole picture among its tiles, which is made for each picture."""
-        return self.compiler is not None and network is whole and not (network.use_tiling or network.use_slicing)
+    def _compiles(self, vae: AutoencoderKL) -> bool:
+        """Whether a VAE is compiled: not where it has its own tiles or slices."""
+        return self.compiler is not None and not (vae.use_tiling or vae.use_slicing)
 
     def fitting(self, height: int, width: int) -> int:
         """How many tiles or pictures of so many cells go through a network in one call."""
         return 1 if self.compiler else fitting(height, width)
-
-    def _coder_fitting(self, latents: torch.Tensor) -> Callable[[int, int], int]:
-        """How many go through the VAE: tiles, which are not compiled, as many as ever."""
-        return self.fitting if max(latents.shape[-2:]) <= self._side(latents) else fitting
 
     def _side(self, latents: torch.Tensor) -> int:
         return self.tile or max(latents.shape[-2:])

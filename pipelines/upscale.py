@@ -20,7 +20,7 @@ from .find import find_base, find_companions, find_weights
 from .jobs import Job, beside, list_jobs
 from .pictures import read_picture, require_place, require_writable, write_picture
 from .processes import Peers
-from .processor import choose, fit_threads
+from .processor import choose, choose_convolutions, fit_threads
 from .ranges import say_ignored_of_videos, scaled
 from .settings import Settings
 from .single_file import find_tokenizer
@@ -124,6 +124,7 @@ class Upscaler:
         self.pipeline.prepare({**settings.options, **companions})
         if device.type == "cpu" and not settings.demo:
             self.pipeline.convert(dtype, memory_format)
+            self.pipeline.replace_convolutions(choose_convolutions(dtype, memory_format))
             if by_speed and dtype != torch.float32 and not settings.dtype and state.is_main_process:
                 print("bfloat16 is chosen, which this processor computes much faster (--dtype float32 for more precision).", file=sys.stderr)
         self.pipeline.set_progress_bar_config(leave=False, dynamic_ncols=True, disable=state.num_processes > 1 or None)  # None: in a terminal alone

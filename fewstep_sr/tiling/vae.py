@@ -46,6 +46,7 @@ class TiledCoder:
         fitting: how many tiles of (height, width) cells go through it in one call.
         device: where ``call`` takes its parts to. A picture in tiles goes there and comes back as a whole where the runtime says that it fits.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
+        compiled: ``call``, compiled, for pictures and tiles one at a time: another number of them would be another graph. The reduced pass goes through ``call``.
     """
 
     network: nn.Module
@@ -56,6 +57,7 @@ class TiledCoder:
     fitting: Callable[[int, int], int]
     runtime: Runtime
     device: torch.device = CPU
+    compiled: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -82,11 +84,12 @@ class TiledCoder:
 
     def _run(self, source, result: torch.Tensor, layout: TileLayout, most: int | None) -> None:
         first = layout.tiles[0]
-        group = most or max(1, self.fitting(first.height, first.width))
+        fitting = most or max(1, self.fitting(first.height, first.width))
+        group, coded = (1, self.compiled) if self.compiled else (fitting, self.call)
         if len(layout.tiles) == 1:  # pictures go together
 
             def code_whole(pictures: range) -> None:
-                answers = self.call(self.network, torch.cat([source(i) for i in pictures]))
+                answers = coded(self.network, torch.cat([source(i) for i in pictures]))
                 result[pictures.start : pictures.stop] = answers.to(result)
 
             run_in_groups(range(len(result)), group, code_whole, self.runtime, self.runtime.progress(len(result)))
@@ -94,11 +97,14 @@ class TiledCoder:
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
         area, size = first.height * first.width, layout.height * layout.width
-        reduced_cells = max(area, min(max(MIN_MOSAIC, size // 2), MAX_MOSAIC, group * area))
+        reduced_cells = max(area, min(max(MIN_MOSAIC, size // 2), MAX_MOSAIC, fitting * area))
         update = self.runtime.progress(len(result) * len(layout.tiles))
 
         def call(part: torch.Tensor) -> torch.Tensor:
             return self.call(network, part)
+
+        def call_tiles(tiles: torch.Tensor) -> torch.Tensor:
+            return coded(network, tiles)
 
         for i, whole_result in enumerate(result):
             canvas = self._place(source(i))
@@ -106,7 +112,8 @@ class TiledCoder:
 
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
                 parts = torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])
-                answers = whole.watch(call, parts, [share_of(layout, tile) for tile in tiles], self.scale_in).to(blended)
+                shares = [share_of(layout, tile) for tile in tiles]
+                answers = whole.watch(call_tiles, parts, shares, self.scale_in, self.compiled is not None).to(blended)
                 for tile, answer in zip(tiles, answers, strict=True):
                     tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
 

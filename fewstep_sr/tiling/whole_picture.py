@@ -26,8 +26,8 @@ MAX_KEYS = 4096
 Statistics = tuple[torch.Tensor, torch.Tensor]
 """Mean and variance of each group, float32, (groups,)."""
 
-Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys and values (1, n, C), and the logarithms of their weights, (n,)."""
+Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values (1, n, C), the logarithms of their weights, (n,), and how many cells the picture has, float32, (1,)."""
 
 Share = tuple[slice, slice]
 """Rows and columns of a tile, in cells: what no other tile counts."""
@@ -49,24 +49,35 @@ class WholePicture:
         self._watched: dict[nn.GroupNorm, torch.Tensor] = {}
         self._tiles_keys: dict[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self._watched_keys: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._watching = False
         self._shares: Sequence[Share] = ()
         self._tile = (1, 1)
+        self._picked = torch.empty(0)
+        self._masks: tuple[torch.Tensor, ...] = ()
 
     def collect(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
         """Run the reduced pass. Tiles that follow are parts of the picture that ``mosaic`` stands for."""
         self._corrections = {}
         self._collect(network, mosaic)
 
-    def watch(self, network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.Tensor, shares: Sequence[Share], scale: int = 1) -> torch.Tensor:
+    def watch(
+        self, network: Callable[[torch.Tensor], torch.Tensor], tiles: torch.Tensor, shares: Sequence[Share], scale: int = 1, compiled: bool = False
+    ) -> torch.Tensor:
         """The network's answer for tiles (n, C, h, w), with ``scale`` elements for each cell along a side, of whose ``shares`` sums and a sample of keys are kept.
 
-        Those of all tiles cover the picture once. Nothing is kept where the network fails.
+        Those of all tiles cover the picture once. Nothing is kept where the network fails. A ``compiled`` network needs one graph for all tiles and pictures:
+        what differs among them comes to it as tensors.
         """
         self._watched, self._watched_keys, self._shares, self._tile = {}, {}, shares, cells_of(tiles, scale)
+        self._picked = self._pick()
+        if compiled:
+            self._masks = self._mask_shares()
+            self._keep_sizes_open()
+        self._watching = True
         try:
             answer = network(tiles)
         finally:
-            self._shares = ()
+            self._watching, self._masks = False, ()
         for norm, sums in self._watched.items():
             self._sums[norm] = self._sums[norm] + sums if norm in self._sums else sums
         for block, found in self._watched_keys.items():
@@ -89,7 +100,7 @@ class WholePicture:
         self._collect(network, mosaic)
         for block, found in keys.items():
             k, v = (torch.cat(tensors, 1) for tensors in zip(*found, strict=True))
-            self._keys[block] = k, v, k.new_full(k.shape[1:2], -math.log(k.shape[1]))
+            self._keys[block] = k, v, k.new_full(k.shape[1:2], -math.log(k.shape[1])), self._cells_at(k)
 
     def _true(self) -> dict[nn.GroupNorm, Statistics]:
         """The picture's statistics, by the sums of its watched tiles."""
@@ -113,8 +124,8 @@ class WholePicture:
         if self._mosaic:
             self._found[norm] = self._moments(x, norm.num_groups, self._mosaic)
             self._statistics[norm] = self._corrected(norm, self._found[norm])
-        elif self._shares:
-            self._watched[norm] = self._sums_of(x, norm.num_groups)
+        elif self._watching:
+            self._watched[norm] = (self._masked_sums_of if self._masks else self._sums_of)(x, norm.num_groups)
         mean, var = (values.repeat_interleave(x.shape[1] // norm.num_groups) for values in self._statistics[norm])
         weight, bias = _affine(norm, x)
         return F.batch_norm(x, mean, var, weight, bias, eps=norm.eps)
@@ -139,13 +150,43 @@ class WholePicture:
             found[2] += torch.linalg.vector_norm(part, dim=(1, 2, 3), dtype=torch.float32).square()
         return found
 
-    def _keys_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(1, n, C) of the tiles' shares of (B, cells, C), as many as are their part of MAX_KEYS."""
-        found = []
-        for cells, (rows, columns) in zip(tokens.unflatten(1, self._tile), self._shares, strict=True):
-            share = cells[rows, columns]
-            found.append(share.flatten(0, 1)[:: spread_step(math.ceil(self._cells), MAX_KEYS, share.shape[1])])
-        return torch.cat(found)[None]
+    def _masked_sums_of(self, x: torch.Tensor, groups: int) -> torch.Tensor:
+        """The same of all elements, those outside the shares as zeros: a compiled network makes no copies for it."""
+        rows, columns = self._masks if x.ndim == 3 else map(_stretch, self._masks, x.shape[2:])
+        mask = (rows[:, :, None] & columns[:, None]).reshape(len(x), 1, 1, -1)
+        counted = x.reshape(len(x), groups, x.shape[1] // groups, -1).float().where(mask, 0)
+        count = (mask.sum(dtype=torch.float32) * counted.shape[2]).expand(groups)
+        return torch.stack([count, counted.sum((0, 2, 3)), counted.square().sum((0, 2, 3))])
+
+    def _mask_shares(self) -> tuple[torch.Tensor, ...]:
+        """Of each tile the rows and the columns of its share, (tiles, h) and (tiles, w), made where they are needed."""
+        masks = []
+        for shares, length in zip(zip(*self._shares, strict=True), self._tile, strict=True):
+            cells = torch.arange(length, device=self._device)
+            masks.append(torch.stack([(cells >= share.start) & (cells < share.stop) for share in shares]))
+        return tuple(masks)
+
+    def _pick(self) -> torch.Tensor:
+        """Which of all tiles' cells are kept as keys, (n,): of each tile's share as many as are its part of MAX_KEYS."""
+        cells = torch.arange(len(self._shares) * math.prod(self._tile), device=self._device).view(-1, *self._tile)
+        shares = [tile[share] for tile, share in zip(cells, self._shares, strict=True)]
+        return torch.cat([share.flatten()[:: spread_step(math.ceil(self._cells), MAX_KEYS, share.shape[1])] for share in shares])
+
+    def _keep_sizes_open(self) -> None:
+        """A compiled network gets no other graph where another tile has another size, or another picture another number of keys."""
+        sides = [(mask, 1) for mask in self._masks] + [(self._picked, 0)]
+        for k, v, log_weights, _ in self._keys.values():
+            sides += [(k, 1), (v, 1), (log_weights, 0)]
+        for tensor, dim in sides:
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+    @property
+    def _device(self) -> torch.device:
+        """Where the network is, as the reduced pass has found it."""
+        return next((mean.device for mean, _ in self._statistics.values()), torch.device("cpu"))
+
+    def _cells_at(self, k: torch.Tensor) -> torch.Tensor:
+        return k.new_full((1,), self._cells, dtype=torch.float32)
 
     def _moments(self, x: torch.Tensor, groups: int, mosaic: Mosaic) -> Statistics:
         """Mean and variance of each group over the picture that the mosaic's (1, C, h, w) or (1, C, h * w) stands for, float32, (groups,)."""
@@ -168,14 +209,17 @@ class WholePicture:
         """
         if self._mosaic:
             sample, log_weights = self._sample.to(k.device), self._log_weights.to(q)
-            sample_k, sample_v, _ = self._keys[block] = k.index_select(1, sample), v.index_select(1, sample), log_weights
+            sample_k, sample_v = k.index_select(1, sample), v.index_select(1, sample)
+            self._keys[block] = sample_k, sample_v, log_weights, self._cells_at(k)
             return F.scaled_dot_product_attention(q, sample_k, sample_v, attn_mask=log_weights.expand(len(q), q.shape[1], -1))
-        if self._shares:
-            self._watched_keys[block] = self._keys_of(k), self._keys_of(v)
+        if self._watching:
+            picked_k, picked_v = (t.flatten(0, 1).index_select(0, self._picked)[None] for t in (k, v))
+            self._watched_keys[block] = picked_k, picked_v
         tokens = q.shape[1]
-        *sampled, log_weights = self._keys[block]
+        *sampled, log_weights, cells = self._keys[block]
         sample_k, sample_v = (t.expand(len(q), -1, -1) for t in sampled)
-        bias = F.pad(log_weights + math.log(max(self._cells - tokens, 1)), (tokens, 0)).expand(len(q), tokens, -1)
+        bias = (log_weights + (cells - tokens).clamp(min=1).log()).to(q.dtype)
+        bias = F.pad(bias, (tokens, 0)).expand(len(q), tokens, -1)
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
 
 
@@ -188,6 +232,11 @@ def _affine(norm: nn.GroupNorm, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     probe[..., 1] = -1
     plus, minus = norm(probe).float().flatten(1).view(-1, 2).unbind(1)
     return (plus - minus) / 2 * math.sqrt(1 + norm.eps), (plus + minus) / 2
+
+
+def _stretch(mask: torch.Tensor, length: int) -> torch.Tensor:
+    """(n, cells) as (n, length), each cell being some elements."""
+    return mask.index_select(1, torch.arange(length, device=mask.device) * mask.shape[1] // length)
 
 
 class _SharedNorm(nn.Module):

@@ -102,3 +102,41 @@ def test_our_own_networks(comfy, memory, dtype):
     )
     for estimate, peak in zip(elements, peaks, strict=True):
         assert agrees(memory.MARGIN * estimate * dtype.itemsize, peak)
+
+
+@pytest.mark.slow
+@DTYPES
+@pytest.mark.parametrize("free", [0.5, 2.0])
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_tiles_take_what_was_reckoned_with(comfy, memory, monkeypatch, dtype, free, method):
+    """The tiles that are chosen for so many free GiB, as many in a call as are said to fit, and the reduced pass before them."""
+    from comfy import model_management
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from stable_diffusion import VAE
+
+    tiled = comfy.module(".nodes.tiled_vae")
+    free_bytes, height, width, calls = int(free * 2**30), 192, 256, []
+
+    class FakeVAE:
+        vae_dtype = dtype
+
+        class patcher:
+            get_free_memory = staticmethod(lambda device: free_bytes)
+
+    FakeVAE.device = DEVICE
+    estimate = memory.vae_memory
+    monkeypatch.setattr(tiled, "vae_memory", lambda vae, method, *size: calls.append(size) or estimate(vae, method, *size))
+    monkeypatch.setattr(model_management, "load_models_gpu", lambda models, memory_required: None)
+    monkeypatch.setattr(model_management, "get_total_memory", lambda device: 2 * free_bytes)
+    monkeypatch.setattr(tiled.ComfyUI, "has_room", lambda self, size, device: False)
+    monkeypatch.setattr(tiled.WholePicture, "off", lambda self: 0.0)  # fake tensors have no values
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        FakeVAE.first_stage_model = network = new(lambda: AutoencoderKL(ddconfig=VAE, embed_dim=4), dtype)
+        scale_in, scale_out, channels_in, channels_out = (8, 1, 3, 4) if method == "encode" else (1, 8, 4, 3)
+        source = torch.zeros(1, channels_in, height * scale_in, width * scale_in)
+        result = torch.zeros(1, channels_out, height * scale_out, width * scale_out)
+        peak = peak_bytes(lambda: tiled._run(FakeVAE, network, method, lambda i: source, result, lambda x: x, 0))
+    tile = calls[-1]  # of which fitting was asked how many there are
+    together = min(tiled.MAX_GROUP, free_bytes // estimate(FakeVAE, method, *tile))
+    reckoned = together * estimate(FakeVAE, method, *tile)
+    assert agrees(reckoned, peak) and reckoned <= free_bytes, (tile, together, reckoned / 2**30, peak / 2**30)
