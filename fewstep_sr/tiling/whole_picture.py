@@ -26,8 +26,8 @@ MAX_KEYS = 4096
 Statistics = tuple[torch.Tensor, torch.Tensor]
 """Mean and variance of each group, float32, (groups,)."""
 
-Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys and values (1, n, C), the logarithms of their weights, (n,), and how many cells the picture has, float32, (1,)."""
+Keys = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Keys and values (1, n, C), and the logarithms of their weights, (n,)."""
 
 Share = tuple[slice, slice]
 """Rows and columns of a tile, in cells: what no other tile counts."""
@@ -52,7 +52,7 @@ class WholePicture:
         self._watching = False
         self._shares: Sequence[Share] = ()
         self._tile = (1, 1)
-        self._picked = torch.empty(0)
+        self._picked = self._open_cells = torch.empty(0)
         self._masks: tuple[torch.Tensor, ...] = ()
 
     def collect(self, network: Callable[[torch.Tensor], object], mosaic: Mosaic) -> None:
@@ -69,9 +69,9 @@ class WholePicture:
         what differs among them comes to it as tensors.
         """
         self._watched, self._watched_keys, self._shares, self._tile = {}, {}, shares, cells_of(tiles, scale)
-        self._picked = self._pick()
+        self._picked = self._pick(len(tiles))
         if compiled:
-            self._masks = self._mask_shares()
+            self._masks, self._open_cells = self._mask_shares(), torch.full((1,), self._cells, device=self._device)
             self._keep_sizes_open()
         self._watching = True
         try:
@@ -100,7 +100,7 @@ class WholePicture:
         self._collect(network, mosaic)
         for block, found in keys.items():
             k, v = (torch.cat(tensors, 1) for tensors in zip(*found, strict=True))
-            self._keys[block] = k, v, k.new_full(k.shape[1:2], -math.log(k.shape[1])), self._cells_at(k)
+            self._keys[block] = k, v, k.new_full(k.shape[1:2], -math.log(k.shape[1]))
 
     def _true(self) -> dict[nn.GroupNorm, Statistics]:
         """The picture's statistics, by the sums of its watched tiles."""
@@ -166,16 +166,16 @@ class WholePicture:
             masks.append(torch.stack([(cells >= share.start) & (cells < share.stop) for share in shares]))
         return tuple(masks)
 
-    def _pick(self) -> torch.Tensor:
+    def _pick(self, tiles: int) -> torch.Tensor:
         """Which of all tiles' cells are kept as keys, (n,): of each tile's share as many as are its part of MAX_KEYS."""
-        cells = torch.arange(len(self._shares) * math.prod(self._tile), device=self._device).view(-1, *self._tile)
+        cells = torch.arange(tiles * math.prod(self._tile), device=self._device).view(-1, *self._tile)
         shares = [tile[share] for tile, share in zip(cells, self._shares, strict=True)]
         return torch.cat([share.flatten()[:: spread_step(math.ceil(self._cells), MAX_KEYS, share.shape[1])] for share in shares])
 
     def _keep_sizes_open(self) -> None:
         """A compiled network gets no other graph where another tile has another size, or another picture another number of keys."""
         sides = [(mask, 1) for mask in self._masks] + [(self._picked, 0)]
-        for k, v, log_weights, _ in self._keys.values():
+        for k, v, log_weights in self._keys.values():
             sides += [(k, 1), (v, 1), (log_weights, 0)]
         for tensor, dim in sides:
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
@@ -184,9 +184,6 @@ class WholePicture:
     def _device(self) -> torch.device:
         """Where the network is, as the reduced pass has found it."""
         return next((mean.device for mean, _ in self._statistics.values()), torch.device("cpu"))
-
-    def _cells_at(self, k: torch.Tensor) -> torch.Tensor:
-        return k.new_full((1,), self._cells, dtype=torch.float32)
 
     def _moments(self, x: torch.Tensor, groups: int, mosaic: Mosaic) -> Statistics:
         """Mean and variance of each group over the picture that the mosaic's (1, C, h, w) or (1, C, h * w) stands for, float32, (groups,)."""
@@ -209,17 +206,16 @@ class WholePicture:
         """
         if self._mosaic:
             sample, log_weights = self._sample.to(k.device), self._log_weights.to(q)
-            sample_k, sample_v = k.index_select(1, sample), v.index_select(1, sample)
-            self._keys[block] = sample_k, sample_v, log_weights, self._cells_at(k)
+            sample_k, sample_v, _ = self._keys[block] = k.index_select(1, sample), v.index_select(1, sample), log_weights
             return F.scaled_dot_product_attention(q, sample_k, sample_v, attn_mask=log_weights.expand(len(q), q.shape[1], -1))
         if self._watching:
             picked_k, picked_v = (t.flatten(0, 1).index_select(0, self._picked)[None] for t in (k, v))
             self._watched_keys[block] = picked_k, picked_v
         tokens = q.shape[1]
-        *sampled, log_weights, cells = self._keys[block]
+        *sampled, log_weights = self._keys[block]
         sample_k, sample_v = (t.expand(len(q), -1, -1) for t in sampled)
-        bias = (log_weights + (cells - tokens).clamp(min=1).log()).to(q.dtype)
-        bias = F.pad(bias, (tokens, 0)).expand(len(q), tokens, -1)
+        outside = (self._open_cells - tokens).clamp(min=1).log().to(q) if self._masks else math.log(max(self._cells - tokens, 1))
+        bias = F.pad(log_weights + outside, (tokens, 0)).expand(len(q), tokens, -1)
         return F.scaled_dot_product_attention(q, torch.cat([k, sample_k], 1), torch.cat([v, sample_v], 1), attn_mask=bias)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipelines import OSEDiffPipeline, processor
 from pipelines.cli import main
+from pipelines.convolutions import ProductConv2d, TransposedUpsample
 from pipelines.processor import seconds_of_a_block
 from pipelines.upscale import Upscaler
 
@@ -72,6 +73,7 @@ def test_threads(monkeypatch, share, asked, expected):
 )
 def test_upscale_takes_what_is_fastest(tmp_path, monkeypatch, capsys, words, expected, said):
     monkeypatch.setattr(processor, "seconds_of_a_block", lambda dtype, kept: 1 / (1 + 2 * (dtype == BFLOAT16) + (kept == LAST)))
+    monkeypatch.setattr(processor, "gains_of_convolutions", lambda dtype, kept: {"transposed": 2.0, **dict.fromkeys(processor.PRODUCT_SIDES, 2.0)})
     OSEDiffPipeline(**pipeline_toys.components(3, tmp_path / "clip")).save_pretrained(tmp_path / "base")
     torch.save(toys.osediff_checkpoint(3, 4), tmp_path / "osediff.pkl")
     Image.new("RGB", (16, 12), "gray").save(tmp_path / "in.png")
@@ -83,4 +85,6 @@ def test_upscale_takes_what_is_fastest(tmp_path, monkeypatch, capsys, words, exp
     pipeline = made[0].pipeline
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {expected}
     assert pipeline.vae.decoder.conv_in.weight.is_contiguous(memory_format=LAST)
+    kinds = {type(module) for network in (pipeline.vae.decoder, pipeline.unet) for module in network.modules()}
+    assert {TransposedUpsample, ProductConv2d} <= kinds
     assert ("bfloat16 is chosen" in capsys.readouterr().err) == said

@@ -138,8 +138,9 @@ def test_what_is_off_is_told_and_corrected():
     assert before[1] > 0.005 and after[1] < 0.3 * before[1]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
-def test_sums_are_the_pictures():
+def test_sums_are_the_pictures(compiled):
     """Of half precision, far from zero, in batches of tiles that overlap, and whatever memory's end left behind."""
     norm, whole, layout = nn.GroupNorm(2, 4), WholePicture(), TileLayout(40, 56, 24, 8)
     image = (torch.randn(1, 4, 40, 56) * 40 + 300).to(torch.bfloat16)
@@ -151,11 +152,11 @@ def test_sums_are_the_pictures():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        whole.watch(fails, layout.tiles[0].cut(image), [share_of(layout, layout.tiles[0])])
+        whole.watch(fails, layout.tiles[0].cut(image), [share_of(layout, layout.tiles[0])], compiled=compiled)
     both = layout.tiles[:2]
-    whole.watch(tiles, torch.cat([tile.cut(image) for tile in both]), [share_of(layout, tile) for tile in both])
+    whole.watch(tiles, torch.cat([tile.cut(image) for tile in both]), [share_of(layout, tile) for tile in both], compiled=compiled)
     for tile in layout.tiles[2:]:
-        whole.watch(tiles, tile.cut(image), [share_of(layout, tile)])
+        whole.watch(tiles, tile.cut(image), [share_of(layout, tile)], compiled=compiled)
     assert 0 < whole.off() < 1e-3
     (found_mean, found_var), group = whole._true()[norm], image.float().view(2, -1)
     var, mean = torch.var_mean(group, dim=1, correction=0)
@@ -238,8 +239,9 @@ def test_rounding_makes_no_negative_variance():
     assert [value.item() for value in whole._true()[norm]] == [3, 0]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @torch.no_grad()
-def test_keys_of_the_tiles(monkeypatch):
+def test_keys_of_the_tiles(monkeypatch, compiled):
     """Of each tile's share, in steps that leave no column out; after a correction they are what tiles attend to, each as much as any other."""
     monkeypatch.setattr(whole_picture, "MAX_KEYS", 6)
     whole, block = WholePicture(), nn.Identity()
@@ -249,7 +251,7 @@ def test_keys_of_the_tiles(monkeypatch):
     mosaic_of = Mosaic(torch.zeros(1, 1, 4, 4), [1.0] * 4, [1.0, 2.0, 2.0, 1.0])
     whole.collect(network, mosaic_of)  # 24 cells: every fourth, and a share of 3 x 2 has a divisor in common with 4
     for _ in range(2):
-        whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4)), (slice(1, 4), slice(0, 2))])
+        whole.watch(network, torch.zeros(2, 1, 4, 4), [(slice(0, 3), slice(2, 4)), (slice(1, 4), slice(0, 2))], compiled=compiled)
     whole.correct(network, mosaic_of)
     cells = torch.arange(32).view(2, 4, 4)
     chosen = torch.cat([cells[0, 0:3, 2:4].flatten()[::5], cells[1, 1:4, 0:2].flatten()[::5]]).repeat(2)
