@@ -128,6 +128,7 @@ if __name__ == "__main__":
         sys.exit()
     if not arguments.checkout or not (arguments.checkout / "osediff.py").is_file():
         parser.error(f"--checkout: found {arguments.checkout}, expected a copy of the repository cswry/OSEDiff, with osediff.py in it.")
+    use_huge_pages = {"THP_MEM_ALLOC_ENABLE": "1"}  # as upscale does
     environment = os.environ | ({"OMP_NUM_THREADS": str(arguments.threads)} if arguments.threads else {})
     here = Path(__file__).resolve()
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +136,8 @@ if __name__ == "__main__":
         theirs = [arguments.python, str(here.with_name("their_osediff.py")), str(arguments.checkout), str(checkpoint)]
         programs = {THEIRS: Program(theirs, environment)}  # which writes the adapter
         for name in arguments.ours:
-            programs[f"ours, {name}"] = Program([sys.executable, str(here), "--serve", name, "--checkpoint", str(checkpoint)], environment)
+            command = [sys.executable, str(here), "--serve", name, "--checkpoint", str(checkpoint)]
+            programs[f"ours, {name}"] = Program(command, use_huge_pages | environment)
         print("; ".join(f"{name}: {program.version}" for name, program in programs.items()), file=sys.stderr, flush=True)
         rows = []
         for pixels in arguments.sizes:

@@ -56,12 +56,13 @@ def largest_whole(whole: dict[int, dict[str, int]], weights: dict[str, int], met
 
 
 def report(tiled: dict[int, dict[str, int]], whole: dict[int, dict[str, int]], weights: dict[str, int]) -> str:
-    """The tables: peaks of stages, weights, and what fits into which card."""
+    """The tables: peaks of stages and of methods, weights, and what fits into which card."""
     peaks = [
         [f"{pixels}² {how}", *(f"{found[stage] / GIB:.2f}" for stage in STAGES)]
         for how, sizes in (("tiled", tiled), ("whole", whole))
         for pixels, found in sizes.items()
     ]
+    methods = [[method, *(f"{max(found[stage] for stage in stages) / GIB:.2f}" for found in tiled.values())] for method, stages in METHODS.items()]
     rows = []
     for method in METHODS:
         for offload in (False, True):
@@ -73,6 +74,7 @@ def report(tiled: dict[int, dict[str, int]], whole: dict[int, dict[str, int]], w
     return "\n\n".join(
         [
             table(["output", *(f"{stage}, GiB" for stage in STAGES)], peaks),
+            table(["most of a method's stages beside the weights, GiB, tiled", *(f"{pixels}²" for pixels in tiled)], methods),
             table(["weights", *weights], [["GiB", *(f"{size / GIB:.2f}" for size in weights.values())]]),
             table(["largest output: in tiles (of those above), whole", "weights on the card", *(f"{card} GB" for card in CARDS)], rows),
         ]

@@ -1,5 +1,7 @@
 """What a CPU's speed decides: precision and memory format by measured seconds, threads by a container's share."""
 
+import argparse
+import os
 from pathlib import Path
 
 import pipeline_toys
@@ -8,7 +10,7 @@ import torch
 import toys
 from PIL import Image
 
-from pipelines import OSEDiffPipeline, processor
+from pipelines import OSEDiffPipeline, cli, processor
 from pipelines.cli import main
 from pipelines.convolutions import ProductConv2d, TransposedUpsample
 from pipelines.processor import seconds_of_a_block
@@ -88,3 +90,15 @@ def test_upscale_takes_what_is_fastest(tmp_path, monkeypatch, capsys, words, exp
     kinds = {type(module) for network in (pipeline.vae.decoder, pipeline.unet) for module in network.modules()}
     assert {TransposedUpsample, ProductConv2d} <= kinds
     assert ("bfloat16 is chosen" in capsys.readouterr().err) == said
+
+
+def test_tensors_lie_in_huge_pages_unless_told_otherwise(monkeypatch):
+    """Before anything is imported that makes one, since PyTorch asks once."""
+    found = []
+    monkeypatch.setattr(cli, "require_packages", lambda: found.append(os.environ["THP_MEM_ALLOC_ENABLE"]))
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    run = argparse.Namespace(verbose=False, run=lambda arguments: 0)
+    assert cli.run_command(run) == 0
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert cli.run_command(run) == 0
+    assert found == ["1", "0"]
