@@ -45,8 +45,10 @@ def build(checkpoint: Path, dtype: torch.dtype, light: bool):
     pipeline.load_weights(checkpoint)
     pipeline.prepare({})
     choice = choose([dtype])
+    convolutions = choose_convolutions(*choice)
+    print(*choice, convolutions, file=sys.stderr)
     pipeline.convert(*choice)
-    pipeline.replace_convolutions(choose_convolutions(*choice))
+    pipeline.replace_convolutions(convolutions)
     pipeline.enable_tiling()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
