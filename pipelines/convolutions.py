@@ -1,7 +1,7 @@
 """Convolutions that take a CPU less time: the same sums in another order, equal to rounding."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,15 @@ class Convolutions(NamedTuple):
 
 
 class ProductConv2d(nn.Conv2d):
-    """A convolution as a product of matrices where its image is small: oneDNN would bring the weights into an order of its own, which then takes longer than the sums."""
+    """A 3 x 3 convolution, padded by 1, as a product of matrices where its image is small: oneDNN would bring the weights into an order of its own, which then takes longer than the sums."""
 
     product_pixels = 0
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        size = [
-            (side + 2 * pad - kernel) // stride + 1
-            for side, pad, kernel, stride in zip(input.shape[-2:], self.padding, self.kernel_size, self.stride, strict=True)
-        ]
+        size = [(side - 1) // stride + 1 for side, stride in zip(input.shape[-2:], self.stride, strict=True)]
         if input.device.type != "cpu" or torch.compiler.is_compiling() or size[0] * size[1] > self.product_pixels:
             return super().forward(input)
-        patches = F.unfold(input, self.kernel_size, padding=self.padding, stride=self.stride)  # (B, C * 9, pixels)
+        patches = F.unfold(input, 3, padding=1, stride=self.stride)  # (B, C * 9, pixels)
         weight = self.weight.flatten(1).expand(len(input), -1, -1)
         product = weight @ patches if self.bias is None else torch.baddbmm(self.bias[:, None], weight, patches)
         return product.view(len(input), self.out_channels, *size)
@@ -49,6 +46,7 @@ class TransposedUpsample(nn.Module):
     def __init__(self, conv: nn.Conv2d):
         super().__init__()
         self.conv = conv
+        self.transposed: torch.Tensor
         self.register_buffer("transposed", transposed_weight(conv.weight.detach()), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor, output_size=None, *args, **kwargs) -> torch.Tensor:
@@ -74,17 +72,18 @@ def replace_convolutions(unet: nn.Module, decoder: nn.Module, choice: Convolutio
         _replace(decoder, _repeats_and_convolves, lambda upsample: TransposedUpsample(upsample.conv))
 
 
-def _replace(network: nn.Module, which: Callable[[nn.Module], bool], make: Callable[[nn.Module], nn.Module]) -> None:
+def _replace(network: nn.Module, which: Callable[[nn.Module], bool], make: Callable[[Any], nn.Module]) -> None:
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             if which(child):
                 setattr(parent, name, make(child))
 
 
-def _can_be_product(module: nn.Module) -> bool:
+def _can_be_product(module: Any) -> bool:
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (3, 3)
+        and module.padding == (1, 1)
         and module.dilation == (1, 1)
         and module.groups == 1
         and module.padding_mode == "zeros"
@@ -93,11 +92,11 @@ def _can_be_product(module: nn.Module) -> bool:
 
 def as_product(conv: nn.Conv2d, pixels: int) -> ProductConv2d:
     """The convolution as one that is a product of matrices for images of at most so many ``pixels``; it has the same weights."""
-    product = ProductConv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False, device="meta")
+    product = ProductConv2d(conv.in_channels, conv.out_channels, 3, conv.stride, 1, bias=False, device="meta")  # type: ignore[arg-type]
     product.weight, product.bias, product.product_pixels = conv.weight, conv.bias, pixels
     return product
 
 
-def _repeats_and_convolves(module: nn.Module) -> bool:
+def _repeats_and_convolves(module: Any) -> bool:
     plain = isinstance(module, Upsample2D) and module.interpolate and module.norm is None and isinstance(getattr(module, "conv", None), nn.Conv2d)
     return plain and module.conv.kernel_size == (3, 3) and module.conv.padding == (1, 1)

@@ -62,7 +62,7 @@ def gains_of_convolutions(dtype: torch.dtype, memory_format: torch.memory_format
         image = torch.rand(1, channels, side, side).to(dtype)
         found[side] = _gain(partial(conv, image), partial(product, image))
     channels //= 4
-    conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype).to(memory_format=memory_format)
+    conv = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype).to(memory_format=memory_format)  # type: ignore[call-overload]
     image = torch.rand(1, channels, 32, 32).to(dtype).contiguous(memory_format=memory_format)
     plain = lambda: conv(F.interpolate(image, scale_factor=2.0, mode="nearest"))  # noqa: E731
     return found | {"transposed": _gain(plain, partial(TransposedUpsample(conv), image))}

@@ -65,6 +65,7 @@ def test_what_is_not_plain_stays():
             "dilated": nn.Conv2d(4, 4, 3, padding=1, dilation=2),
             "reflected": nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
             "pointwise": nn.Conv2d(4, 4, 1),
+            "unpadded": nn.Conv2d(4, 4, 3),
             "normalised": Upsample2D(4, use_conv=True, norm_type="ln_norm"),
             "transposed": Upsample2D(4, use_conv_transpose=True),
             "repeated": Upsample2D(4),
