@@ -1,8 +1,12 @@
-"""InvSR's latent discriminator: a UNet with time and text that says of each part of a latent picture, at several scales, whether it is real."""
+"""Discriminators: InvSR's of latents, a UNet with time and text that says of each part of a latent picture, at several scales, whether it is real; and one of pictures."""
+
+from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from .options import DISCRIMINATOR_CHANNELS
 
@@ -40,6 +44,28 @@ class LatentDiscriminator(nn.Module):
         self._logits.clear()
         self.unet(latents, timesteps, encoder_hidden_states=prompt_embeds)
         return list(self._logits)
+
+
+class PatchDiscriminator(nn.Module):
+    """A discriminator of pictures that looks at patches alone (Isola et al., CVPR 2017), with spectral normalisation (Miyato et al., ICLR 2018).
+
+    Beside the picture it sees what a mean of 3 x 3 pixels takes out of it, enlarged: texture is a small part of a picture's values.
+
+    Args:
+        channels: of the levels, each of half the size of the one before.
+    """
+
+    def __init__(self, channels: tuple[int, ...] = (32, 64, 128)):
+        super().__init__()
+        layers: list[nn.Module] = [spectral_norm(nn.Conv2d(6, channels[0], 3, padding=1)), nn.LeakyReLU(0.2)]
+        for width, next_width in pairwise(channels):
+            layers += [spectral_norm(nn.Conv2d(width, next_width, 4, stride=2, padding=1)), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels[-1], 1, 3, padding=1)))
+
+    def forward(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+        """Logits (B, 1, h, w) of pictures (B, 3, H, W) in [-1, 1], in a list as :func:`~pipelines.training.losses.hinge_loss` wants them; large where they look real."""
+        detail = pictures - F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        return [self.layers(torch.cat([pictures, 8 * detail], 1))]
 
 
 def _head(channels: int) -> nn.Sequential:

@@ -19,11 +19,16 @@ from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
+from diffusers import AutoencoderKL
+
+from fewstep_sr.methods import METHODS
 from pipelines.cli import main as pipelines_main
+from pipelines.demo import load_demo
 from tools.miniature import photos
-from tools.miniature.autoencoder import AutoencoderTask, normalize_latents, small_vae
+from tools.miniature.autoencoder import AutoencoderTask, TextureOptions, normalize_latents, small_vae
 from tools.miniature.base_unet import BaseUNetTask, small_unet
 from tools.miniature.cli import main
+from tools.miniature.restored import RestoredLatents
 from tools.miniature.synthetic import draw_picture
 
 
@@ -55,6 +60,62 @@ def test_decoder_only_leaves_the_encoder():
     loss.backward()
     learned = {name.split(".")[0] for name, parameter in vae.named_parameters() if parameter.grad is not None}
     assert learned == {"decoder", "post_quant_conv"}
+
+
+def test_a_decoder_learns_from_a_discriminator_and_from_restored_latents():
+    """The discriminator learns alone at first; each phase's gradients are its own; the last half of a batch is decoded from what the methods made of it."""
+    torch.manual_seed(0)
+    restored, asked = torch.randn(1, 4, 4, 4), []
+
+    def restore(lq, number, generator):
+        asked.append((lq, number.tolist()))
+        return restored * vae.config.scaling_factor
+
+    vae, options = (
+        small_vae(),
+        TextureOptions(texture=0.1, structure=0.1, adversarial=0.1, adversarial_from=2, discriminator_channels=(8, 16), restored=0.5),
+    )
+    task = AutoencoderTask(vae, torch.empty(0), decoder_only=True, options=options, restore=restore)
+    batch = {"hq": torch.rand(2, 3, 32, 32), "lq": torch.rand(2, 3, 8, 8), "number": torch.tensor([3, 4])}
+    for step in (1, 2):
+        task.begin_step(step)
+        loss, figures = task.loss("autoencoder", batch, torch.Generator().manual_seed(0))
+        assert {"texture", "structure"} <= figures.keys() and ("adversarial" in figures) == (step == 2)
+        loss.backward()
+    assert all(torch.equal(lq, batch["lq"][1:]) and numbers == [4] for lq, numbers in asked) and len(asked) == 2
+    real, fake = task._seen
+    assert torch.equal(real, batch["hq"] * 2 - 1) and torch.allclose(fake[1:], vae.decode(restored).sample, atol=1e-5)
+    assert not torch.allclose(fake[:1], vae.decode(restored).sample, atol=1e-2)
+    assert all(parameter.grad is None for parameter in (*task.discriminator.parameters(), *vae.encoder.parameters()))
+    before = vae.decoder.conv_out.weight.grad.clone()
+    assert before.abs().sum() > 0
+    loss, figures = task.loss("discriminator", batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert set(figures) == {"real", "fake"} and torch.equal(vae.decoder.conv_out.weight.grad, before)
+    assert all(parameter.grad is not None for parameter in task.discriminator.parameters())
+    assert task.settings()["restored"] == 0.5 and AutoencoderTask(small_vae(), torch.empty(0)).settings() == {}
+    with pytest.raises(ValueError, match="--decoder-only"):
+        AutoencoderTask(small_vae(), torch.empty(0), options=options, restore=restore)
+
+
+@pytest.mark.slow
+def test_restored_latents_are_the_methods():
+    """By OSEDiff and InvSR in turns, what their pipelines decode; samples that come again are not restored again."""
+    restore, lq = RestoredLatents(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    found = restore(lq, torch.tensor([6, 3]), torch.Generator().manual_seed(1))
+    for row, method in enumerate(("osediff", "invsr")):
+        pipeline, embeds = load_demo(method)
+        call = METHODS[method].demo.call | {
+            "prompt_embeds": embeds,
+            "generator": torch.Generator().manual_seed(1),
+            "color_fix": None,
+            "output_type": "pt",
+        }
+        decoded = pipeline.decode(found[row : row + 1])
+        assert torch.allclose(decoded, pipeline(lq[row : row + 1], **call).images, atol=1e-4), method
+    again = restore(torch.zeros_like(lq), torch.tensor([3, 6]), torch.Generator().manual_seed(2))
+    assert torch.equal(again, found.flip(0))
+    assert not torch.allclose(restore(lq, None, torch.Generator().manual_seed(2))[1], found[1])  # another noise map
 
 
 def test_photos_have_authors_and_free_licences_and_none_is_held_out():
@@ -181,6 +242,14 @@ def test_synthesize_vae_base_pack(tmp_path):
     assert [path.name for path in sorted(folder.iterdir())] == ["000000.png", "000001.png", "000002.png"]
     common = ["--data", str(folder), "--patch", "32", "--batch", "2", "--threads", "1", "--save-every", "2"]
     assert main(["vae", *common, "-o", str(tmp_path / "vae"), "--steps", "3", "--optimizer", "muon"]) == 0
+    texture = ["--decoder-only", "--texture-weight", "0.1", "--adversarial-weight", "0.1", "--discriminator-channels", "8", "16"]
+    again = ["vae", *common, "-o", str(tmp_path / "decoder"), "--init", str(ROOT / "miniature" / "vae"), *texture]
+    assert main([*again, "--restored", "0.5", "--patch", "64", "--mild-degradation", "0.5", "--crops", "2", "--steps", "1"]) == 0
+    first, second = (AutoencoderKL.from_pretrained(folder) for folder in (ROOT / "miniature" / "vae", tmp_path / "decoder" / "vae"))
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(first.encoder.conv_in.weight.float(), second.encoder.conv_in.weight)
+    assert not torch.equal(first.float().decode(latents).sample, second.decode(latents).sample)
+    assert main(["vae", *common, "-o", str(tmp_path / "other"), "--restored", "0.5", "--steps", "1"]) == 2
     assert (
         main(["base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae"), "--channels", "32", "64"]) == 0
     )

@@ -1,5 +1,7 @@
 """The losses of both trainings: score distillation against the authors' own code, the others against their formulas."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from fewstep_sr.diffusion import add_noise, alpha_bar_at, predict_x0
 from fewstep_sr.networks.posterior import Posterior
 from pipelines.training.adapters import adapt_regulariser
 from pipelines.training.common import denoiser
-from pipelines.training.discriminator import LatentDiscriminator
+from pipelines.training.discriminator import LatentDiscriminator, PatchDiscriminator
 from pipelines.training.distillation import CLASSIFIER_TIMESTEPS, classifier_distillation_loss, distillation_loss, regulariser_loss
 from pipelines.training.losses import (
     LATENT_BOUND,
@@ -21,6 +23,7 @@ from pipelines.training.losses import (
     gradient_loss,
     gradient_similarity,
     hinge_loss,
+    texture_loss,
     variance_constraint,
 )
 from pipelines.training.perceptual import _VGG, LatentLPIPS, load_lpips
@@ -183,6 +186,39 @@ def test_discriminator_sees_every_scale():
     assert [tuple(x.shape) for x in logits] == [(2, 1, 4, 4), (2, 1, 8, 8), (2, 1, 8, 8)]
     adversarial_loss(logits).backward()
     assert all(parameter.grad is not None for parameter in network.parameters())  # several processes wait for every gradient
+
+
+def test_patch_discriminator_looks_at_patches():
+    """Half the size twice; each logit sees a patch around it and no more; detail that is faint in the picture is not faint to it."""
+    torch.manual_seed(0)
+    network = PatchDiscriminator((8, 16, 32)).eval()  # whose power iteration rests
+    picture = torch.randn(1, 3, 64, 64, requires_grad=True)
+    (logits,) = network(picture)
+    assert logits.shape == (1, 1, 16, 16)
+    logits[0, 0, 8, 8].backward()
+    rows = picture.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert 16 <= rows.max() - rows.min() < 32 and rows.min() < 33 < rows.max()
+    flat, checks = torch.zeros(1, 3, 32, 32), 0.1 * (-1.0) ** (torch.arange(32)[:, None] + torch.arange(32)).expand(1, 3, 32, 32)
+    with torch.no_grad():
+        changes = [(network(flat + change)[0] - network(flat)[0])[..., 2:-2, 2:-2].abs().mean() for change in (checks, 0.1)]
+    assert changes[0] > changes[1]
+    adversarial_loss(network.train()(picture)).backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+def test_texture_loss():
+    """Twice the texture is four times the energy; where there is none, the floor counts: an eight-bit step, squared, in [-1, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    noise, other = (torch.randn(1, 1, 96, 96, generator=generator).expand(-1, 3, -1, -1) for _ in range(2))
+    flat = torch.zeros(1, 3, 96, 96)
+    assert texture_loss(noise, noise).item() == 0
+    assert texture_loss(2 * noise, noise).item() == pytest.approx(math.log(4), rel=1e-3)
+    assert texture_loss(0.2 * noise, 0.2 * other) < 0.3 * texture_loss(flat, 0.2 * other)  # though it is farther by squared distance
+    energy = 8 / 9 * (2 / 255) ** 2  # of noise by an eight-bit step, without its mean of nine; a quarter of that at half the size
+    expected = (math.log(1 + 8 / 9) + math.log(1 + 2 / 9)) / 2
+    assert texture_loss(flat, 2 / 255 * noise).item() == pytest.approx(expected, rel=0.05), energy
+    bright = torch.cat([2 / 255 * noise[:, :1], flat[:, :2]], 1)
+    assert texture_loss(flat, bright) < texture_loss(flat, 2 / 255 * noise) / 5  # red alone is three tenths of luma
 
 
 def prewitt(rows: torch.Tensor) -> torch.Tensor:

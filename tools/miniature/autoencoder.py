@@ -1,6 +1,8 @@
 """Training of a small VAE of Stable Diffusion's shape: 8 x 8 pixels to one latent cell of 4 channels."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +14,8 @@ from torch import nn
 
 from fewstep_sr.networks.posterior import Posterior
 from pipelines.training.common import draw
-from pipelines.training.losses import gaussian_constraint, gradient_loss
+from pipelines.training.discriminator import PatchDiscriminator
+from pipelines.training.losses import adversarial_loss, gaussian_constraint, gradient_loss, gradient_similarity, hinge_loss, texture_loss
 from pipelines.training.task import Task
 
 SCALING_FACTOR = 0.18215
@@ -73,19 +76,41 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def forward(self, pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of pictures (B, 3, H, W) in [-1, 1]: the reconstruction from a sample of the posterior, and the posterior's divergence from the standard normal."""
-        posterior = self.vae.encode(pictures).latent_dist
-        kl = gaussian_constraint(Posterior(posterior.mean, posterior.logvar))
-        return self.vae.decode(posterior.mean + posterior.std * noise).sample, kl
+    def forward(self, pictures: torch.Tensor, noise: torch.Tensor, restored: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of pictures (B, 3, H, W) in [-1, 1]: the reconstruction from a sample of the posterior, and the posterior's divergence from the standard normal.
+
+        The last pictures are not encoded, but decoded from ``restored`` (b, 4, H / 8, W / 8), times the scaling factor.
+        """
+        latents, kl = [], pictures.new_zeros(())
+        encoded = len(pictures) - (0 if restored is None else len(restored))
+        if encoded:
+            posterior = self.vae.encode(pictures[:encoded]).latent_dist
+            kl = gaussian_constraint(Posterior(posterior.mean, posterior.logvar))
+            latents.append(posterior.mean + posterior.std * noise[:encoded])
+        if restored is not None:
+            latents.append(restored / self.vae.config.scaling_factor)
+        return self.vae.decode(torch.cat(latents)).sample, kl
+
+
+@dataclass(frozen=True)
+class TextureOptions:
+    """Of a decoder that draws texture where it can't know it: weights of its losses, and the share of pictures that are decoded from restored latents."""
+
+    texture: float = 0.0
+    structure: float = 0.0
+    adversarial: float = 0.0
+    adversarial_from: int = 0
+    discriminator_channels: tuple[int, ...] = (32, 64, 128)
+    restored: float = 0.0
 
 
 class AutoencoderTask(Task):
     """Reconstruction (L1, L1 of differences at three scales, L1 of each latent cell's mean tone and hue, which normalisation would drop) and a weak pull of the
-    posterior to the standard normal.
+    posterior to the standard normal; and what the texture options add: the strength of textures and edges, and a discriminator's opinion.
 
     ``decoder_only`` leaves the latents as they are, so that what was trained on them stays good; otherwise the result's latents are normalised
-    over ``examples`` (B, 3, H, W) in [0, 1], see :func:`normalize_latents`.
+    over ``examples`` (B, 3, H, W) in [0, 1], see :func:`normalize_latents`. ``restore`` makes latents of low-quality pictures, see
+    :class:`tools.miniature.restored.RestoredLatents`.
     """
 
     def __init__(
@@ -97,18 +122,39 @@ class AutoencoderTask(Task):
         tone_weight: float = 2.0,
         chroma_weight: float = 8.0,
         decoder_only: bool = False,
+        options: TextureOptions = TextureOptions(),
+        restore: Callable[[torch.Tensor, torch.Tensor | None, torch.Generator], torch.Tensor] | None = None,
     ):
+        if options.restored and not (decoder_only and restore):
+            raise ValueError("restored: found a share without --decoder-only, expected both: restored latents are those of the encoder as it is.")
         self.vae, self.examples, self.kl_weight, self.decoder_only = vae, examples, kl_weight, decoder_only
         self.gradient_weight, self.tone_weight, self.chroma_weight = gradient_weight, tone_weight, chroma_weight
+        self.options, self._restore = options, restore
         vae.requires_grad_(True)
         if decoder_only:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
         self.phases = {"autoencoder": Autoencoder(vae)}
+        if options.adversarial:
+            self.discriminator = self.phases["discriminator"] = PatchDiscriminator(options.discriminator_channels)
+
+    def optimizer(self, phase, parameters, options):
+        """The discriminator's is Adam, at the loop's rate."""
+        if phase == "discriminator":
+            return torch.optim.Adam(parameters, options.lr, betas=(0.5, 0.99))
+        return super().optimizer(phase, parameters, options)
+
+    def settings(self):
+        """Nothing where there is no such option: runs from before there were any go on."""
+        return {} if self.options == TextureOptions() else asdict(self.options)
 
     def loss(self, phase, batch, generator):
-        hq = batch["hq"] * 2 - 1
-        reconstruction, kl = self.phases[phase](hq, draw(hq, generator))
+        return self._reconstruct(batch, generator) if phase == "autoencoder" else self._discriminate()
+
+    def _reconstruct(self, batch, generator):
+        options, hq = self.options, batch["hq"] * 2 - 1
+        noise = draw(hq, generator)
+        reconstruction, kl = self.phases["autoencoder"](hq, noise, self._restored(batch, generator))
         l1, gradient = (reconstruction - hq).abs().mean(), gradient_loss(reconstruction, hq)
         error = F.avg_pool2d(reconstruction - hq, 8)
         tone, chroma = error.abs().mean(), (error - error.mean(1, keepdim=True)).abs().mean()
@@ -119,12 +165,43 @@ class AutoencoderTask(Task):
             + self.chroma_weight * chroma
             + (0 if self.decoder_only else self.kl_weight * kl)
         )
-        return loss, {"l1": l1.detach(), "differences": gradient.detach(), "tone": tone.detach(), "chroma": chroma.detach(), "kl": kl.detach()}
+        figures = {"l1": l1, "differences": gradient, "tone": tone, "chroma": chroma, "kl": kl}
+        if options.texture:
+            figures["texture"] = texture_loss(reconstruction, hq)
+            loss = loss + options.texture * figures["texture"]
+        if options.structure:
+            figures["structure"] = 1 - gradient_similarity(reconstruction / 2 + 0.5, batch["hq"])
+            loss = loss + options.structure * figures["structure"]
+        if options.adversarial:
+            self._seen = hq, reconstruction.detach()
+            if self.step >= options.adversarial_from:
+                self.discriminator.requires_grad_(False)  # its own gradients come from its own phase
+                figures["adversarial"] = adversarial_loss(self.discriminator(reconstruction))
+                self.discriminator.requires_grad_(True)
+                loss = loss + options.adversarial * figures["adversarial"]
+        return loss, {name: value.detach() for name, value in figures.items()}
+
+    def _restored(self, batch, generator: torch.Generator) -> torch.Tensor | None:
+        """Restored latents of the batch's last pictures, as many as their share."""
+        last = round(self.options.restored * len(batch["hq"]))
+        if not last or self._restore is None:
+            return None
+        number = batch.get("number")
+        return self._restore(batch["lq"][-last:], None if number is None else number[-last:], generator)
+
+    def _discriminate(self):
+        logits = self.phases["discriminator"](torch.cat(self._seen))
+        real, fake = zip(*(level.float().chunk(2) for level in logits), strict=True)
+        return hinge_loss(real, fake), {"real": real[0].mean().detach(), "fake": fake[0].mean().detach()}
 
     def sample(self, batch):
         hq = batch["hq"]
         reconstruction = self.vae.decode(self.vae.encode(hq * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-        return torch.cat([torch.cat(list(hq), -1), torch.cat(list(reconstruction), -1)], -2)
+        rows = [hq, reconstruction]
+        if self.options.restored and self._restore:
+            restored = self._restore(batch["lq"], None, torch.Generator().manual_seed(0))
+            rows.append(self.vae.decode(restored / self.vae.config.scaling_factor).sample / 2 + 0.5)
+        return torch.cat([torch.cat(list(row), -1) for row in rows], -2)
 
     def save(self, folder: Path) -> None:
         vae = self.vae

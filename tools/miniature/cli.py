@@ -43,6 +43,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--kl-weight", type=WEIGHT, default=1e-4, help="pull of the posterior to the standard normal (default: %(default)g)")
     command.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it the latents")
+    command.add_argument("--texture-weight", type=WEIGHT, default=0.0, help="of the distance of how strong fine detail is (default: %(default)g)")
+    command.add_argument("--structure-weight", type=WEIGHT, default=0.0, help="of the gradient magnitudes' dissimilarity (default: %(default)g)")
+    command.add_argument("--adversarial-weight", type=WEIGHT, default=0.0, help="of a discriminator of patches of pictures (default: none)")
+    command.add_argument("--adversarial-from", type=whole(0), default=0, help="steps in which it learns alone (default: %(default)s)")
+    command.add_argument("--discriminator-channels", type=whole(1, 8192), nargs="+", default=[32, 64, 128], help="default: 32 64 128")
+    command.add_argument(
+        "--restored",
+        type=real(0, 1),
+        default=0.0,
+        metavar="SHARE",
+        help="share of the pictures that are decoded from what the miniature's methods make of them, degraded; with --decoder-only (default: %(default)g)",
+    )
+    command.add_argument(
+        "--mild-degradation", type=real(0, 1), default=0.0, metavar="SHARE", help="of those: chance of the mild degradation (default: %(default)g)"
+    )
     command.set_defaults(run=_vae)
 
     command = commands.add_parser("base", parents=[common], help="train a small UNet of Stable Diffusion's shape on a VAE", **RAW)
@@ -92,16 +107,28 @@ def _vae(arguments: argparse.Namespace) -> int:
     import torch
     from diffusers import AutoencoderKL
 
+    from pipelines.training.degradation import Degradation
     from pipelines.training.loop import train
 
-    from .autoencoder import AutoencoderTask, small_vae
+    from .autoencoder import AutoencoderTask, TextureOptions, small_vae
+    from .restored import RestoredLatents
 
     settings = DataSettings.from_arguments(arguments)
+    options = TextureOptions(
+        arguments.texture_weight,
+        arguments.structure_weight,
+        arguments.adversarial_weight,
+        arguments.adversarial_from,
+        tuple(arguments.discriminator_channels),
+        arguments.restored,
+    )
     begin(settings)
     vae = AutoencoderKL.from_pretrained(arguments.init, torch_dtype=torch.float32) if arguments.init else small_vae(tuple(arguments.channels))
-    pictures = training_pictures(settings)
-    examples = torch.stack([pictures[i]["hq"] for i in range(256)])
-    train(AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only), pictures, settings.loop)
+    pictures = training_pictures(settings, Degradation(mild_chance=settings.mild) if options.restored else None)
+    examples = torch.empty(0) if arguments.decoder_only else torch.stack([pictures[i]["hq"] for i in range(256)])
+    restore = RestoredLatents() if options.restored else None
+    task = AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only, options=options, restore=restore)
+    train(task, pictures, settings.loop)
     return 0
 
 
