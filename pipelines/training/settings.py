@@ -97,7 +97,7 @@ class OSEDiffSettings:
     dape: Path | None = None
 
     def __post_init__(self):
-        _require_whole_cells(self.data.patch)
+        require_whole_cells(self.data.patch)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "OSEDiffSettings":
@@ -139,7 +139,7 @@ class PiSASRSettings:
             raise ValueError("--weights: found none, expected the pixel stage's run or its file: --stage semantic learns on top of it.")
         if not semantic and self.weights is not None:
             raise ValueError(f"--weights: found {self.weights}, but --stage pixel begins anew. Leave it out, or give --stage semantic.")
-        _require_whole_cells(self.data.patch)
+        require_whole_cells(self.data.patch)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "PiSASRSettings":
@@ -183,7 +183,7 @@ class InvSRSettings:
             )
         if sum(layers) > MAX_LAYERS:
             raise ValueError(f"--predictor-layers: found {sum(layers)} in all, expected at most {MAX_LAYERS}: a file of more is not read.")
-        _require_whole_cells(self.data.patch)
+        require_whole_cells(self.data.patch)
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace) -> "InvSRSettings":
@@ -211,6 +211,7 @@ class InvSRSettings:
         return cls(data, base, options, predictor, arguments.perceptual, arguments.init)
 
 
-def _require_whole_cells(patch: int) -> None:
+def require_whole_cells(patch: int) -> None:
+    """Raises ValueError where a patch is not whole cells of the UNet at its coarsest."""
     if patch % 64:
         raise ValueError(f"--patch: found {patch}, expected a multiple of 64, the UNet's coarsest cell.")

@@ -94,14 +94,12 @@ def test_a_decoder_learns_from_a_discriminator_and_from_restored_latents():
     assert set(figures) == {"real", "fake"} and torch.equal(vae.decoder.conv_out.weight.grad, before)
     assert all(parameter.grad is not None for parameter in task.discriminator.parameters())
     assert task.settings()["restored"] == 0.5 and AutoencoderTask(small_vae(), torch.empty(0)).settings() == {}
-    with pytest.raises(ValueError, match="--decoder-only"):
-        AutoencoderTask(small_vae(), torch.empty(0), options=options, restore=restore)
 
 
 @pytest.mark.slow
 def test_restored_latents_are_the_methods():
     """By OSEDiff and InvSR in turns, what their pipelines decode; samples that come again are not restored again."""
-    restore, lq = RestoredLatents(), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    restore, lq = RestoredLatents(load_demo()[0].vae), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = restore(lq, torch.tensor([6, 3]), torch.Generator().manual_seed(1))
     for row, method in enumerate(("osediff", "invsr")):
         pipeline, embeds = load_demo(method)
@@ -249,7 +247,6 @@ def test_synthesize_vae_base_pack(tmp_path):
     latents = torch.randn(1, 4, 8, 8)
     assert torch.equal(first.encoder.conv_in.weight.float(), second.encoder.conv_in.weight)
     assert not torch.equal(first.float().decode(latents).sample, second.decode(latents).sample)
-    assert main(["vae", *common, "-o", str(tmp_path / "other"), "--restored", "0.5", "--steps", "1"]) == 2
     assert (
         main(["base", *common, "-o", str(tmp_path / "base"), "--steps", "3", "--vae", str(tmp_path / "vae" / "vae"), "--channels", "32", "64"]) == 0
     )
@@ -274,6 +271,22 @@ def test_old_commands_say_where_they_went(capfd):
             assert pipelines_main([*old, *rest]) == 2
             found = capfd.readouterr().err
             assert f"'{' '.join(old)}'" in found and found.endswith(f"python -m tools.miniature {new}{tail}\n")
+
+
+def test_restored_latents_are_for_the_miniatures_encoder_alone(tmp_path, capfd):
+    """Refused before anything is read or written: another encoder, one that learns, a patch that the methods would pad."""
+    draw_picture(64, 0).save(tmp_path / "picture.png")
+    common = ["vae", "--data", str(tmp_path / "picture.png"), "-o", str(tmp_path / "out"), "--steps", "1", "--restored", "0.5"]
+    own = ["--init", str(ROOT / "miniature" / "vae")]
+    wrong = {
+        "--restored: found a share without --decoder-only": ["--patch", "64", *own],
+        "--patch: found 72, expected a multiple of 64": ["--patch", "72", "--decoder-only", *own],
+        "--init: found a VAE with another encoder": ["--patch", "64", "--decoder-only"],
+    }
+    for message, arguments in wrong.items():
+        assert main([*common, *arguments]) == 2
+        assert message in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

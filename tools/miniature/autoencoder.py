@@ -125,8 +125,6 @@ class AutoencoderTask(Task):
         options: TextureOptions = TextureOptions(),
         restore: Callable[[torch.Tensor, torch.Tensor | None, torch.Generator], torch.Tensor] | None = None,
     ):
-        if options.restored and not (decoder_only and restore):
-            raise ValueError("restored: found a share without --decoder-only, expected both: restored latents are those of the encoder as it is.")
         self.vae, self.examples, self.kl_weight, self.decoder_only = vae, examples, kl_weight, decoder_only
         self.gradient_weight, self.tone_weight, self.chroma_weight = gradient_weight, tone_weight, chroma_weight
         self.options, self._restore = options, restore

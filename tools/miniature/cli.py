@@ -6,7 +6,7 @@ from pathlib import Path
 from pipelines.cli import run_command
 from pipelines.training.arguments import RAW, add_common, begin, training_pictures
 from pipelines.training.ranges import WEIGHT, real, whole
-from pipelines.training.settings import DataSettings
+from pipelines.training.settings import DataSettings, require_whole_cells
 
 _PHOTOS = "Fetches the photos that tools/miniature/photos.json lists, with authors and licences, with apt-get, pip and git."
 _SYNTHESIZE = "Draws pictures that belong to nobody (dead leaves, textures, strokes, text), to train on."
@@ -122,11 +122,15 @@ def _vae(arguments: argparse.Namespace) -> int:
         tuple(arguments.discriminator_channels),
         arguments.restored,
     )
+    if options.restored and not arguments.decoder_only:
+        raise ValueError("--restored: found a share without --decoder-only, expected both: restored latents are those of the encoder as it is.")
+    if options.restored:
+        require_whole_cells(settings.patch)
     begin(settings)
     vae = AutoencoderKL.from_pretrained(arguments.init, torch_dtype=torch.float32) if arguments.init else small_vae(tuple(arguments.channels))
+    restore = RestoredLatents(vae) if options.restored else None
     pictures = training_pictures(settings, Degradation(mild_chance=settings.mild) if options.restored else None)
     examples = torch.empty(0) if arguments.decoder_only else torch.stack([pictures[i]["hq"] for i in range(256)])
-    restore = RestoredLatents() if options.restored else None
     task = AutoencoderTask(vae, examples, arguments.kl_weight, decoder_only=arguments.decoder_only, options=options, restore=restore)
     train(task, pictures, settings.loop)
     return 0

@@ -1,16 +1,30 @@
 """The latents that the miniature's own methods make of low-quality pictures: what its decoder gets to see in use."""
 
 import torch
+from diffusers import AutoencoderKL
 
 from fewstep_sr.methods import INVSR
 from pipelines.demo import load_demo
+from pipelines.training.records import fingerprint
 
 
 class RestoredLatents:
-    """Latents by OSEDiff and by InvSR, in turns, of the miniature in this checkout. Those of samples that come again (``--crops``) are kept."""
+    """Latents by OSEDiff and by InvSR, in turns, of the miniature in this checkout. Those of samples that come again (``--crops``) are kept.
 
-    def __init__(self):
+    Args:
+        vae: whose decoder shall learn from them; its encoder is the miniature's.
+
+    Raises:
+        ValueError: it is another one.
+    """
+
+    def __init__(self, vae: AutoencoderKL):
         self._pipelines = [load_demo("osediff"), load_demo("invsr")]
+        own = self._pipelines[1][0].vae
+        if fingerprint(vae.encoder, vae.quant_conv) != fingerprint(own.encoder, own.quant_conv):
+            raise ValueError(
+                "--init: found a VAE with another encoder than the miniature's, expected the same one, of which restored latents are: give miniature/vae."
+            )
         self._start = INVSR.demo.call["timesteps"][0] - 1
         for pipeline, _ in self._pipelines:
             pipeline.set_progress_bar_config(disable=True)
