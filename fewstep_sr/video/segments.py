@@ -4,6 +4,7 @@ import heapq
 import io
 import shutil
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -168,8 +169,17 @@ def _write(output, template, segments: Segments, original, index: int | None, so
     packets = [_video_packets(segments, source.time_base, last_duration, video)]
     if outputs:
         packets.append(_copied_packets(original, outputs, source))
+    damaged: Counter[str] = Counter()
+    errors = require_av().error
     for packet in heapq.merge(*packets, key=lambda packet: packet.dts * packet.time_base):
-        output.mux(packet)
+        stream = packet.stream
+        try:
+            output.mux(packet)
+        except (errors.InvalidDataError, errors.PatchWelcomeError):  # of sound that comes in another form into this container
+            if stream is video:
+                raise
+            damaged[_named(stream)] += 1
+    notes += [f"{count} damaged packets of its stream ({name}) are left out" for name, count in damaged.items()]
     return notes
 
 

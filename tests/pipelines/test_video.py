@@ -138,6 +138,20 @@ def test_everything_of_the_container_stays(doubled, tmp_path, capsys):
     assert not list(tmp_path.glob(".*")), "the segments are gone"
 
 
+def test_damaged_sound_is_left_out_and_named(doubled, tmp_path, capsys):
+    """A part of the packets is no AAC any more, which MP4 takes in another form than a transport stream has it."""
+    clip = write_clip(tmp_path / "clip.ts")
+    raw = bytearray(clip.read_bytes())
+    headers = [place for place in range(len(raw)) if raw.startswith(b"\xff\xf1", place)]
+    for place in headers[len(headers) // 3 : len(headers) // 2]:
+        raw[place : place + 2] = b"\x12\x34"
+    clip.write_bytes(raw)
+    assert upscale(clip, "-o", tmp_path / "out.mp4") == 0
+    assert "damaged packets of its stream (audio, aac) are left out" in capsys.readouterr().err
+    assert len(packets(tmp_path / "out.mp4", "audio")) >= len(headers) // 2 and len(decoded(tmp_path / "out.mp4")) == len(VARIABLE)
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
 def test_variable_times_stay(doubled, tmp_path, suffix):
     """Over segments whose encoders each begin anew, with frames that are decoded in another order."""
