@@ -7,7 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .fewstep_sr.methods import records
 from .nodes import NODES
-from .nodes.templates import serve_renamed
+from .nodes.templates import list_in_order, serve_renamed
 
 WEB_DIRECTORY = "./web"  # holds each node's help page, docs/<node id>.md
 
@@ -16,7 +16,9 @@ for folder in dict.fromkeys([*(record.weights.folder for record in records()), "
     folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     folder_paths.folder_names_and_paths[folder][1].update({".pkl", ".pt", ".pth", ".safetensors"})
 
-serve_renamed(os.path.basename(os.path.dirname(os.path.abspath(__file__))))
+PACK = os.path.basename(os.path.dirname(os.path.abspath(__file__)))  # as ComfyUI names its templates
+list_in_order(PACK)
+serve_renamed(PACK)
 
 
 class FewStepSRExtension(ComfyExtension):

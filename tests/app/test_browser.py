@@ -87,6 +87,14 @@ def test_templates_are_listed_and_open(page):
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = page.get_by_role("dialog")
     dialog.get_by_text("ComfyUI-FewStepSR").first.click()
+    first = page.wait_for_function(
+        """names => {
+            const cards = [...document.querySelectorAll('[role=dialog] *')].filter(e => !e.children.length && names.includes(e.textContent.trim()))
+            return cards.length > 6 && cards.map(e => e.textContent.trim())
+        }""",
+        arg=[path.stem for path in TEMPLATES],
+    ).json_value()
+    assert [name.split()[0] for name in first[:7]] == ["1", "1", "2", "2", "2", "2", "2"]
     dialog.get_by_text(TEMPLATES[0].stem, exact=True).first.hover()
     missing = {path.stem for path in TEMPLATES}
     for _ in range(40):  # the page adds cards as one scrolls
