@@ -15,4 +15,6 @@ def require_text_width(width: int | None, channels: int, name: str) -> None:
     """
     if width != TEXT_WIDTH and (width is None or width in TEXT_WIDTHS or channels >= 320):
         base = TEXT_WIDTHS.get(width or 0, "another model")
-        raise ValueError(f"{name}: found a text width of {width} ({base}), expected {TEXT_WIDTH} (Stable Diffusion 2.x). Load {BASES}.")
+        raise ValueError(
+            f"{name}: found a cross-attention dimension of {width} ({base}), expected {TEXT_WIDTH} (Stable Diffusion 2.x). Load {BASES}."
+        )

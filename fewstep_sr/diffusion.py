@@ -78,6 +78,6 @@ def sigma_to_index(sigma: float) -> int:
     low, high = schedule[0].item(), schedule[-1].item()
     if not low * 0.999 <= sigma <= high * 1.001:
         raise ValueError(
-            f"sigma {sigma:.6g} is outside Stable Diffusion's noise table ({low:.6g} to {high:.6g}). Wire the SIGMAS of 'Few-Step Scheduler' here."
+            f"sigma {sigma:.6g} is outside Stable Diffusion's noise schedule ({low:.6g} to {high:.6g}). Wire the SIGMAS of 'Few-Step Scheduler' here."
         )
     return int((schedule.log() - torch.tensor(sigma).log()).abs().argmin())

@@ -19,7 +19,7 @@ def adapt_model(model, method: Method, adapter: Adapter, strength: float):
     """A clone of MODEL with a method's adapter on its UNet at ``strength``. Raises ValueError where a layer is missing or of another shape."""
     if adapter.context_dim != context_dim(model):
         raise ValueError(
-            f"model: found a text width of {context_dim(model)}, but the adapter was trained for {adapter.context_dim}. "
+            f"model: found a cross-attention dimension of {context_dim(model)}, but the adapter was trained for {adapter.context_dim}. "
             "Load the base that the adapter belongs to: SD 2.1-base (512 pixels) for the published ones."
         )
     names = layer_names(model)

@@ -121,7 +121,7 @@ def require_memory(model, samples: torch.Tensor) -> None:
         )
 
 
-TILE_IT = "Put 'Tiled Model (Few-Step SR)' last before the model input, with smaller tiles where it is there already, or enlarge less."
+TILE_IT = "Add 'Tiled Model (Few-Step SR)' as the last node before the model input, with smaller tiles if it is there already, or upscale less."
 
 
 def require_vae(vae) -> None:

@@ -32,7 +32,7 @@ class FewStepSRColorFix(io.ComfyNode):
             node_id="FewStepSRColorFix",
             display_name="Color Fix (Few-Step SR)",
             category="FewStepSR",
-            description="Gives the restored picture the colours of the low-quality one, which diffusion shifts slightly.",
+            description="Restores the colours of the low-quality picture, which diffusion shifts slightly.",
             search_aliases=["color correction", "color match", "color transfer", "adain", "wavelet", "ycbcr", "lab", "luma", "colour fix"],
             inputs=[
                 io.Image.Input("image", tooltip="The restored picture."),
@@ -44,7 +44,7 @@ class FewStepSRColorFix(io.ComfyNode):
                     tooltip=" ".join(f"{name} {what}{_default_of(name)}." for name, what in WHAT.items()),
                 ),
                 io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture as it is, 1 is the full correction."
+                    "strength", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="0 leaves the picture unchanged, 1 is the full correction."
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The corrected picture, in [0, 1].")],

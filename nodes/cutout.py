@@ -14,8 +14,8 @@ class FewStepSRFillTransparent(io.ComfyNode):
             node_id="FewStepSRFillTransparent",
             display_name="Fill Transparent (Few-Step SR)",
             category="FewStepSR",
-            description="Gives the hidden pixels of a cut-out the colours of the visible ones beside them, so that what the file holds under full "
-            "transparency (black, white, an old background) does not tint the edge. Put it before the enlargement; Join Image with Alpha "
+            description="Replaces the hidden pixels of a cut-out by the colours of the visible ones beside them, so colours stored under full "
+            "transparency (black, white, an old background) do not tint the edge. Place it before upscaling; Join Image with Alpha "
             "makes the result a cut-out again.",
             search_aliases=["alpha", "transparency", "cutout", "transparent", "rgba", "mask", "bleed", "matte"],
             inputs=[
@@ -23,10 +23,10 @@ class FewStepSRFillTransparent(io.ComfyNode):
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="The MASK of Load Image: 1 where the file is transparent. Not needed where the image itself has four channels.",
+                    tooltip="The MASK of Load Image: 1 where the file is transparent. Not needed if the image itself has four channels.",
                 ),
             ],
-            outputs=[io.Image.Output(tooltip="The picture without transparency; visible pixels are as they were.")],
+            outputs=[io.Image.Output(tooltip="The picture without transparency; visible pixels are unchanged.")],
         )
 
     @classmethod

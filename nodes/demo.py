@@ -52,8 +52,9 @@ class FewStepSRDemoLoader(io.ComfyNode):
             node_id="FewStepSRDemoLoader",
             display_name="Load Few-Step SR Demo",
             category="FewStepSR",
-            description="Loads the miniature that comes with this pack: InvSR and OSEDiff at work in seconds on a CPU, without a download. "
-            "It is a toy beside Stable Diffusion; for real pictures put Load Checkpoint and Load InvSR Noise Predictor or Load OSEDiff in its place.",
+            description="Loads the miniature that comes with this pack, to run InvSR or OSEDiff in seconds on a CPU without a download. It is a "
+            "toy compared with Stable Diffusion; for real pictures replace it by Load Checkpoint and Load InvSR Noise Predictor or "
+            "Load OSEDiff.",
             search_aliases=["demo", "miniature", "example", "invsr", "osediff", "super resolution"],
             inputs=[
                 io.Combo.Input(
@@ -64,12 +65,12 @@ class FewStepSRDemoLoader(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="A UNet of Stable Diffusion's kind, 2 million weights."),
-                io.Vae.Output(tooltip="Its VAE, with Stable Diffusion's 4 channels at an eighth of the size."),
+                io.Model.Output(tooltip="A UNet with Stable Diffusion's architecture and 2 million weights."),
+                io.Vae.Output(tooltip="Its VAE: 4 channels at an eighth of the size, as Stable Diffusion's."),
                 io.Conditioning.Output(tooltip="The one prompt it was trained with; it has no text encoder."),
                 NoisePredictorSocket.Output(tooltip="InvSR's noise predictor for this base."),
                 io.Image.Output(
-                    display_name="photo", tooltip="A low-quality photo of 112 x 75 pixels to try it on. Put Load Image in its place for your own."
+                    display_name="photo", tooltip="A low-quality photo of 112 x 75 pixels to try it on. Use Load Image instead for your own."
                 ),
             ],
         )

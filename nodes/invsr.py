@@ -37,7 +37,7 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
             node_id="InvSRNoisePredictorLoader",
             display_name="Load InvSR Noise Predictor",
             category="FewStepSR/InvSR",
-            description="Loads InvSR's noise predictor, the only network that InvSR trains; the diffusion model stays SD-Turbo as published.",
+            description="Loads InvSR's noise predictor, the only network that InvSR trains; the diffusion model is an unmodified SD-Turbo.",
             search_aliases=["invsr", "noise predictor", "diffusion inversion", "super resolution", "upscale"],
             inputs=[
                 io.Combo.Input(
@@ -71,7 +71,7 @@ class InvSRStartState(io.ComfyNode):
             display_name="InvSR Start State",
             category="FewStepSR/InvSR",
             description="Predicts the noise map that turns the low-quality picture into a state of the diffusion trajectory (InvSR, eq. 8), and shows it. "
-            "Give NOISE and the same latent to Sampler Custom Advanced; any sampler goes on from there.",
+            "Wire NOISE and the same latent to Sampler Custom Advanced; any sampler can continue from there.",
             search_aliases=["invsr", "noise map", "diffusion inversion", "custom sampler", "super resolution"],
             inputs=[
                 NoisePredictorSocket.Input("noise_predictor", tooltip="From Load InvSR Noise Predictor."),
@@ -142,7 +142,7 @@ def _require_unnoised(start_state: torch.Tensor, samples: torch.Tensor) -> None:
 
 
 def _start_timestep(sigmas: torch.Tensor) -> int:
-    """Index of the noise table of the first sigma, for the predictor."""
+    """Index of the noise schedule of the first sigma, for the predictor."""
     if sigmas.numel() < 2:
         raise ValueError("sigmas: found no step to take, expected the SIGMAS of Few-Step Scheduler with 1 step or more.")
     index = sigma_to_index(float(sigmas[0]))

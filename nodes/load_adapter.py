@@ -28,9 +28,9 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             node_id="FewStepSRAdapterLoader",
             display_name=NODE,
             category="FewStepSR",
-            description="Puts an adapter on the UNet of its base, and on the VAE encoder where it has a part for that. The method is recognised by what is "
-            f"in the file: {', '.join(method.title for method in FAMILIES.values())}. Wire both outputs; Few-Step SR One Step then takes the method's "
-            f"step{_exceptions()}",
+            description="Applies an adapter to the UNet of its base, and to the VAE encoder if the adapter has weights for it. The method "
+            f"({listing((method.title for method in FAMILIES.values()), 'or')}) is recognised by the file's contents. Wire both outputs; Few-Step SR One "
+            f"Step then takes the method's step{_exceptions()}",
             search_aliases=[
                 *(method.title.lower() for method in FAMILIES.values()),
                 "lora",
@@ -49,16 +49,16 @@ class FewStepSRAdapterLoader(io.ComfyNode):
                 ),
                 strength_input(
                     "strength_model",
-                    f"Adapter strength on the UNet. Use 1, the published method; {_with_knobs()} knobs are on Few-Step SR One Step.",
+                    f"Adapter strength on the UNet. Use 1, the published method; {_with_knobs()} own settings are on Few-Step SR One Step.",
                 ),
                 strength_input(
                     "strength_vae",
-                    "Adapter strength on the VAE encoder. 1 is the published method. Adapters without a part for the VAE leave it as it is.",
+                    "Adapter strength on the VAE encoder. 1 is the published method. Adapters without weights for the VAE leave it unchanged.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The adapted UNet, which carries the method along for Few-Step SR One Step."),
-                io.Vae.Output(tooltip="The VAE with the adapted encoder, or the VAE itself where the adapter has no part for it."),
+                io.Model.Output(tooltip="The adapted UNet; it tells Few-Step SR One Step which method it is."),
+                io.Vae.Output(tooltip="The VAE with the adapted encoder, or the unchanged VAE if the adapter has no weights for it."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -89,7 +89,7 @@ class FewStepSRAdapterLoader(io.ComfyNode):
             raise ValueError(f"adapter_name: {cls.validate_inputs(adapter_name)}")
         method, adapter = load_adapter(folder_paths.get_full_path_or_raise(folder, name))
         if not adapter.vae and strength_vae != 1.0:
-            warnings.append(f"strength_vae: found {strength_vae:g}, but {method.title}'s adapter leaves the VAE as it is. Set it back to 1.")
+            warnings.append(f"strength_vae: found {strength_vae:g}, but {method.title}'s adapter leaves the VAE unchanged. Set it back to 1.")
         warn(cls, warnings)
         logging.info("%s: %s\n%s\n  licence: %s", name, method.kind.phrase, "\n".join(method.summary(adapter)), method.weights.licence)
         if adapter.per_image:
@@ -99,7 +99,7 @@ class FewStepSRAdapterLoader(io.ComfyNode):
 
 def _exceptions() -> str:
     """What a user is to know of single methods, from their records."""
-    between = "".join(f"; {method.one_step.between} comes between for {method.title}" for method in FAMILIES.values() if method.one_step.between)
+    between = "".join(f". For {method.title}, add {method.one_step.between} between them" for method in FAMILIES.values() if method.one_step.between)
     restricted = [f"{method.title}'s" for method in FAMILIES.values() if "non-commercial" in method.weights.licence]
     return f"{between}." + (f" {listing(restricted)} weights are for non-commercial use only." if restricted else "")
 

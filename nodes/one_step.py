@@ -31,7 +31,7 @@ class FewStepSROneStep(io.ComfyNode):
             node_id="FewStepSROneStep",
             display_name=NODE,
             category="FewStepSR",
-            description="Restores a low-quality latent in a single step, the one of the method whose adapter it finds on the model: "
+            description="Restores a low-quality latent in a single step, by the method whose adapter is on the model: "
             f"{listing((method.title for method in FAMILIES), 'or')}. It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and "
             "previews work.",
             search_aliases=[
@@ -47,14 +47,14 @@ class FewStepSROneStep(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model from Load Few-Step SR Adapter; LoRAs and other patches may follow it."),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The content as text, by the base's CLIP. "
+                    tooltip="A description of the image, encoded with the base's CLIP. "
                     + " ".join(f"{method.title}: {method.one_step.prompt}." for method in FAMILIES),
                 ),
                 io.Latent.Input("latent", tooltip="The upscaled low-quality image, encoded with the VAE from Load Few-Step SR Adapter."),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip=f"Only used where cfg is not 1. {_negatives()}",
+                    tooltip=f"Only used if cfg is not 1. {_negatives()}",
                 ),
                 io.Float.Input(
                     "cfg",
@@ -62,8 +62,8 @@ class FewStepSROneStep(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.01,
-                    tooltip=f"Classifier-free guidance. 0 takes the method's published value, which is {_guidance()}; other values "
-                    "than 1 need the negative input and run the model twice.",
+                    tooltip=f"Classifier-free guidance. 0 is the method's published value: {_guidance()}. Values "
+                    "other than 1 need the negative input and run the model twice.",
                 ),
                 *(_control(method, option) for method, option in CONTROLS.values()),
             ],
@@ -109,7 +109,7 @@ def _negatives() -> str:
 
 
 def _guidance() -> str:
-    return "".join(f"{method.cfg:g} for {method.title} and " for method in FAMILIES if method.cfg != 1) + "1 (none) for the others"
+    return "".join(f"{method.cfg:g} for {method.title}, " for method in FAMILIES if method.cfg != 1) + "1 (no guidance) for the others"
 
 
 def restore(model, mark: Mark, latent: dict, conds: dict, cfg: float, controls: dict) -> torch.Tensor:

@@ -26,8 +26,8 @@ class OSEDiffLoader(io.ComfyNode):
             node_id="OSEDiffLoader",
             display_name="Load OSEDiff",
             category="FewStepSR/OSEDiff",
-            description="Puts an OSEDiff adapter on the UNet and the VAE encoder of Stable Diffusion 2.1-base. "
-            "Wire both outputs: the adapted VAE encodes the low-quality picture, the adapted model restores it in one step.",
+            description="Applies an OSEDiff adapter to the UNet and the VAE encoder of Stable Diffusion 2.1-base. Wire both outputs: the adapted "
+            "VAE encodes the low-quality picture, the adapted model restores it in one step.",
             search_aliases=["osediff", "one-step diffusion", "super resolution", "upscale", "restore"],
             inputs=[
                 io.Model.Input("model", tooltip="SD 2.1-base (512 pixels, predicts noise), from Load Checkpoint."),
@@ -37,7 +37,9 @@ class OSEDiffLoader(io.ComfyNode):
                     options=list_files(OSEDIFF.weights.folder),
                     tooltip="Adapter file in models/osediff, such as osediff.pkl. osediff_face.pkl is for portraits that are already large.",
                 ),
-                strength_input("strength_model", "LoRA strength on the UNet. 1 is the published method; the UNet without it does not restore."),
+                strength_input(
+                    "strength_model", "LoRA strength on the UNet. 1 is the published method; without the adapter the UNet does not restore."
+                ),
                 strength_input("strength_vae", "LoRA strength on the VAE encoder. 1 is the published method; 0 is the base's own encoder."),
             ],
             outputs=[
@@ -71,7 +73,7 @@ class OSEDiffOneStep(io.ComfyNode):
             node_id="OSEDiffOneStep",
             display_name="OSEDiff One Step",
             category="FewStepSR/OSEDiff",
-            description="Restores a low-quality latent in a single diffusion step, from the latent itself instead of noise (OSEDiff). "
+            description="Restores a low-quality latent in a single diffusion step, starting from the latent itself instead of noise (OSEDiff). "
             "It runs ComfyUI's own sampler, so LoRAs, ControlNets, model patches, masks and previews work.",
             search_aliases=["osediff", "one-step diffusion", "sampler", "restore", "super resolution"],
             inputs=[
@@ -79,8 +81,8 @@ class OSEDiffOneStep(io.ComfyNode):
                 io.Conditioning.Input(
                     "positive", tooltip="The picture's content as text: tags such as 'cat, fur, whiskers'. Encode it with the base's CLIP."
                 ),
-                io.Latent.Input("latent", tooltip="The enlarged low-quality picture, encoded with the VAE from Load OSEDiff."),
-                io.Conditioning.Input("negative", optional=True, tooltip="Only used where cfg is not 1. The published method has none."),
+                io.Latent.Input("latent", tooltip="The upscaled low-quality picture, encoded with the VAE from Load OSEDiff."),
+                io.Conditioning.Input("negative", optional=True, tooltip="Only used if cfg is not 1. The published method has no negative prompt."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
@@ -95,7 +97,7 @@ class OSEDiffOneStep(io.ComfyNode):
                     min=0,
                     max=TIMESTEP,
                     advanced=True,
-                    tooltip="Index of the noise table at which the one step is taken. The published adapters are trained at 999 alone.",
+                    tooltip="Timestep of the one step (index into the noise schedule). The published adapters were trained only at 999.",
                 ),
             ],
             outputs=[io.Latent.Output(tooltip="The restored latent. Decode it with VAE Decode (Few-Step SR).")],
@@ -136,8 +138,8 @@ class OSEDiffStartState(io.ComfyNode):
             "(OSEDiff) and the blank latent given here; OSEDiff One Step does the same in one node.",
             search_aliases=["osediff", "noise", "custom sampler", "start latent"],
             inputs=[
-                io.Model.Input("model", tooltip="The model from Load OSEDiff; it says how latents are scaled."),
-                io.Latent.Input("latent", tooltip="The enlarged low-quality picture, encoded with the VAE from Load OSEDiff."),
+                io.Model.Input("model", tooltip="The model from Load OSEDiff; it determines how latents are scaled."),
+                io.Latent.Input("latent", tooltip="The upscaled low-quality picture, encoded with the VAE from Load OSEDiff."),
             ],
             outputs=[
                 io.Noise.Output(tooltip="For the noise input of Sampler Custom Advanced."),

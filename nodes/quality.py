@@ -19,19 +19,20 @@ class FewStepSRQuality(io.ComfyNode):
             display_name="Image Quality (Few-Step SR)",
             category="FewStepSR",
             description="Compares an image with its original and shows PSNR, SSIM and GMSD on the node. PSNR and SSIM are computed as in the papers on these "
-            "methods: on Y of BT.601, without a border, of the values that an 8-bit file would hold. No weights are needed.",
+            "methods: on the Y channel of BT.601, without cropping a border, after rounding to 8 bits. No weights are needed.",
             search_aliases=["psnr", "ssim", "gmsd", "metric", "quality", "compare", "benchmark", "iqa", "fidelity"],
             inputs=[
                 io.Image.Input("image", tooltip="The restored image."),
-                io.Image.Input("reference", tooltip="The original, of the same size: one image, or one for each image of the batch."),
+                io.Image.Input("reference", tooltip="The original, with the same size: one image, or one for each image of the batch."),
             ],
             outputs=[
                 io.Float.Output(
-                    display_name="psnr", tooltip="Peak signal-to-noise ratio in dB, mean of the batch. Higher is nearer; equal images have 80."
+                    display_name="psnr", tooltip="Peak signal-to-noise ratio in dB, mean of the batch. Higher is better; identical images have 80."
                 ),
-                io.Float.Output(display_name="ssim", tooltip="Structural similarity, mean of the batch. Higher is nearer; equal images have 1."),
+                io.Float.Output(display_name="ssim", tooltip="Structural similarity, mean of the batch. Higher is better; identical images have 1."),
                 io.Float.Output(
-                    display_name="gmsd", tooltip="Gradient magnitude similarity deviation, mean of the batch. Lower is nearer; equal images have 0."
+                    display_name="gmsd",
+                    tooltip="Gradient magnitude similarity deviation, mean of the batch. Lower is better; identical images have 0.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],

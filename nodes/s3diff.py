@@ -38,7 +38,7 @@ class S3DiffEstimatorLoader(io.ComfyNode):
             node_id="S3DiffEstimatorLoader",
             display_name="Load S3Diff Degradation Estimator",
             category="FewStepSR/S3Diff",
-            description="Loads the small network that estimates how blurred and how noisy an image is, for S3Diff Degradation.",
+            description="Loads the small network that estimates an image's blur and noise, for S3Diff Degradation.",
             search_aliases=["s3diff", "degradation", "de_net", "mm-realsr", "blur", "noise"],
             inputs=[io.Combo.Input("estimator_name", options=files, tooltip=f"File in models/{FOLDER}, such as {PUBLISHED}.")],
             outputs=[EstimatorSocket.Output(tooltip="For S3Diff Degradation.")],
@@ -66,8 +66,8 @@ class S3DiffDegradation(io.ComfyNode):
             node_id="S3DiffDegradation",
             display_name="S3Diff Degradation",
             category="FewStepSR/S3Diff",
-            description="Estimates how blurred and how noisy each low-quality image is, two scores from 0 to 1, and shows them. "
-            "S3Diff Adapt takes the scores, and can overrule them.",
+            description="Estimates the blur and noise of each low-quality image, two scores from 0 to 1, and shows them. S3Diff Adapt uses the "
+            "scores, or values that override them.",
             search_aliases=["s3diff", "degradation", "blur", "noise", "estimate", "mm-realsr"],
             inputs=[
                 EstimatorSocket.Input("estimator", tooltip="From Load S3Diff Degradation Estimator."),
@@ -91,14 +91,14 @@ class S3DiffAdapt(io.ComfyNode):
             display_name="S3Diff Adapt",
             category="FewStepSR/S3Diff",
             description="Adapts S3Diff to the images' blur and noise: MODEL and VAE then carry an adapter for each image of the batch. "
-            "VAE Encode (Few-Step SR) and Few-Step SR One Step give each image its own; a sampler of ComfyUI's takes one image.",
+            "VAE Encode (Few-Step SR) and Few-Step SR One Step apply them one by one; ComfyUI's own samplers take only one image.",
             search_aliases=["s3diff", "degradation", "modulate", "blur", "noise", "adapter"],
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model from Load Few-Step SR Adapter with an S3Diff file; LoRAs may come before or after this node."
                 ),
                 io.Vae.Input("vae", tooltip="The VAE from the same loader."),
-                ScoresSocket.Input("scores", optional=True, tooltip="From S3Diff Degradation. Not needed where both scores are set below."),
+                ScoresSocket.Input("scores", optional=True, tooltip="From S3Diff Degradation. Not needed if both scores are set below."),
                 *(
                     io.Float.Input(
                         name,
@@ -106,7 +106,7 @@ class S3DiffAdapt(io.ComfyNode):
                         min=ESTIMATED,
                         max=1.0,
                         step=0.01,
-                        tooltip=f"{name.capitalize()} of every image, 0 (none) to 1, in place of the estimate. -1 takes the estimate of each.",
+                        tooltip=f"{name.capitalize()} of every image, 0 (none) to 1, instead of the estimate. -1 uses each image's estimate.",
                     )
                     for name in SCORES
                 ),

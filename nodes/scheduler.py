@@ -21,9 +21,12 @@ class FewStepScheduler(io.ComfyNode):
             description="The published few-step schedules of InvSR (one to five steps) and OSEDiff (one step) as SIGMAS for any sampler.",
             search_aliases=["invsr", "osediff", "sigmas", "timesteps", "few-step"],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample; it says which sigma belongs to a timestep."),
+                io.Model.Input("model", tooltip="The model that will sample; it determines the sigma of each timestep."),
                 io.Combo.Input(
-                    "method", options=list(SCHEDULES), default="InvSR", tooltip="Whose schedule: InvSR starts at 200 or 250 of 1000, OSEDiff at 999."
+                    "method",
+                    options=list(SCHEDULES),
+                    default="InvSR",
+                    tooltip="Which method's schedule: InvSR starts at timestep 200 or 250 of 1000, OSEDiff at 999.",
                 ),
                 io.Int.Input(
                     "steps",

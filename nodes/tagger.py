@@ -52,8 +52,8 @@ class DAPETaggerLoader(io.ComfyNode):
                     "dape_name",
                     options=["auto", "none", *reversed(files)],
                     default="auto",
-                    tooltip=f"DAPE's low-rank weights in models/dape. auto: {DAPE_FILE} if it is there and not yet part of the tagger's file. "
-                    "none: nothing is added; RAM alone is for clean pictures.",
+                    tooltip=f"DAPE's LoRA in models/dape. auto: {DAPE_FILE}, if it exists and is not yet merged into the tagger's file. "
+                    "none: RAM alone, which is for clean pictures.",
                 ),
             ],
             outputs=[TaggerSocket.Output(tooltip="For DAPE Tagger.")],
@@ -88,29 +88,29 @@ class DAPETagger(io.ComfyNode):
             node_id="DAPETagger",
             display_name="DAPE Tagger",
             category="FewStepSR/OSEDiff",
-            description="Names what is in a low-quality picture, as the prompt that OSEDiff was trained with, and shows it. "
+            description="Generates tags for a low-quality picture, the kind of prompt that OSEDiff was trained with, and shows them. "
             "Wire the text to CLIP Text Encode. Any other tagger or caption node can take its place.",
             search_aliases=["dape", "ram", "recognize anything", "tags", "image to text", "prompt from image", "osediff", "caption", "interrogate"],
             inputs=[
                 TaggerSocket.Input("tagger", tooltip="From Load DAPE Tagger."),
-                io.Image.Input("image", tooltip="The low-quality picture, enlarged or not; the tagger looks at a small copy of it."),
+                io.Image.Input("image", tooltip="The low-quality picture, upscaled or not; the tagger uses a small copy of it."),
                 io.Float.Input(
                     "threshold",
                     default=0.0,
                     min=-1.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Added to the published threshold of each tag (0.65 for most). Higher: fewer, surer tags. Lower: more.",
+                    tooltip="Added to the published threshold of each tag (0.65 for most). Higher: fewer, more certain tags. Lower: more tags.",
                 ),
-                io.Int.Input("max_tags", default=0, min=0, max=10000, tooltip="Keep only this many, the most probable ones. 0 keeps all."),
-                io.String.Input("exclude", default="", tooltip="Tags to leave out, with commas between them, such as: blurry, screenshot."),
-                io.String.Input("prefix", default="", multiline=True, tooltip="Text before the tags; a comma is put between."),
+                io.Int.Input("max_tags", default=0, min=0, max=10000, tooltip="Keep only this many tags, the most probable ones. 0 keeps all."),
+                io.String.Input("exclude", default="", tooltip="Tags to leave out, separated by commas, such as: blurry, screenshot."),
+                io.String.Input("prefix", default="", multiline=True, tooltip="Text before the tags; a comma is added between."),
                 io.String.Input(
                     "suffix",
                     default="",
                     multiline=True,
-                    tooltip="Text after the tags; a comma is put between. OSEDiff's authors end the prompt with their own text and a comma: "
-                    "'clean, sharp,' here, or a single comma for no text, gives theirs to the letter.",
+                    tooltip="Text after the tags; a comma is added between. OSEDiff's authors end the prompt with their own text and a comma: 'clean,"
+                    " sharp,' here, or a single comma for no text, reproduces theirs exactly.",
                 ),
             ],
             outputs=[

@@ -28,13 +28,19 @@ class FewStepSRTiledModel(io.ComfyNode):
             node_id=KEY,
             display_name="Tiled Model (Few-Step SR)",
             category="FewStepSR",
-            description="Runs each model call on overlapping tiles of the latent, a few at a time, and blends them inside the step: memory no longer grows "
-            "with the picture or the batch. Prompts, ControlNet hints, masks and areas are cropped to each tile. Pictures that fit one tile are left alone.",
+            description="Runs each model call on overlapping tiles of the latent, a few at a time, and blends them within the step, so memory no "
+            "longer grows with the picture or the batch. Prompts, ControlNet hints, masks and areas are cropped to each tile. "
+            "Pictures that fit into one tile are not tiled.",
             search_aliases=["tile", "tiled sampling", "tiled diffusion", "multidiffusion", "large picture", "4k", "8k", "memory", "video", "batch"],
             inputs=[
-                io.Model.Input("model", tooltip="Any image model; put it last, after Load OSEDiff and LoRAs."),
+                io.Model.Input("model", tooltip="Any image model; place this node last, after Load OSEDiff and LoRAs."),
                 io.Int.Input(
-                    "tile_size", default=96, min=16, max=1024, step=8, tooltip="Side of a tile in latent cells of 8 pixels: 96 is 768 pixels."
+                    "tile_size",
+                    default=96,
+                    min=16,
+                    max=1024,
+                    step=8,
+                    tooltip="Side of a tile in latent pixels, of 8 image pixels each: 96 is 768 pixels.",
                 ),
                 io.Int.Input(
                     "overlap",
@@ -44,7 +50,7 @@ class FewStepSRTiledModel(io.ComfyNode):
                     step=8,
                     tooltip="Minimum tile overlap in latent pixels. Larger is slower; smaller may show seams.",
                 ),
-                io.Int.Input("batch", default=4, min=1, max=64, tooltip="Tiles and pictures in one model call, fewer where memory is short."),
+                io.Int.Input("batch", default=4, min=1, max=64, tooltip="Tiles and pictures per model call; fewer if memory is short."),
             ],
             outputs=[io.Model.Output(tooltip="The model for any sampler or guider.")],
         )

@@ -19,7 +19,7 @@ def _tile_size_input(what: str) -> io.Int.Input:
         max=8192,
         step=64,
         advanced=True,
-        tooltip=f"{what} in overlapping tiles of this many pixels (at least 128). 0: whole where it fits into free memory, else in the largest tiles that do.",
+        tooltip=f"{what} in overlapping tiles of this many pixels (at least 128). 0: whole if it fits into free memory, otherwise in the largest tiles that do.",
     )
 
 
@@ -30,8 +30,8 @@ class FewStepSRVAEEncode(io.ComfyNode):
             node_id="FewStepSRVAEEncode",
             display_name="VAE Encode (Few-Step SR)",
             category="FewStepSR",
-            description="Encodes an enlarged picture of any size. Sides are padded by reflection to whole latent cells, and the size is remembered, "
-            "so that VAE Decode (Few-Step SR) gives exactly the size that went in.",
+            description="Encodes an upscaled picture of any size. Sides are padded by reflection to whole latent pixels, and the size is remembered, "
+            "so VAE Decode (Few-Step SR) returns exactly the original size.",
             search_aliases=["vae encode", "osediff", "invsr", "latent", "pad"],
             inputs=[
                 io.Image.Input("pixels", tooltip="The low-quality picture, already upscaled to the output size (Upscale Image By, bicubic, 4)."),
@@ -40,12 +40,14 @@ class FewStepSRVAEEncode(io.ComfyNode):
                     "posterior",
                     options=["mean", "sample"],
                     default="mean",
-                    tooltip="mean: the same latent each time. sample: a draw with the seed, as the published programs do.",
+                    tooltip="mean: the same latent each time. sample: drawn with the seed, as in the published programs.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="For posterior 'sample' alone."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip="Only used if posterior is 'sample'."
+                ),
                 _tile_size_input("Encode"),
             ],
-            outputs=[io.Latent.Output(tooltip="The picture's latent, which carries the real size.")],
+            outputs=[io.Latent.Output(tooltip="The picture's latent, which also stores the original size.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
         )
 
@@ -68,18 +70,18 @@ class FewStepSRVAEDecode(io.ComfyNode):
             node_id="FewStepSRVAEDecode",
             display_name="VAE Decode (Few-Step SR)",
             category="FewStepSR",
-            description="Decodes a latent and crops the padding that VAE Encode (Few-Step SR) added: the picture has exactly the size that went in.",
+            description="Decodes a latent and crops the padding that VAE Encode (Few-Step SR) added: the picture has exactly the size that was encoded.",
             search_aliases=["vae decode", "osediff", "invsr", "crop"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The restored latent."),
-                io.Vae.Input("vae", tooltip="Any Stable Diffusion VAE; the one that encoded is a good choice."),
+                io.Vae.Input("vae", tooltip="Any Stable Diffusion VAE; use the one that encoded the picture."),
                 _tile_size_input("Decode"),
                 io.Boolean.Input(
                     "clamp",
                     default=True,
                     optional=True,
                     advanced=True,
-                    tooltip="Cut values off to [0, 1], as other nodes expect. Off: Color Fix (Few-Step SR) does it, after its correction, as HYPIR's program.",
+                    tooltip="Clamp values to [0, 1], as other nodes expect. Off: Color Fix (Few-Step SR) clamps after its correction, as HYPIR's program does.",
                 ),
             ],
             outputs=[io.Image.Output(tooltip="The picture, in [0, 1].")],

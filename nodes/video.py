@@ -30,7 +30,7 @@ def require_even_sides(hidden: io.HiddenHolder | None, height: int, width: int, 
     """
     if (height % 2 or width % 2) and hidden and hidden.prompt and _goes_into_video(hidden.prompt, str(hidden.unique_id)):
         raise ValueError(
-            f"{name}: found frames of {width} x {height} pixels for Create Video, expected even sides, since H.264 takes no others. Enlarge by "
+            f"{name}: found frames of {width} x {height} pixels for Create Video, expected even sides, since H.264 takes no others. Upscale by "
             "another factor, crop a row or a column with 'Image Crop' before, or save as AV1."
         )
 

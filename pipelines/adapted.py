@@ -72,7 +72,7 @@ class AdapterPipeline(FewStepSRPipeline):
         width = self.unet.config.cross_attention_dim
         if adapter.context_dim != width:
             raise ValueError(
-                f"unet: found a text width of {width}, but the adapter was trained for {adapter.context_dim}. "
+                f"unet: found a cross-attention dimension of {width}, but the adapter was trained for {adapter.context_dim}. "
                 f"Load the base that the adapter belongs to: {self.method.base.what} for the published ones."
             )
         for layers in self._sets(adapter).values():

@@ -121,7 +121,7 @@ def _done(found: list, jobs: int) -> str:
     """What this process did, where nobody is left to tell it to."""
     written = sum(isinstance(item, Written) for item in found)
     failed = "".join(f"\n  {item[0]}: {item[1]}" for item in found if isinstance(item, tuple))
-    return f"It has written {written} of its {jobs} images. The same command goes on with what is left.{failed}"
+    return f"It has written {written} of its {jobs} images. The same command continues with the rest.{failed}"
 
 
 def meets_all(error: Exception) -> bool:

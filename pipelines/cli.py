@@ -36,7 +36,7 @@ bad file does not stop the others; it is reported at the end, and the exit statu
 """
 
 _EXIT = """\
-exit status: 0 all done; 1 some files failed, the others are done; 2 nothing was begun (a wrong option, a missing file); 130 stopped by Ctrl+C
+exit status: 0 all done; 1 some files failed, the others are done; 2 nothing was started (a wrong option, a missing file); 130 stopped by Ctrl+C
 """
 
 
@@ -66,7 +66,7 @@ def run_command(arguments: argparse.Namespace) -> int:
             require_packages()
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print(f"Stopped. {getattr(arguments, 'stopped', 'Give the same command again to go on.')}", file=sys.stderr)
+        print(f"Stopped. {getattr(arguments, 'stopped', 'Give the same command again to continue.')}", file=sys.stderr)
         return 130
     except (OSError, ValueError, RuntimeError) as error:
         if arguments.verbose:
@@ -105,8 +105,15 @@ def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentPa
     """All commands by name, of which the one that ``argv`` asks for, or every one, knows its arguments."""
     description = f"Few-step diffusion super-resolution without ComfyUI. The methods: {PROG} upscale --help."
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help says the rest.", formatter_class=shape)
-    parser.add_argument("--print-completion", choices=("bash", "zsh", "tcsh"), action=_PrintCompletion, help="completion of fewstep-sr for a shell")
+    parser = argparse.ArgumentParser(
+        prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help lists its options.", formatter_class=shape
+    )
+    parser.add_argument(
+        "--print-completion",
+        choices=("bash", "zsh", "tcsh"),
+        action=_PrintCompletion,
+        help="print a tab-completion script of fewstep-sr for this shell",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (words, add_arguments) in _COMMANDS.items():
@@ -150,27 +157,29 @@ def _add_upscale(command: argparse.ArgumentParser) -> None:
     files.add_argument("--format", choices=sorted({suffix[1:] for suffix in FORMATS}), help="format of the results (default: each picture's own)")
     files.add_argument("--quality", type=int, default=95, help="JPEG and WebP quality (default: %(default)s)")
     files.add_argument("--overwrite", action="store_true", help="redo pictures whose results exist")
-    files.add_argument("--watch", action="store_true", help="INPUT is a folder: do its pictures, then those that come, until Ctrl+C or SIGTERM")
+    files.add_argument(
+        "--watch", action="store_true", help="INPUT is a folder: restore its pictures, then new ones as they arrive, until Ctrl+C or SIGTERM"
+    )
     files.add_argument(
         "--ray",
         nargs="?",
         const="",
         metavar="ADDRESS",
-        help="share the work on a Ray cluster (default: the one around, else this machine); INPUT and OUT may be addresses such as s3://bucket/photos",
+        help="distribute the work over a Ray cluster (default: the current one, otherwise this machine); INPUT and OUT may be addresses such as s3://bucket/photos",
     )
 
     video = command.add_argument_group(
-        "video", "A video's file as INPUT, or one as OUT: frames one after another, sound and all else kept. Needs PyAV."
+        "video", "With a video file as INPUT or OUT: frames are restored one after another; sound and other streams are kept. Needs PyAV."
     )
     video.add_argument("--codec", choices=CODECS, help="default: h264; hevc for more than 8 bits; av1 for .webm")
     defaults = ", ".join(f"{codec.crf[0]:g} with {name}" for name, codec in CODECS.items() if codec.crf)
     video.add_argument("--crf", type=float, help=f"quality, a smaller number is better (default: {defaults})")
     video.add_argument("--pixel-format", choices=PIXEL_FORMATS, help="default: yuv420p, or yuv420p10le for more than 8 bits")
     video.add_argument(
-        "--fps", type=_fraction, default=Fraction(24), help="of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
+        "--fps", type=_fraction, default=Fraction(24), help="frame rate of a video made of pictures, such as 25 or 30000/1001 (default: %(default)s)"
     )
     video.add_argument("--steady", action="store_true", help="average grain over time before frames are restored, which lowers flicker")
-    video.add_argument("--segment", type=int, default=120, metavar="FRAMES", help="a run that was cut loses so many at most (default: %(default)s)")
+    video.add_argument("--segment", type=int, default=120, metavar="FRAMES", help="an interrupted run loses at most this many (default: %(default)s)")
 
 
 def _fraction(text: str) -> Fraction:
@@ -197,9 +206,9 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)")
     command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
     command.add_argument(
-        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, a file, a whole checkpoint or a diffusers folder"
+        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, as a VAE file, a whole checkpoint or a diffusers folder"
     )
-    command.add_argument("--overwrite", action="store_true", help="write over a file that exists")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_info(command: argparse.ArgumentParser) -> None:

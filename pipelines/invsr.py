@@ -101,7 +101,7 @@ class InvSRPipeline(FewStepSRPipeline):
             image: low-quality pictures (B, 3, H, W) in [0, 1], not enlarged.
             latents: the same pictures, enlarged and encoded.
             size: (height, width) of the enlarged pictures, before padding.
-            timestep: index of the noise table, counted from 0.
+            timestep: index of the noise schedule, counted from 0.
             posterior: ``"sample"`` draws the noise map, as published; ``"mean"`` is the same each time.
 
         Returns:
@@ -137,7 +137,7 @@ class InvSRPipeline(FewStepSRPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
     ) -> torch.Tensor:
-        """Euler steps over ``timesteps`` (indices of the noise table, descending) to the restored latents; no noise is added between them."""
+        """Euler steps over ``timesteps`` (indices of the noise schedule, descending) to the restored latents; no noise is added between them."""
         tensors = {"latents": state, "prompt_embeds": prompt_embeds}
         self.scheduler.set_timesteps(timesteps=timesteps)  # for callbacks, which look at it
         levels = [alpha_bar_at(timestep, state.float().to(self._execution_device)) for timestep in timesteps]

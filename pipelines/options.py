@@ -37,7 +37,7 @@ def add_method(
     method.add_argument("--prompt", help="what the pictures show, or the style of the results (default: the method's own)")
     method.add_argument("--negative-prompt", help="what to avoid; used where --cfg is not 1")
     guided = "".join(f", {record.cfg:g} with {record.key}" for record in METHODS.values() if record.cfg != 1)
-    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as others (default, as published: 1{guided})")
+    method.add_argument("--cfg", type=float, help=f"guidance; 1 is twice as fast as other values (default, as published: 1{guided})")
     method.add_argument("--seed", type=int, default=12345, help="random seed, the same for each picture (default: %(default)s)")
     published = ", ".join(f"{record.color_fix or 'none'} with {record.key}" for record in METHODS.values())
     method.add_argument("--color-fix", choices=[*COLOR_FIXES, "none"], help=f"default, as published: {published}; {DEMO_COLOR_FIX} with --demo")
@@ -78,14 +78,14 @@ def _in_words(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def add_weights(command: argparse.ArgumentParser) -> None:
     """Where weights are, or that the miniature is used."""
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
-    weights.add_argument("--demo", action="store_true", help="the miniature that comes with this package: seconds on a CPU, no download")
+    weights.add_argument("--demo", action="store_true", help="use the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
     weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
     weights.add_argument(
         "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or that of a VAE file (default: the base's)"
     )
     weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
-    weights.add_argument("--download", action="store_true", help="fetch what is missing; the licences are shown")
+    weights.add_argument("--download", action="store_true", help="download what is missing; the licences are shown")
 
 
 def add_machine(command: argparse.ArgumentParser) -> None:
@@ -95,8 +95,8 @@ def add_machine(command: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--dtype",
         choices=["float16", "bfloat16", "float32"],
-        help="default: float16 on a GPU; on a CPU float32, and with upscale bfloat16 where that is measured much faster",
+        help="default: float16 on a GPU; on a CPU float32, or with upscale bfloat16 if that is measured to be much faster",
     )
     machine.add_argument("--tile", type=int, default=1024, help="tile size in pixels for larger results; 0: no tiles (default: %(default)s)")
-    machine.add_argument("--compile", action="store_true", help="compile the networks, which takes minutes and is for many images of whatever sizes")
+    machine.add_argument("--compile", action="store_true", help="compile the networks: takes minutes, pays off for many images of any size")
     machine.add_argument("--offload", action="store_true", help="keep only the active network on the GPU")

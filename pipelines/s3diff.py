@@ -101,7 +101,7 @@ class S3DiffPipeline(AdapterPipeline):
 
     def fuse(self) -> None:
         """Refused: the adapter is another one for each image."""
-        raise ValueError("fuse: S3Diff's adapter is another one for each image, so that it cannot be added to the base's weights. Leave it out.")
+        raise ValueError("fuse: S3Diff's adapter differs for each image, so it cannot be merged into the base's weights. Leave it out.")
 
     def prepare(self, options: Mapping[str, Any]) -> None:
         if options.get("estimator"):

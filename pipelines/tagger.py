@@ -26,7 +26,7 @@ class PromptTagger:
 
         Args:
             path: the tagger.
-            dape_path: DAPE's low-rank weights. None takes a ``DAPE.pth`` that lies beside a tagger without DAPE, if there is one.
+            dape_path: DAPE's LoRA weights. None takes a ``DAPE.pth`` that lies beside a tagger without DAPE, if there is one.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing, damaged or something else.

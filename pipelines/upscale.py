@@ -72,7 +72,7 @@ def _report(outcome: Outcome, jobs: int, output: Path, seconds: float, settings:
         lines = (f"  {name}: {reason}" for name, reason in outcome.failures)
         print(f"\n{len(outcome.failures)} of {jobs} failed:", *lines, sep="\n", file=sys.stderr)
     if outcome.not_begun:
-        print(f"{outcome.not_begun} were not begun: the last error would have met each. The same command goes on.", file=sys.stderr)
+        print(f"{outcome.not_begun} were not started: each would have met the last error. The same command continues.", file=sys.stderr)
 
 
 def find_files(settings: Settings, state: PartialState) -> tuple[str, str, dict[str, Path | None]]:

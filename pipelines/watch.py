@@ -79,7 +79,7 @@ def watch(settings: Settings) -> int:
                 else:
                     time.sleep(PAUSE)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
+        print("Stopped. The same command continues.", file=sys.stderr)
     finally:
         peers.leave()
     print(f"{written} images written to {settings.output}, {failures} failed.")

@@ -27,7 +27,7 @@ def fit_picture(picture: torch.Tensor, size: tuple[int, int], cells: tuple[int, 
         if not same_proportions(size_of(picture), fitted):
             raise ValueError(
                 f"image: found {picture.shape[-1]} x {picture.shape[-2]} pixels, but the latent's picture has other proportions "
-                f"({fitted[1]} x {fitted[0]} as the predictor sees it). Give the same picture, not enlarged."
+                f"({fitted[1]} x {fitted[0]} as the predictor sees it). Give the same picture, before it is upscaled."
             )
         picture = F.interpolate(picture, size=fitted, mode="bicubic", align_corners=False, antialias=True)
     return reflect_pad(picture, cells[0] * pixels_per_cell, cells[1] * pixels_per_cell)

@@ -61,7 +61,7 @@ def _summary(adapter: HYPIRAdapter) -> list[str]:
     width = adapter.context_dim
     return [
         f"  rank: {adapter.rank_unet} on {len(adapter.unet)} layers of the UNet; scale {next(iter(adapter.unet.values())).scale:g}",
-        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, text width {width}",
+        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, cross-attention dimension {width}",
         "  non-commercial use only",
     ]
 
@@ -87,7 +87,7 @@ HYPIR = Method(
         file="HYPIR_sd2.pth",
     ),
     kind=FileKind("hypir", "a HYPIR adapter", _matches),
-    contents="a flat dictionary of low-rank weights for the UNet, conv_out among them",
+    contents="a flat dictionary of LoRA weights for the UNet, conv_out among them",
     source="HYPIR_sd2.pth is at huggingface.co/lxq007/HYPIR; non-commercial use only.",
     parse=_parse,
     save=save_adapter,
@@ -104,7 +104,7 @@ HYPIR = Method(
             Widget(
                 0,
                 NUM_TRAIN_TIMESTEPS - 1,
-                "strength, as a timestep of the noise schedule. 200 is the published value; less keeps closer to the image.",
+                "strength, as a timestep of the noise schedule. 200 is the published value; lower values stay closer to the image.",
             ),
         ),
     ),

@@ -168,7 +168,7 @@ INVSR = Method(
     ),
     demo=Demo(
         file="noise_predictor.safetensors",
-        note="MODEL is the base's own; start at timestep 50",
+        note="MODEL is the plain base; start at timestep 50",
         call={"timesteps": (50,)},  # of held-out photos it keeps more there than at the published 200
     ),
     published=(

@@ -142,7 +142,7 @@ def _summary(adapter: OSEDiffAdapter) -> list[str]:
     return [
         f"  rank: {ranks}; scale {next(iter(adapter.unet.values())).scale:g}",
         "  replaces: " + ("the UNet's conv_in" if adapter.unet_replaced else "nothing"),
-        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, text width {width}",
+        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, cross-attention dimension {width}",
     ]
 
 
@@ -178,7 +178,7 @@ OSEDIFF = Method(
         url="https://github.com/cswry/OSEDiff/raw/main/preset/models/osediff.pkl",
     ),
     kind=FileKind("osediff", "an OSEDiff adapter", _matches),
-    contents="low-rank weights for UNet and VAE encoder, and the UNet's new conv_in",
+    contents="LoRA weights for UNet and VAE encoder, and the UNet's new conv_in",
     source="osediff.pkl is at github.com/cswry/OSEDiff, in preset/models.",
     parse=_parse,
     save=save_adapter,
@@ -188,8 +188,8 @@ OSEDIFF = Method(
     schedule=Schedule(
         start=TIMESTEP,
         origin=0,
-        reason="OSEDiff's timesteps are indices of Stable Diffusion's noise table",
-        fixed_start="OSEDiff's start state is exact only at the end of the noise table. For another single timestep use the 'OSEDiff One Step' node.",
+        reason="OSEDiff's timesteps are indices of Stable Diffusion's noise schedule",
+        fixed_start="OSEDiff's start state is exact only at the end of the noise schedule. For another single timestep use the 'OSEDiff One Step' node.",
     ),
     one_step=OneStep(TIMESTEP, _equation, prompt="tags"),
     options=(
@@ -198,7 +198,7 @@ OSEDIFF = Method(
     ),
     demo=Demo(
         file="osediff.safetensors",
-        note="it has the adapter on; set OSEDiff One Step's timestep to 249",
+        note="MODEL includes the adapter; set OSEDiff One Step's timestep to 249",
     ),
     published=(
         Published(

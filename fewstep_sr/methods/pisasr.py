@@ -121,7 +121,7 @@ def _summary(adapter: PiSASRAdapter) -> list[str]:
     width = adapter.context_dim
     return [
         f"  rank: {adapter.rank_unet} for pixels, {_rank_sem(adapter)} for semantics, on {len(adapter.unet)} layers of the UNet",
-        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, text width {width}",
+        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, cross-attention dimension {width}",
     ]
 
 
@@ -146,7 +146,7 @@ PISASR = Method(
         by_hand=True,
     ),
     kind=FileKind("pisasr", "a PiSA-SR adapter", is_pisasr),
-    contents="two sets of low-rank weights for the UNet, 'pix' and 'sem'",
+    contents="two sets of LoRA weights for the UNet, 'pix' and 'sem'",
     source="pisa_sr.pkl is linked from github.com/csslc/PiSA-SR.",
     parse=_parse,
     save=save_adapter,
@@ -160,7 +160,7 @@ PISASR = Method(
             "pixel",
             "weight of the pixel-level prediction: more takes more degradation off",
             1.0,
-            Widget(-10.0, 10.0, "weight of the pixel-level prediction. More removes more degradation.", step=0.05, usual=(0, 2)),
+            Widget(-10.0, 10.0, "weight of the pixel-level prediction. Higher values remove more degradation.", step=0.05, usual=(0, 2)),
         ),
         control(
             "semantic",
@@ -169,8 +169,8 @@ PISASR = Method(
             Widget(
                 -10.0,
                 10.0,
-                "weight of the semantic-level prediction. Less keeps closer to the image, more adds detail. Values other than pixel's or 0 call the model "
-                "twice.",
+                "weight of the semantic-level prediction. Lower values stay closer to the image, higher ones add detail. The model is "
+                "called twice unless it equals pixel or is 0.",
                 step=0.05,
                 usual=(0, 2),
             ),

@@ -235,7 +235,7 @@ def _summary(adapter: S3DiffAdapter) -> list[str]:
         f"  rank: {ranks}; scale {scales}",
         "  replaces: the UNet's conv_in",
         f"  modulated by the image's blur and noise; degradation estimator: {'in this file' if adapter.estimator else 'a file of its own'}",
-        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, text width {width}; published for SD-Turbo",
+        f"  fits: {TEXT_WIDTHS.get(width or 0, 'a base of another kind')}, cross-attention dimension {width}; published for SD-Turbo",
     ]
 
 
@@ -299,7 +299,7 @@ S3DIFF = Method(
         file="s3diff.pkl",
     ),
     kind=FileKind("s3diff", "an S3Diff adapter", _matches),
-    contents="low-rank weights for UNet and VAE encoder, the UNet's new conv_in, and the layers that modulate them by the image's degradation",
+    contents="LoRA weights for UNet and VAE encoder, the UNet's new conv_in, and the layers that modulate them by the image's degradation",
     source="s3diff.pkl is at huggingface.co/zhangap/S3Diff.",
     parse=_parse,
     save=save_adapter,

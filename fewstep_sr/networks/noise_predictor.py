@@ -78,7 +78,7 @@ class NoisePredictor(nn.Module):
 
         Args:
             image: low-quality picture (B, 3, 2h, 2w) in [-1, 1], ``config.pixels_per_cell`` (2) pixels for each side of the h x w latent cells.
-            timestep: index of the noise table (0 to 999), a number or a tensor of shape (1,) or (B,).
+            timestep: index of the noise schedule (0 to 999), a number or a tensor of shape (1,) or (B,).
 
         Returns:
             Posterior of shape (B, 4, h, w), in the scaled latent space in which the sampler works.
@@ -88,7 +88,9 @@ class NoisePredictor(nn.Module):
         """
         cell = self.config.pixels_per_cell
         if image.shape[-2] % cell or image.shape[-1] % cell:
-            raise ValueError(f"image: found {image.shape[-1]} x {image.shape[-2]} pixels, expected multiples of {cell}: {cell} for each latent cell.")
+            raise ValueError(
+                f"image: found {image.shape[-1]} x {image.shape[-2]} pixels, expected multiples of {cell}: {cell} for each latent pixel."
+            )
         if not isinstance(timestep, torch.Tensor):
             timestep = torch.full((1,), timestep, device=image.device)  # filled there: no copy that waits for the device
         timestep = timestep.to(image.device).reshape(-1).expand(image.shape[0])

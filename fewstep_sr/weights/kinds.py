@@ -110,7 +110,7 @@ LOOKALIKES = (
 )
 
 TAGGER = FileKind("tagger", "an image tagger (RAM or DAPE)", has_key(r"^(visual_encoder\.patch_embed|tagging_head\.)"))
-DAPE = FileKind("dape", "DAPE's low-rank weights for the RAM tagger", has_key(r"^(visual_encoder|tagging_head)\..*\.lora_[AB]$"))
+DAPE = FileKind("dape", "DAPE's LoRA weights for the RAM tagger", has_key(r"^(visual_encoder|tagging_head)\..*\.lora_[AB]$"))
 LORA = FileKind("lora", "a LoRA", has_key(r"lora_unet_|lora_te|\.lora_(A|B|down|up)\b|\.lora\.(down|up)\.|\.lora_linear_layer\."))
 UNET = FileKind("unet", "a whole UNet", has_key(r"^(down_blocks\.0\.(attentions|resnets)\.|input_blocks\.0\.0\.)"))
 VAE = FileKind("vae", "a VAE", has_key(r"^(first_stage_model\.|encoder\.down\.0\.block\.|(decoder\.up|encoder\.down)_blocks\.0\.)"))
@@ -164,7 +164,7 @@ def with_base(kind: FileKind, state: Mapping) -> FileKind:
         return replace(kind, phrase=f"{kind.phrase} for {TEXT_WIDTHS[2048]}")
     for key, tensor in keys.items():
         if re.search(r"attn2[._]to_k\.(lora_A\.(\w+\.)?|lora_down\.|lora\.down\.)?weight$", key) and getattr(tensor, "ndim", 0) > 1:
-            base = TEXT_WIDTHS.get(tensor.shape[1], f"a model with a text width of {tensor.shape[1]}")
+            base = TEXT_WIDTHS.get(tensor.shape[1], f"a model with a cross-attention dimension of {tensor.shape[1]}")
             return replace(kind, phrase=f"{kind.phrase} for {base}")
     if kind == LORA and any(re.search(r"double_blocks|single_blocks|joint_blocks|transformer\.", key) for key in keys):
         return replace(kind, phrase=f"{kind.phrase} for a diffusion transformer")

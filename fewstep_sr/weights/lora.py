@@ -94,7 +94,7 @@ def read_lora(state: Mapping[str, torch.Tensor], what: str, alpha: float | None 
             layer, half, adapter = match.groups()
             halves.setdefault((adapter or "", layer), {})[half] = key
     if not halves:
-        raise ValueError(f"{what}: no low-rank weights (lora_A, lora_B) found; the file is incomplete.")
+        raise ValueError(f"{what}: no LoRA weights (lora_A, lora_B) found; the file is incomplete.")
     for (_, layer), pair in halves.items():
         _require_pair({half: state[key] for half, key in pair.items()}, f"{what}: layer {layer}")
     copies = own_copies({key: state[key] for pair in halves.values() for key in pair.values()}, what)

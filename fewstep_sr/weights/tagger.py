@@ -1,4 +1,4 @@
-"""The tagger's files: RAM's published weights, DAPE's low-rank weights for them, and the compact file that holds all of it."""
+"""The tagger's files: RAM's published weights, DAPE's LoRA weights for them, and the compact file that holds all of it."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None, d
 
     Args:
         path: the tagger.
-        dape_path: DAPE's low-rank weights, to be merged into it; None for plain RAM, or where the tagger already holds them.
+        dape_path: DAPE's LoRA weights, to be merged into it; None for plain RAM, or where the tagger already holds them.
         dape_among: without a ``dape_path``, files of which one that is there and has DAPE's published name is merged, where the tagger has none yet.
 
     Raises:
@@ -106,7 +106,7 @@ def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
     halves = {k: w for k, w in without_wrappers(state, name).items() if isinstance(w, torch.Tensor)}
     layers = sorted({m.group(1) for k in halves if (m := re.match(r"((?:visual_encoder|tagging_head)\..+)\.lora_[AB]$", k))})
     if not layers:
-        raise ValueError(f"{name}: found {identify(state).phrase}; expected DAPE's low-rank weights such as {DAPE_FILE}.")
+        raise ValueError(f"{name}: found {identify(state).phrase}; expected DAPE's LoRA weights such as {DAPE_FILE}.")
     merged = dict(tagger.state_dict)
     for layer in layers:
         down, up, weight = halves.get(f"{layer}.lora_A"), halves.get(f"{layer}.lora_B"), merged.get(f"{layer}.weight")

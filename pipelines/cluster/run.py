@@ -113,7 +113,7 @@ def upscale_on_cluster(settings: Settings) -> int:
         lines = (f"  {name}: {why}" for name, why in failures)
         print(f"\n{len(failures)} of {written + skipped + len(failures)} failed:", *lines, sep="\n", file=sys.stderr)
     if ended:
-        print(f"The run ended before all were done: {ended} The same command goes on.", file=sys.stderr)
+        print(f"The run ended before all were done: {ended} The same command continues.", file=sys.stderr)
     return 1 if failures or ended else 0
 
 
@@ -124,7 +124,7 @@ def _output(settings: Settings) -> str:
     if Path(output).suffix.lower() in WRITTEN and not Path(output).is_dir():
         raise ValueError(f"-o: found the file {output}, expected a folder: --ray is for many pictures.")
     if settings.overwrite:
-        raise ValueError("--ray: found --overwrite, expected another -o: a run that goes on could not tell what it has done again.")
+        raise ValueError("--ray: found --overwrite, expected another -o: a resumed run could not tell what it has redone.")
     return output
 
 

@@ -21,7 +21,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         f"examples:\n  {prog} --data benchmark_realsr --results benchmark_realsr/results_osediff --expect osediff\n"
         f"  {prog} --data benchmark_realsr --method osediff --demo --json osediff.json\n\n"
         f"known benchmarks, and where they are published:\n{sets}\n\n"
-        "A run that was cut goes on where it stopped. Exit status: 0; 1 where images failed or have no other half; 2 where nothing could be measured."
+        "An interrupted run continues where it stopped. Exit status: 0; 1 where images failed or have no counterpart; 2 where nothing could be measured."
     )
     command.set_defaults(run=_evaluate)
     data = command.add_argument_group("data")
@@ -31,7 +31,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     data.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images")
     data.add_argument("--hq", type=Path, metavar="FOLDER", help="originals; names are paired: x.png with x.png, x_LR4.png with x_HR.png")
     data.add_argument("--results", type=Path, metavar="DIR", help="measure these results instead of restoring")
-    data.add_argument("--benchmark", choices=list(BENCHMARKS), help="which one it is, where the images' names do not tell")
+    data.add_argument("--benchmark", choices=list(BENCHMARKS), help="which benchmark it is, if the images' names do not show it")
     figures = command.add_argument_group("figures")
     figures.add_argument(
         "--metrics",
@@ -41,11 +41,11 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         help="psnr ssim gmsd (default; these need nothing), and through pyiqa lpips dists fid niqe musiq maniqa-pipal clipiqa; or all. "
         "pyiqa is optional (pip install pyiqa), for non-commercial use, and fetches a metric's weights at its first use",
     )
-    figures.add_argument("--pyiqa", action="store_true", help="psnr, ssim and gmsd through pyiqa, too (the same values)")
+    figures.add_argument("--pyiqa", action="store_true", help="compute psnr, ssim and gmsd with pyiqa as well (the same values)")
     figures.add_argument(
         "--expect",
         choices=sorted(key for key, method in METHODS.items() if method.published),
-        help="show this method's published figures beside ours",
+        help="show this method's published metrics beside yours",
     )
     files = command.add_argument_group("files")
     files.add_argument(
@@ -58,8 +58,8 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     files.add_argument("--json", type=Path, metavar="FILE", help="everything: mean, pictures, settings, versions, file hashes, seconds, memory")
     files.add_argument("--csv", type=Path, metavar="FILE", help="the table")
     files.add_argument("--markdown", type=Path, metavar="FILE", help="the means and the table")
-    files.add_argument("--overwrite", action="store_true", help="restore images again whose results exist")
-    add_method(command, ["bicubic"], "the method to restore with; bicubic enlarges alone", action=Once)
+    files.add_argument("--overwrite", action="store_true", help="restore again images whose results exist")
+    add_method(command, ["bicubic"], "the method to restore with; bicubic only upscales", action=Once)
     add_weights(command)
     add_machine(command)
 
@@ -118,13 +118,13 @@ def add_compare(command: argparse.ArgumentParser) -> None:
         "Seconds, and figures of other metrics than PSNR, SSIM and GMSD, are those that evaluate has left in a folder."
     )
     command.set_defaults(run=_compare)
-    command.add_argument("folder", nargs="+", metavar="[LABEL=]FOLDER", help="results, with the name that they shall have on the sheet")
+    command.add_argument("folder", nargs="+", metavar="[LABEL=]FOLDER", help="a folder of results, and the name to show for it")
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="SHEET", help="a name that ends in .html (one file, with a zoom) or .png"
     )
     command.add_argument("--data", type=Path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it")
-    command.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images: a column of them, enlarged")
-    command.add_argument("--hq", type=Path, metavar="FOLDER", help="originals: a column of them, and figures against them")
+    command.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images, shown upscaled in a column of their own")
+    command.add_argument("--hq", type=Path, metavar="FOLDER", help="originals, shown in a column of their own; metrics are computed against them")
     command.add_argument("--pictures", nargs="+", default=[], metavar="NAME", help="which ones (default: six, evenly spread)")
     command.add_argument(
         "--at", type=int, nargs=2, metavar=("X", "Y"), help="left and top of the crop (default: where the original has the most detail)"
@@ -157,12 +157,12 @@ def add_verify(command: argparse.ArgumentParser) -> None:
     prog = command.prog
     command.epilog = (
         f"examples:\n  {prog} --comfyui ~/ComfyUI --download --json verify.json\n  {prog} --demo\n\n"
-        "Always on the miniature; on each method where its weights are found. Exit status: 0; 1 where something is wrong; 2 where nothing was begun."
+        "Always runs on the miniature, and on each method whose weights are found. Exit status: 0; 1 if something is wrong; 2 if nothing was started."
     )
     command.set_defaults(run=_verify)
     command.add_argument("--json", type=Path, metavar="FILE", help="the whole report, to attach to an issue")
     command.add_argument(
-        "--picture", type=Path, metavar="FILE", help="what goes through the stages (default: the miniature's photo of 112 x 75 pixels)"
+        "--picture", type=Path, metavar="FILE", help="the picture to take through the stages (default: the miniature's photo of 112 x 75 pixels)"
     )
     command.add_argument("--reference", type=Path, metavar="FILE", help="another machine's report, to compare the stages with")
     command.add_argument(
@@ -174,9 +174,7 @@ def add_verify(command: argparse.ArgumentParser) -> None:
     command.add_argument("--checkpoint", type=Path, metavar="FILE", help="the base as one file, for the nodes, where --base is a folder")
     command.add_argument("--half", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
     command.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
-    command.add_argument(
-        "--no-golden", action="store_true", help="leave out the comparison with the outputs of the authors' code, which takes a minute"
-    )
+    command.add_argument("--no-golden", action="store_true", help="skip the comparison with the outputs of the authors' code, which takes a minute")
     add_method(command, (), "this method alone (default: every one)", action=Once)
     add_weights(command)
 

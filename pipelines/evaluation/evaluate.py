@@ -68,7 +68,7 @@ def default_output(method: str, demo: bool) -> Path:
 
 
 def evaluate(wanted: Evaluation) -> int:
-    """Measure, print the table and write the files. Returns 1 where images failed or have no other half, else 0.
+    """Measure, print the table and write the files. Returns 1 where images failed or have no counterpart, else 0.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError: nothing could be measured, or a place to write to is taken.

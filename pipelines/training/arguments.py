@@ -50,9 +50,11 @@ def add_common(command: argparse.ArgumentParser, lr: float, patch_multiple: int 
     command.add_argument("--threads", type=whole(1, 1024), help="CPU threads of the networks")
     command.add_argument("--save-every", type=whole(1), default=500, help="steps between checkpoints (default: %(default)s)")
     command.add_argument("--sample-every", type=whole(1), default=500, help="steps between sample grids (default: %(default)s)")
-    command.add_argument("--max-minutes", type=real(0, infinite=True), default=float("inf"), help="save and stop after so long; --resume goes on")
-    command.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-    command.set_defaults(stopped="With --resume the same command goes on from the last checkpoint.")
+    command.add_argument(
+        "--max-minutes", type=real(0, infinite=True), default=float("inf"), help="save and stop after this many minutes; --resume continues"
+    )
+    command.add_argument("--resume", action="store_true", help="continue from the output folder's checkpoint")
+    command.set_defaults(stopped="With --resume the same command continues from the last checkpoint.")
 
 
 def begin(settings: "DataSettings") -> None:
@@ -75,7 +77,7 @@ def report(loop: "LoopOptions", result: str) -> None:
     record = read_record(find_checkpoints(loop.output)[0])
     if record and PartialState().is_main_process:
         step = record["step"]
-        print(f"{loop.output / result}: after {step} of {loop.steps} steps" + (". --resume goes on" if step < loop.steps else ""))
+        print(f"{loop.output / result}: after {step} of {loop.steps} steps" + (". --resume continues" if step < loop.steps else ""))
 
 
 def training_pictures(settings: "DataSettings", degradation: "Degradation | None" = None) -> "TrainingPictures":

@@ -47,7 +47,7 @@ class InvSRTask(Task):
         self.base, self.prompts, self.options, self.perceptual = base, prompts, options, perceptual
         losses = (options.latent, options.mse, options.gaussian, options.variance, options.structure, options.adversarial)
         if not any(losses) and not (options.perceptual and perceptual):
-            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --latent-weight 1.")
+            raise ValueError("losses: found none that has a weight above 0, so nothing would be trained. Give one, such as --latent-weight 1.")
         self.encode_hq, self.encode_lq = Encoder(base.vae), Encoder(base.vae)
         self.frozen, self.measures = [*prompts.networks, base.unet, base.vae], [perceptual] if perceptual else []
         for network in self.frozen:

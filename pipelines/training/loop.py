@@ -43,7 +43,7 @@ def train(task: Task, pictures: TrainingPictures, options: LoopOptions) -> list[
     checkpoints = _checkpoints(options)
     run = _Run(task, pictures, options)
     try:
-        with run.peers.waiting(lambda: "The last checkpoint is whole: --resume goes on from it."):
+        with run.peers.waiting(lambda: "The last checkpoint is complete: --resume continues from it."):
             return _train(run, checkpoints)
     except BaseException:
         run.save_before_the_end()
@@ -90,7 +90,7 @@ def _checkpoints(options: LoopOptions) -> list[Path]:
     checkpoints = find_checkpoints(options.output)
     if checkpoints and not options.resume:
         raise ValueError(
-            f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to go on with it, or another --output."
+            f"output: found a run's checkpoint in {options.output}, expected an empty folder. Pass --resume to continue it, or another --output."
         )
     return checkpoints
 

@@ -43,9 +43,9 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     _add_degradation(command)
     _add_base(command, prompt="none")
     command.add_argument("--negative-prompt", help="for guidance (default: the published one)")
-    command.add_argument("--rank", type=whole(1, 4096), default=4, help="of the low-rank updates (default: %(default)s)")
+    command.add_argument("--rank", type=whole(1, 4096), default=4, help="of the LoRA (default: %(default)s)")
     command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
-    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="of LPIPS, where its weights are at hand (default: %(default)g)")
+    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="of LPIPS, if its weights are installed (default: %(default)g)")
     command.add_argument("--vsd-weight", type=WEIGHT, default=1.0, help="of score distillation; 0 also saves its two UNets (default: %(default)g)")
     command.add_argument("--regulariser-weight", type=WEIGHT, default=1.0, help="of the regulariser's own loss (default: %(default)g)")
     command.add_argument(
@@ -77,7 +77,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument("--rank-pixel", type=whole(1, 4096), default=4, help="of the pixel set, in its own stage (default: %(default)s)")
     command.add_argument("--rank-semantic", type=whole(1, 4096), default=4, help="of the semantic set (default: %(default)s)")
     command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="of the pictures' squared distance (default: %(default)g)")
-    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="semantic: of LPIPS, where its weights are at hand (default: %(default)g)")
+    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="semantic: of LPIPS, if its weights are installed (default: %(default)g)")
     command.add_argument("--csd-weight", type=WEIGHT, default=1.0, help="semantic: of score distillation; 0 also saves a UNet (default: %(default)g)")
     command.add_argument("--guidance", type=real(0), default=7.5, help="of the distillation (default: %(default)g)")
     command.add_argument(
@@ -124,7 +124,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--predictor-time", type=whole(2, 8192, multiple=2), nargs=2, default=[256, 512], help="widths of the timestep's embedding (default: 256 512)"
     )
-    command.add_argument("--init", type=Path, metavar="FILE", help="go on from this noise predictor; its dimensions count")
+    command.add_argument("--init", type=Path, metavar="FILE", help="start from this noise predictor; its dimensions are used")
     command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0, max_grad_norm=float("inf"))
 
 

@@ -68,7 +68,7 @@ class OSEDiffTask(Task):
             )
         self.prompts, self.options, self.lpips = prompts, options, lpips
         if not any((options.mse, options.vsd, options.latent, options.gradients, options.structure, options.lpips and lpips)):
-            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --mse-weight 1.")
+            raise ValueError("losses: found none that has a weight above 0, so nothing would be trained. Give one, such as --mse-weight 1.")
         self._base = fingerprint(base.unet, base.vae)
         self.frozen, self.measures = list(prompts.networks), [lpips] if lpips else []
         self.phases = {}

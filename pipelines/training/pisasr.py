@@ -1,4 +1,4 @@
-"""Training of PiSA-SR (Sun et al., CVPR 2025) in two stages: a set of low-rank weights for the pixels, then one for semantic detail on top of it."""
+"""Training of PiSA-SR (Sun et al., CVPR 2025) in two stages: a set of LoRA weights for the pixels, then one for semantic detail on top of it."""
 
 import copy
 import logging
@@ -101,7 +101,7 @@ class PiSASRTask(Task):
         self.prompts, self.options, self.lpips = prompts, options, lpips if self.semantic else None
         self.csd = options.csd if self.semantic else 0.0
         if not (options.mse or self.csd or (options.lpips and self.lpips)):
-            raise ValueError("losses: found none that has a weight above 0, so that nothing would be learned. Give one, such as --mse-weight 1.")
+            raise ValueError("losses: found none that has a weight above 0, so nothing would be trained. Give one, such as --mse-weight 1.")
         if options.null_prompt and prompts.empty(torch.empty(0)) is None:
             _log.warning("null prompt: the prompt is given as embeddings without empty_prompt_embeds beside it, and is the prompt of every batch.")
         self.frozen, self.measures = list(prompts.networks), [self.lpips] if self.lpips else []

@@ -139,7 +139,7 @@ def go_on(checkpoints: Sequence[Path], settings: Mapping[str, Settings], load: C
             problems.append(error)
             continue
         if problems:
-            _log.warning("%s The run goes on from the checkpoint before, %s.", problems[0], checkpoint)
+            _log.warning("%s The run continues from the previous checkpoint, %s.", problems[0], checkpoint)
         return
     raise problems[0]
 
@@ -151,4 +151,4 @@ def _compare(record: Mapping[str, Any], settings: Mapping[str, Settings], checkp
             f"--resume: the run in {checkpoint.parent} was begun with {other}. Give the settings that it was begun with, or another --output for another run."
         )
     if other := differences(recorded["free"], settings["free"]):
-        _log.warning("the run goes on with other settings than until now: %s.", other)
+        _log.warning("the run continues with other settings than before: %s.", other)

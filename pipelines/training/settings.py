@@ -214,4 +214,4 @@ class InvSRSettings:
 def require_whole_cells(patch: int) -> None:
     """Raises ValueError where a patch is not whole cells of the UNet at its coarsest."""
     if patch % 64:
-        raise ValueError(f"--patch: found {patch}, expected a multiple of 64, the UNet's coarsest cell.")
+        raise ValueError(f"--patch: found {patch}, expected a multiple of 64, the size of the UNet's coarsest latent pixel.")

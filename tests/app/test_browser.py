@@ -206,10 +206,9 @@ def test_the_first_photo_takes_five_clicks_and_a_minute(browser, server, tmp_pat
     """From the page's start to the restored own photo, with the files in place: Templates, the pack, the template, the photo, Run."""
     own = tmp_path / "mine.png"
     photo().rotate(90, expand=True).save(own)
-    context = browser.new_context(viewport={"width": 1600, "height": 1000})  # nothing is cached
     clicks = 0
     started = time.monotonic()
-    page = open_page(context, server)
+    page = open_page(browser, server)  # with a context of its own: nothing is cached
 
     def click(place) -> None:
         nonlocal clicks
@@ -232,7 +231,7 @@ def test_the_first_photo_takes_five_clicks_and_a_minute(browser, server, tmp_pat
     seconds = time.monotonic() - started
     restored = shown(page, "SaveImage")
     page.screenshot(path=Path(os.environ.get("FEWSTEP_SR_SCREENSHOTS", tmp_path)) / "first_photo.png")
-    context.close()
+    page.close()
     print(f"{clicks} clicks, {seconds:.1f} s")
     assert restored.height == 128 and restored.width == round(128 * 37 / 50)
     assert clicks <= 5 and seconds < 60

@@ -79,13 +79,13 @@ KSAMPLER |= {"model": ("CheckpointLoaderSimple", 0), "positive": ("CLIPTextEncod
 
 MISTAKES = {
     # 1. A base that the method was not trained on.
-    "base SD 1.5": base("v1-5-pruned-emaonly", "text width of 768 (Stable Diffusion 1.x), expected 1024"),
-    "base SDXL": base("sd_xl_base_1.0", "text width of 2048 (Stable Diffusion XL), expected 1024"),
+    "base SD 1.5": base("v1-5-pruned-emaonly", "cross-attention dimension of 768 (Stable Diffusion 1.x), expected 1024"),
+    "base SDXL": base("sd_xl_base_1.0", "cross-attention dimension of 2048 (Stable Diffusion XL), expected 1024"),
     "base SD 2.1 at 768 pixels": base("v2-1_768-ema-pruned", "v-prediction (SD 2.1 at 768 pixels), expected a model that predicts noise"),
     "InvSR on SD 1.5": invsr(
         "FewStepScheduler",
         {"model": ("CheckpointLoaderSimple", 0)},
-        "model: found a text width of 768",
+        "model: found a cross-attention dimension of 768",
         "expected 1024",
         "Load",
         "SD-Turbo for InvSR",

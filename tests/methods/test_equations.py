@@ -60,7 +60,7 @@ def test_nearest_timestep():
     assert sigma_to_index(between) == 300  # nearest in log sigma
     assert sigma_to_index(sigmas[999].item() * 1.0005) == 999 and sigma_to_index(sigmas[0].item() * 0.9995) == 0
     for outside in (sigmas[999].item() * 1.002, sigmas[0].item() * 0.998, 0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="outside Stable Diffusion's noise table"):
+        with pytest.raises(ValueError, match="outside Stable Diffusion's noise schedule"):
             sigma_to_index(outside)
 
 
@@ -166,7 +166,7 @@ def test_summaries():
     assert OSEDIFF.summary(adapter) == [
         "  rank: 4 on the UNet (1 layers), 4 on the VAE's encoder (1 layers); scale 2",
         "  replaces: the UNet's conv_in",
-        "  fits: Stable Diffusion 2.x, text width 1024",
+        "  fits: Stable Diffusion 2.x, cross-attention dimension 1024",
     ]
     config = NoisePredictorConfig()
     assert "3 layers of 256, 3 layers of 512 (as published)" in INVSR.summary(invsr.NoisePredictorWeights(config, {}))[0]

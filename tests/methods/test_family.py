@@ -70,7 +70,7 @@ def test_pisasrs_file(tmp_path):
     assert {"family": "PiSA-SR adapter", "lora_rank_unet_pix": "4", "lora_rank_unet_sem": "2", "lora_alpha": "8"}.items() <= written.items()
     assert PISASR.summary(adapter) == [
         f"  rank: 4 for pixels, 2 for semantics, on {len(adapter.unet)} layers of the UNet",
-        "  fits: a base of another kind, text width 64",
+        "  fits: a base of another kind, cross-attention dimension 64",
     ]
 
 
@@ -86,7 +86,7 @@ def test_hypirs_file(tmp_path):
     assert {"family": "HYPIR adapter", "rank_unet": "4", "lora_alpha": "4"}.items() <= written.items()
     assert HYPIR.summary(adapter) == [
         f"  rank: 4 on {len(adapter.unet)} layers of the UNet; scale 1",
-        "  fits: a base of another kind, text width 64",
+        "  fits: a base of another kind, cross-attention dimension 64",
         "  non-commercial use only",
     ]
 
@@ -97,7 +97,7 @@ def test_for_stable_diffusion_2(method, case, tmp_path):
     adapter, _ = saved(method, toys.adapter_checkpoint(golden(case)[0]), tmp_path)
     wide = LowRank(torch.zeros(4, 1024), torch.zeros(8, 4), 4.0)
     adapter = dataclasses.replace(adapter, unet={"a.attn2.to_k": wide})
-    assert "  fits: Stable Diffusion 2.x, text width 1024" in method.summary(adapter)
+    assert "  fits: Stable Diffusion 2.x, cross-attention dimension 1024" in method.summary(adapter)
 
 
 def test_what_is_a_hypir_adapter():

@@ -86,7 +86,7 @@ def test_schedule_refuses(arguments, message):
 
 @pytest.mark.parametrize("sigma", [0.0, -1.0, 100.0, float("nan")])
 def test_sigma_outside_the_schedule(sigma):
-    with pytest.raises(ValueError, match="noise table"):
+    with pytest.raises(ValueError, match="noise schedule"):
         sigma_to_index(sigma)
 
 

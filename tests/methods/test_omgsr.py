@@ -81,5 +81,5 @@ def test_configurations(tmp_path, text, found):
 def test_weights_that_are_no_lora_are_named(tmp_path):
     write(tmp_path)
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / UNET / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=f"{UNET}/adapter_model.safetensors: no low-rank weights"):
+    with pytest.raises(ValueError, match=f"{UNET}/adapter_model.safetensors: no LoRA weights"):
         read_omgsr(tmp_path)

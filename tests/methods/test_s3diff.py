@@ -150,10 +150,10 @@ def test_summary():
         "  rank: 6 on the UNet (164 layers), 4 on the VAE's encoder (22 layers); scale 1.33333 and 2",
         "  replaces: the UNet's conv_in",
         "  modulated by the image's blur and noise; degradation estimator: a file of its own",
-        "  fits: a base of another kind, text width 64; published for SD-Turbo",
+        "  fits: a base of another kind, cross-attention dimension 64; published for SD-Turbo",
     ]
     wide = dataclasses.replace(adapter, unet={"a.attn2.to_k": LowRank(torch.zeros(6, 1024), torch.zeros(8, 6))})
-    assert S3DIFF.summary(wide)[3] == "  fits: Stable Diffusion 2.x, text width 1024; published for SD-Turbo"
+    assert S3DIFF.summary(wide)[3] == "  fits: Stable Diffusion 2.x, cross-attention dimension 1024; published for SD-Turbo"
     published, other = (EstimatorWeights(config, {}) for config in (DegradationConfig(), DegradationConfig(channels=8)))
     assert "(as published)" in s3diff.ESTIMATOR.summary(published)[0] and "(not the published dimensions)" in s3diff.ESTIMATOR.summary(other)[0]
 

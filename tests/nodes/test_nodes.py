@@ -150,8 +150,8 @@ def test_wrong_models_are_refused(comfy, base, adapter_name):
                 comfy.run(node, model=model, **inputs)
 
     everywhere(toys.comfy_model(SEED, v_prediction=True), "found v-prediction .*expected a model that predicts noise")
-    everywhere(toys.comfy_model(SEED, context=768), r"text width of 768 \(Stable Diffusion 1.x\), expected 1024")
-    everywhere(toys.comfy_model(SEED, context=2048), r"text width of 2048 \(Stable Diffusion XL\), expected 1024")
+    everywhere(toys.comfy_model(SEED, context=768), r"cross-attention dimension of 768 \(Stable Diffusion 1.x\), expected 1024")
+    everywhere(toys.comfy_model(SEED, context=2048), r"cross-attention dimension of 2048 \(Stable Diffusion XL\), expected 1024")
     other = toys.comfy_model(SEED)
     other.model.diffusion_model = torch.nn.Linear(1, 1)
     everywhere(other, "found Linear, expected the UNet of Stable Diffusion")
@@ -162,7 +162,7 @@ def test_wrong_models_are_refused(comfy, base, adapter_name):
 
 def test_adapter_on_another_base_is_refused(comfy, base, adapter_name):
     model, vae = base
-    with pytest.raises(ValueError, match="text width of 1024, but the adapter was trained for 64"):
+    with pytest.raises(ValueError, match="cross-attention dimension of 1024, but the adapter was trained for 64"):
         comfy.run("OSEDiffLoader", model=toys.comfy_model(SEED, context=1024), vae=vae, osediff_name=adapter_name)
     checkpoint = toys.osediff_checkpoint(SEED, rank=2)
     layer = "mid_block.resnets.0.conv1"
@@ -220,7 +220,7 @@ def test_start_state_refuses_what_does_not_belong(comfy, base, predictor):
 
     with pytest.raises(ValueError, match="found no step to take"):
         start(sigmas=torch.tensor([]))
-    with pytest.raises(ValueError, match="outside Stable Diffusion's noise table"):
+    with pytest.raises(ValueError, match="outside Stable Diffusion's noise schedule"):
         start(sigmas=torch.tensor([0.0, 0.0]))
     with pytest.raises(ValueError, match="first is timestep 1000 .* expected at most 250"):
         start(sigmas=comfy.run("FewStepScheduler", model=model, method="OSEDiff")[0])

@@ -1,6 +1,6 @@
 """Checkpoint files of Stable Diffusion 2.x' real architecture with random weights, and OSEDiff and InvSR files that fit them.
 
-``reduced`` keeps the widths by which ComfyUI recognises SD 2.x (320 channels, text width 1024) and the real VAE and text encoder, with fewer
+``reduced`` keeps the widths by which ComfyUI recognises SD 2.x (320 channels, cross-attention dimension 1024) and the real VAE and text encoder, with fewer
 UNet levels. ``full`` is SD 2.1-base's own shape, 865 million UNet parameters.
 """
 

@@ -113,7 +113,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, run, caplog, name
     (current / name).write_bytes({"empty": b"", "cut": data[: len(data) // 2], "flipped": flipped}[damage])
     run(6)
     text = caplog.text
-    assert name in text and f"The run goes on from the checkpoint before, {old}." in text
+    assert name in text and f"The run continues from the previous checkpoint, {old}." in text
     whole = run(6, output=tmp_path / "uncut", resume=False)
     assert whole.steps == [0, 1, 2, 3, 4, 5] and weight(tmp_path / "run") == weight(tmp_path / "uncut")
 
@@ -286,7 +286,7 @@ def test_the_command_says_what_it_wrote_and_what_has_changed(tmp_path, photo, ca
     ]
     command += ["--vsd-weight", "0", "--lpips-weight", "0"]
     assert main([*command, "--steps", "2", "--max-minutes", "0"]) == 0
-    assert "osediff.safetensors: after 1 of 2 steps. --resume goes on" in capfd.readouterr().out
+    assert "osediff.safetensors: after 1 of 2 steps. --resume continues" in capfd.readouterr().out
     AcceleratorState._reset_state()
     assert main([*command, "--steps", "2", "--resume", "--rank", "8"]) == 2
     error = capfd.readouterr().err

@@ -102,7 +102,7 @@ def test_a_loops_every_option_but_two_is_on_the_command_line():
 
 
 @pytest.mark.parametrize(("method", "words", "message"), [
-    ("osediff", ["--patch", "96"], "--patch: found 96, expected a multiple of 64, the UNet's coarsest cell."),
+    ("osediff", ["--patch", "96"], "--patch: found 96, expected a multiple of 64, the size of the UNet's coarsest latent pixel."),
     ("invsr", ["--patch", "96"], "--patch: found 96, expected a multiple of 64"),
     ("pisasr", ["--patch", "96"], "--patch: found 96, expected a multiple of 64"),
     ("pisasr", ["--stage", "semantic"], "--weights: found none, expected the pixel stage's run"),

@@ -235,7 +235,7 @@ def test_incomplete_adapters_are_named(tmp_path):
         load_weights(OSEDIFF, save(tmp_path / "bias.pkl", checkpoint))
     checkpoint = toys.osediff_checkpoint(seed=0, rank=4)
     checkpoint["state_dict_vae"] = {}
-    with pytest.raises(ValueError, match="VAE: no low-rank weights"):
+    with pytest.raises(ValueError, match="VAE: no LoRA weights"):
         load_weights(OSEDIFF, save(tmp_path / "no_vae.pkl", checkpoint))
 
 

@@ -50,7 +50,7 @@ def test_tensors_are_copies():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, r"no low-rank weights \(lora_A, lora_B\) found"),
+        ({}, r"no LoRA weights \(lora_A, lora_B\) found"),
         ({"a.lora_A.weight": torch.ones(4, 6)}, "layer a has lora_A but not its other half"),
         ({"a.lora_B.weight": torch.ones(4, 6)}, "layer a has lora_B but not its other half"),
         ({"a.lora_A.weight": torch.ones(4, 6), "a.lora_B.weight": torch.ones(8, 3)}, r"layer a has ranks 4 and 3 in its two halves"),
@@ -165,7 +165,7 @@ def test_kinds_decide_by_id():
     [
         ({"x.attn2.to_k.lora_A.default.weight": (4, 768)}, "a LoRA for Stable Diffusion 1.x"),
         ({"x_attn2_to_k.lora_down.weight": (4, 1024)}, "a LoRA for Stable Diffusion 2.x"),
-        ({"x.attn2.to_k.lora_A.weight": (4, 99)}, "a LoRA for a model with a text width of 99"),
+        ({"x.attn2.to_k.lora_A.weight": (4, 99)}, "a LoRA for a model with a cross-attention dimension of 99"),
         ({"lora_te2_x.lora_down.weight": (4, 9)}, "a LoRA for Stable Diffusion XL"),
         ({"double_blocks.0.lora_A.weight": (4, 9)}, "a LoRA for a diffusion transformer"),
         ({"y.lora_A.weight": (4, 9)}, "a LoRA"),

@@ -99,7 +99,7 @@ LAYER = "conv_out.lora_A.default.weight"
         (drop("state_dict_unet", "conv_in.weight"), r"the tensor unet\.conv_in\.weight is missing"),
         (put(torch.zeros(7), "state_dict_unet", "conv_in.bias"), r"unet\.conv_in\.bias of \(7,\)"),
         (drop("state_dict_vae"), "its part vae is no dictionary"),
-        (put({}, "state_dict_vae"), "VAE: no low-rank weights"),
+        (put({}, "state_dict_vae"), "VAE: no LoRA weights"),
         (drop("state_dict_unet_fuse_mlp"), "its part unet_fuse_mlp is no dictionary"),
         (drop("state_embeddings"), "its part unet_block_embeddings is no dictionary"),
         (drop("state_dict_vae_block_mlp", "0.bias"), r"the tensor vae_block_mlp\.0\.bias is missing"),

@@ -180,7 +180,7 @@ def test_wrong_text_files(tmp_path, names, thresholds, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.load(DAPE, weights_only=True), "found DAPE's low-rank weights for the RAM tagger; expected RAM's tagger"),
+        (torch.load(DAPE, weights_only=True), "found DAPE's LoRA weights for the RAM tagger; expected RAM's tagger"),
         ({"model": {**tagger_state_dict(), "reweight_scale": torch.ones(())}}, r"found RAM\+\+, another tagger"),
         ({"model": {"visual_encoder.patch_embed.proj.weight": torch.ones(2, 2), "label_embed.weight": torch.ones(2, 2)}}, "found Tag2Text"),
         ({"model": without(tagger_state_dict(), "fc.bias")}, r"ram\.pth: the tensor 'fc\.bias' is missing"),
@@ -201,7 +201,7 @@ QKV = "visual_encoder.layers.0.blocks.0.attn.qkv"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"model": tagger_state_dict()}, r"found an image tagger \(RAM or DAPE\); expected DAPE's low-rank weights"),
+        ({"model": tagger_state_dict()}, r"found an image tagger \(RAM or DAPE\); expected DAPE's LoRA weights"),
         ({f"{QKV}.lora_A": torch.ones(16, 24)}, "has but one of lora_A and lora_B"),
         ({f"{QKV}.lora_A": torch.ones(8, 24), f"{QKV}.lora_B": torch.ones(48, 8)}, "expected one rank in both"),
         (

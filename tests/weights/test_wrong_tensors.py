@@ -198,5 +198,5 @@ def test_text_files_of_a_tagger(tmp_path):
 
 
 def test_low_rank_keys_that_are_no_text():
-    with pytest.raises(ValueError, match="no low-rank weights"):
+    with pytest.raises(ValueError, match="no LoRA weights"):
         read_lora({5: torch.zeros(2, 2)}, "file")

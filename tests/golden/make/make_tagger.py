@@ -1,4 +1,4 @@
-"""Golden outputs of the RAM tagger with DAPE's low-rank weights, on procedural weights (float32, CPU).
+"""Golden outputs of the RAM tagger with DAPE's LoRA weights, on procedural weights (float32, CPU).
 
 usage: python make_tagger.py REFERENCE_CHECKOUT OUT_DIR [--seed N] [--name NAME] [--res R]
 """
@@ -119,7 +119,7 @@ def main():
             ),
             num_tags=int(m.num_class),
             image=f"procedural.image(seed, {a.res}, {a.res}) normalised with the ImageNet mean and standard deviation",
-            files=f"{a.name}_ram.pth: the base weights under 'model'; {a.name}_dape.pth: the low-rank weights alone",
+            files=f"{a.name}_ram.pth: the base weights under 'model'; {a.name}_dape.pth: the LoRA weights alone",
         ),
         open(dest / f"{a.name}.json", "w"),
         indent=1,
