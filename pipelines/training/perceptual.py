@@ -38,7 +38,7 @@ def load_lpips() -> nn.Module | None:
         from lpips import LPIPS
 
         return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-    _log.warning("training goes without the LPIPS loss, which the published one has: %s.", missing)
+    _log.warning("the LPIPS loss, which the published training uses, is left out: %s.", missing)
     return None
 
 

@@ -104,7 +104,7 @@ def test_one_that_is_gone_is_reported_with_what_the_others_did(tmp_path, start, 
     waits = start({number: lambda plan=plan: share(tmp_path, plan) for number, plan in plans.items()})[1 - rank]
     assert waits.wait() == 1
     assert re.search(what, waits.text), waits.text
-    assert "It has written 2 of its 2 images. The same command goes on" in waits.text
+    assert "It has written 2 of its 2 images. The same command continues" in waits.text
 
 
 def test_a_share_may_take_longer_than_the_patience(tmp_path, start):
