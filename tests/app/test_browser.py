@@ -77,6 +77,8 @@ def new_page(browser, new_server):
 @pytest.fixture(autouse=True)
 def screenshot(request, tmp_path):
     pages = [request.getfixturevalue(name) for name in ("page", "new_page") if name in request.fixturenames]
+    if "in_mode" in request.fixturenames:
+        request.getfixturevalue("in_mode")  # so that the picture is taken before the mode ends
     yield
     folder = Path(os.environ.get("FEWSTEP_SR_SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)

@@ -420,7 +420,7 @@ def test_the_exit_statuses_are_told(capsys):
     ],
 )
 def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, name):
-    """In place of a factor; for smaller results too. The name and the record say which, and what is done is not done again."""
+    """In place of a factor; for smaller results too. The name and the record say which."""
     photo().save(tmp_path / "photo.png")
     fixed = ["--method", "osediff", "--base", models / "base", "--weights", models / "osediff.pkl", "--device", "cpu", "--prompt", "cat"]
     run = ["upscale", *map(str, [tmp_path / "photo.png", *fixed, *words])]
@@ -432,7 +432,20 @@ def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, na
     told = capsys.readouterr().out
     assert "restored by this program" in told and f"{words[0][2:].replace('-', '_')}: {words[1]}" in told
     assert "method: osediff" in told and "prompt: cat" in told and "scale:" not in told
-    assert main([*run, "-o", str(tmp_path / "folder")]) == main([*run, "-o", str(tmp_path / "folder")]) == 0
+
+
+def test_a_size_is_known_again(models, tmp_path):
+    """What is done by a size is not done again; by another it is."""
+    photo().save(tmp_path / "photo.png")
+    fixed = ["--method", "osediff", "--base", models / "base", "--weights", models / "osediff.pkl", "--device", "cpu", "--prompt", "cat"]
+    run = ["upscale", *map(str, [tmp_path / "photo.png", "-o", tmp_path / "folder", *fixed])]
+    result = tmp_path / "folder" / "photo.png"
+    written = []
+    for side in ("24", "24", "32"):
+        assert main([*run, "--long-side", side]) == 0
+        with Image.open(result) as image:
+            written.append((result.stat().st_mtime_ns, image.size))
+    assert written[0] == written[1] and [size for _, size in written[1:]] == [(24, 18), (32, 24)]
 
 
 @pytest.mark.parametrize(

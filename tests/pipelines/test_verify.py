@@ -215,6 +215,7 @@ def test_stable_diffusion_with_fewer_levels(comfy, reduced, tmp_path, capsys, me
     assert "relative error, nodes float32 against pipeline float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_authors_outputs(monkeypatch):
     """Counted where they agree, a fault with pytest's words where they do not."""
     monkeypatch.setattr(verify, "GOLDEN_TESTS", ("tests/methods/test_family.py",))
@@ -222,6 +223,9 @@ def test_the_authors_outputs(monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-k nothing_of_this_name")
     found = verify._golden()
     assert found["faults"] == [f"the pipelines differ from the authors' outputs: {found['result']}"] and "deselected" in found["output"]
+
+
+def test_an_installation_has_no_authors_outputs(monkeypatch):
     monkeypatch.setattr(verify, "GOLDEN_TESTS", ("tests/nowhere.py",))
     assert "this is an installation" in verify._golden()["note"]
 

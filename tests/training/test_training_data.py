@@ -98,10 +98,10 @@ def test_degradation_without_its_parts_is_a_resize():
 def test_a_share_is_degraded_mildly_and_the_others_as_without_it():
     picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)).cumsum(-1) / 64
     published, mixed = Degradation(), Degradation(mild_chance=0.5)
-    same = [torch.equal(published(picture, (seed, 1)), mixed(picture, (seed, 1))) for seed in range(60)]
-    assert 15 < sum(same) < 45
+    same = [torch.equal(published(picture, (seed, 1)), mixed(picture, (seed, 1))) for seed in range(20)]
+    assert 5 < sum(same) < 15
     reduced = torch.nn.functional.avg_pool2d(picture, 4)
-    errors = [[(degrade(picture, seed) - reduced).abs().mean().item() for seed in range(30)] for degrade in (published, Degradation(mild_chance=1))]
+    errors = [[(degrade(picture, seed) - reduced).abs().mean().item() for seed in range(10)] for degrade in (published, Degradation(mild_chance=1))]
     assert np.mean(errors[1]) < 0.5 * np.mean(errors[0])
     assert torch.equal(Degradation(mild_chance=1)(picture, 7), Degradation(mild_chance=1)(picture, 7))
 
