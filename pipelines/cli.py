@@ -264,10 +264,10 @@ def _each(files: list[Path], work: Callable[[Path], str], verbose: bool) -> int:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "upscale": ("restore and upscale pictures", _add_upscale),
-    "evaluate": ("measure a method, or results, on a benchmark", add_evaluate),
-    "compare": ("the same crops by several methods on one sheet", add_compare),
-    "verify": ("check every stage on this machine, with these files; one report", add_verify),
+    "evaluate": ("measure a method, or existing results, on a benchmark", add_evaluate),
+    "compare": ("show the same crops of several results on one sheet", add_compare),
+    "verify": ("check every stage on this machine with your files, and write a report", add_verify),
     "convert": ("turn .pkl, .pth and .pt weights into safetensors", _add_convert),
-    "info": ("say what a weight file is and what it fits, or how a result was made", _add_info),
+    "info": ("describe a weight file and what it fits, or how a result was made", _add_info),
     "train": ("train a method", _add_train),
 }

@@ -193,7 +193,7 @@ OSEDIFF = Method(
     ),
     one_step=OneStep(TIMESTEP, _equation, prompt="tags"),
     options=(
-        Option("tagger", "a tagger that reads each picture's prompt off it; --prompt is added at its end", Path, needed=True),
+        Option("tagger", "image tagger that generates each picture's prompt; --prompt is added at its end", Path, needed=True),
         Option("dape", "DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)", Path),
     ),
     demo=Demo(

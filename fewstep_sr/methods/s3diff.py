@@ -312,8 +312,8 @@ S3DIFF = Method(
     one_step=OneStep(TIMESTEP, _equation, prompt="the prompt of its template", between="S3Diff Adapt"),
     options=(
         Option("estimator", "the file of the degradation estimator, de_net.pth", Path),
-        Option("blur", "how blurred the images are, 0 to 1, instead of the estimate", number(float, 0, 1)),
-        Option("noise", "how noisy the images are, 0 to 1, instead of the estimate", number(float, 0, 1)),
+        Option("blur", "blur of the images, 0 to 1, instead of the estimate", number(float, 0, 1)),
+        Option("noise", "noise of the images, 0 to 1, instead of the estimate", number(float, 0, 1)),
     ),
     companions=(ESTIMATOR,),
     published=(
