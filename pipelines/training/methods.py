@@ -40,113 +40,114 @@ The result, noise_predictor.safetensors in the output folder, is what upscale --
 def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     command = trainings.add_parser("osediff", parents=[common], help="OSEDiff: an adapter for Stable Diffusion 2.1-base", epilog=_OSEDIFF, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
-    _add_degradation(command)
+    own = command.add_argument_group("method and losses")
+    _add_degradation(own)
     _add_base(command, prompt="none")
-    command.add_argument("--negative-prompt", help="negative prompt for guidance (default: the published one)")
-    command.add_argument("--rank", type=whole(1, 4096), default=4, help="rank of the LoRA (default: %(default)s)")
-    command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="weight of the squared distance of the pictures (default: %(default)g)")
-    command.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="weight of LPIPS, if its weights are installed (default: %(default)g)")
-    command.add_argument(
+    own.add_argument("--negative-prompt", help="negative prompt for guidance (default: the published one)")
+    own.add_argument("--rank", type=whole(1, 4096), default=4, help="rank of the LoRA (default: %(default)s)")
+    own.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="weight of the squared distance of the pictures (default: %(default)g)")
+    own.add_argument("--lpips-weight", type=WEIGHT, default=2.0, help="weight of LPIPS, if its weights are installed (default: %(default)g)")
+    own.add_argument(
         "--vsd-weight", type=WEIGHT, default=1.0, help="weight of score distillation; 0 also saves the memory of its two UNets (default: %(default)g)"
     )
-    command.add_argument("--regulariser-weight", type=WEIGHT, default=1.0, help="weight of the regulariser's own loss (default: %(default)g)")
-    command.add_argument(
+    own.add_argument("--regulariser-weight", type=WEIGHT, default=1.0, help="weight of the regulariser's own loss (default: %(default)g)")
+    own.add_argument(
         "--regulariser-everywhere", action="store_true", help="train all layers of the regulariser, not only the UNet's middle block as published"
     )
-    command.add_argument(
+    own.add_argument(
         "--guidance", type=real(0), default=7.5, help="guidance of the teacher (the frozen base) in the distillation (default: %(default)g)"
     )
-    command.add_argument(
+    own.add_argument(
         "--timestep",
         type=whole(0, 999),
         default=999,
         help="timestep of the one step; use the result with the same one (default: %(default)s, as published)",
     )
-    command.add_argument("--latent-weight", type=WEIGHT, default=0.0, help="not in the paper: weight of the latents' distance (default: %(default)g)")
-    command.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="the latents' distance (default: %(default)s)")
-    command.add_argument("--gradient-weight", type=WEIGHT, default=0.0, help="not in the paper: weight of the edges' distance (default: %(default)g)")
-    _add_structure(command)
-    command.add_argument("--vae-lr", type=real(0, 10), help="learning rate of the encoder's LoRA (default: --lr)")
-    _add_tagger(command)
+    own.add_argument("--latent-weight", type=WEIGHT, default=0.0, help="not in the paper: weight of the latents' distance (default: %(default)g)")
+    own.add_argument("--latent-loss", choices=["l1", "l2"], default="l2", help="the latents' distance (default: %(default)s)")
+    own.add_argument("--gradient-weight", type=WEIGHT, default=0.0, help="not in the paper: weight of the edges' distance (default: %(default)g)")
+    _add_structure(own)
+    own.add_argument("--vae-lr", type=real(0, 10), help="learning rate of the encoder's LoRA (default: --lr)")
+    _add_tagger(own)
     command.set_defaults(run=_osediff, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("pisasr", parents=[common], help="PiSA-SR: two LoRAs for Stable Diffusion 2.1-base", epilog=_PISASR, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
-    _add_degradation(command)
+    own = command.add_argument_group("method and losses")
+    _add_degradation(own)
     _add_base(command, prompt="none")
-    command.add_argument(
+    own.add_argument(
         "--stage", choices=["pixel", "semantic"], default="pixel", help="which LoRA to train; the semantic one needs the pixel one (default: pixel)"
     )
-    command.add_argument("--weights", type=Path, metavar="RUN", help="for the semantic stage: the pixel stage's output folder, or its file")
-    command.add_argument("--negative-prompt", help="negative prompt of the distillation (default: the published one)")
-    command.add_argument("--rank-pixel", type=whole(1, 4096), default=4, help="rank of the pixel LoRA, in its own stage (default: %(default)s)")
-    command.add_argument("--rank-semantic", type=whole(1, 4096), default=4, help="rank of the semantic LoRA (default: %(default)s)")
-    command.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="weight of the squared distance of the pictures (default: %(default)g)")
-    command.add_argument(
+    own.add_argument("--weights", type=Path, metavar="RUN", help="for the semantic stage: the pixel stage's output folder, or its file")
+    own.add_argument("--negative-prompt", help="negative prompt of the distillation (default: the published one)")
+    own.add_argument("--rank-pixel", type=whole(1, 4096), default=4, help="rank of the pixel LoRA, in its own stage (default: %(default)s)")
+    own.add_argument("--rank-semantic", type=whole(1, 4096), default=4, help="rank of the semantic LoRA (default: %(default)s)")
+    own.add_argument("--mse-weight", type=WEIGHT, default=1.0, help="weight of the squared distance of the pictures (default: %(default)g)")
+    own.add_argument(
         "--lpips-weight", type=WEIGHT, default=2.0, help="semantic stage: weight of LPIPS, if its weights are installed (default: %(default)g)"
     )
-    command.add_argument(
+    own.add_argument(
         "--csd-weight",
         type=WEIGHT,
         default=1.0,
         help="semantic stage: weight of score distillation; 0 also saves a UNet's memory (default: %(default)g)",
     )
-    command.add_argument("--guidance", type=real(0), default=7.5, help="guidance of the distillation (default: %(default)g)")
-    command.add_argument(
+    own.add_argument("--guidance", type=real(0), default=7.5, help="guidance of the distillation (default: %(default)g)")
+    own.add_argument(
         "--null-prompt", type=real(0, 1), default=0.5, help="share of batches that are restored with an empty prompt (default: %(default)g)"
     )
-    _add_tagger(command)
+    _add_tagger(own)
     command.set_defaults(run=_pisasr, weight_decay=1e-2, max_grad_norm=1.0)
 
     command = trainings.add_parser("invsr", parents=[common], help="InvSR: a noise predictor for SD-Turbo", epilog=_INVSR, **RAW)
     add_common(command, lr=5e-5, patch_multiple=1)
-    _add_degradation(command)
+    own = command.add_argument_group("method and losses")
+    _add_degradation(own)
     _add_base(command, prompt="the published one")
-    command.add_argument(
+    own.add_argument(
         "--mode",
         choices=["start", "middle"],
         default="start",
         help="build states from low-quality pictures, or from high-quality ones (default: start)",
     )
-    command.add_argument(
+    own.add_argument(
         "--timesteps", type=whole(1, 1000), nargs="+", metavar="T", help="counted from 1 (default: 250 200 150 100, without 250 in middle mode)"
     )
-    command.add_argument("--latent-weight", type=WEIGHT, default=1.0, help="weight of the latents' squared distance (default: %(default)g)")
-    command.add_argument("--perceptual", type=Path, metavar="FILE", help="InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth (default: no such loss)")
-    command.add_argument("--perceptual-weight", type=WEIGHT, default=2.0, help="weight of that loss (default: %(default)g)")
-    command.add_argument("--gaussian-weight", type=WEIGHT, help="weight of the Gaussian constraint (default: 0.1 in middle mode, otherwise 0)")
-    command.add_argument(
+    own.add_argument("--latent-weight", type=WEIGHT, default=1.0, help="weight of the latents' squared distance (default: %(default)g)")
+    own.add_argument("--perceptual", type=Path, metavar="FILE", help="InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth (default: no such loss)")
+    own.add_argument("--perceptual-weight", type=WEIGHT, default=2.0, help="weight of that loss (default: %(default)g)")
+    own.add_argument("--gaussian-weight", type=WEIGHT, help="weight of the Gaussian constraint (default: 0.1 in middle mode, otherwise 0)")
+    own.add_argument(
         "--variance-weight",
         type=WEIGHT,
         default=0.0,
         help="not in the paper: weight of a loss that keeps the noise map's variance, which L2 alone would reduce (default: %(default)g)",
     )
-    command.add_argument("--variance-alone", action="store_true", help="not in the paper: train only the variance; the mean stays as in --init")
-    command.add_argument(
+    own.add_argument("--variance-alone", action="store_true", help="not in the paper: train only the variance; the mean stays as in --init")
+    own.add_argument(
         "--mse-weight", type=WEIGHT, default=0.0, help="not in the paper: weight of the decoded pictures' squared distance (default: %(default)g)"
     )
-    _add_structure(command)
-    command.add_argument(
+    _add_structure(own)
+    own.add_argument(
         "--adversarial-weight", type=WEIGHT, default=0.0, help="weight of the latent discriminator's loss; 0.1 as published (default: none)"
     )
-    command.add_argument(
+    own.add_argument(
         "--adversarial-from", type=whole(0), default=10_000, help="steps in which only the discriminator is trained (default: %(default)s)"
     )
-    command.add_argument(
-        "--discriminator-channels", type=whole(32, 8192, multiple=32), nargs="+", default=[128, 256, 512], help="default: 128 256 512"
-    )
-    command.add_argument(
+    own.add_argument("--discriminator-channels", type=whole(32, 8192, multiple=32), nargs="+", default=[128, 256, 512], help="default: 128 256 512")
+    own.add_argument(
         "--predictor-channels", type=whole(64, 8192, multiple=64), nargs="+", default=[256, 512], help="multiples of 64 (default: 256 512)"
     )
-    command.add_argument("--predictor-layers", type=whole(1, 64), nargs="+", default=[3, 3], help="layers of each level (default: 3 3)")
-    command.add_argument(
+    own.add_argument("--predictor-layers", type=whole(1, 64), nargs="+", default=[3, 3], help="layers of each level (default: 3 3)")
+    own.add_argument(
         "--predictor-time", type=whole(2, 8192, multiple=2), nargs=2, default=[256, 512], help="widths of the timestep embedding (default: 256 512)"
     )
-    command.add_argument("--init", type=Path, metavar="FILE", help="start from this noise predictor; its dimensions are used")
+    own.add_argument("--init", type=Path, metavar="FILE", help="start from this noise predictor; its dimensions are used")
     command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0, max_grad_norm=float("inf"))
 
 
-def _add_structure(command: argparse.ArgumentParser) -> None:
+def _add_structure(command: argparse._ArgumentGroup) -> None:
     command.add_argument(
         "--structure-weight",
         type=WEIGHT,
@@ -155,12 +156,12 @@ def _add_structure(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_tagger(command: argparse.ArgumentParser) -> None:
+def _add_tagger(command: argparse._ArgumentGroup) -> None:
     command.add_argument("--tagger", type=Path, help="image tagger that generates the prompts, as published; --prompt is added at their end")
     command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
 
 
-def _add_degradation(command: argparse.ArgumentParser) -> None:
+def _add_degradation(command: argparse._ArgumentGroup) -> None:
     command.add_argument(
         "--mild-degradation",
         type=real(0, 1),
