@@ -5,7 +5,7 @@ miniature does not have show its OSEDiff.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -205,33 +205,46 @@ def strengths_compared() -> Image.Image:
     return side_by_side(panels, 0.5, 0.1, 0.9)
 
 
+WHOLE: list[tuple[str, Box]] = [
+    ("coffee", (0, 0, 1, 1)),
+    ("astronaut", (0, 0, 1, 1)),
+    ("chelsea", (0, 0, 1, 1)),
+    ("coffee", (0.25, 0.3, 0.95, 1)),
+    ("astronaut", (0.2, 0.1, 0.8, 0.7)),
+]
+PARTS: list[tuple[str, Box]] = [
+    ("chelsea", (0.3, 0.3, 1, 1)),
+    ("coffee", (0.1, 0, 0.9, 0.8)),
+    ("astronaut", (0.1, 0, 0.9, 0.8)),
+    ("chelsea", (0.05, 0.15, 0.75, 0.85)),
+    ("coffee", (0.1, 0.1, 0.8, 0.8)),
+]
+"""Parts of photos for the templates that each method has, so that neighbours in the list differ."""
+
 THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "1 Try InvSR without a download": lambda: bundled("invsr"),
     "1 Try OSEDiff without a download": lambda: bundled("osediff"),
-    "2 Restore one photo (HYPIR)": lambda: one("coffee", method="invsr"),
-    "2 Restore one photo (InvSR)": lambda: one("astronaut", method="invsr"),
-    "2 Restore one photo (OSEDiff)": lambda: one("chelsea"),
-    "2 Restore one photo (PiSA-SR)": lambda: one("coffee", (0.25, 0.3, 0.95, 1)),
-    "2 Restore one photo (S3Diff)": lambda: one("astronaut", (0.2, 0.1, 0.8, 0.7)),
     "A face, cropped, restored, pasted back (OSEDiff)": face,
     "All five methods compared": methods_compared,
     "Cut-out with transparency (OSEDiff x4)": cut_out,
     "Fidelity or detail (OSEDiff)": strengths_compared,
     "Fidelity or detail (PiSA-SR)": lambda: one("chelsea", (0, 0.1, 0.6, 0.7), text="fidelity or detail"),
     "GAN upscaler, then OSEDiff": lambda: one("astronaut", (0, 0.4, 0.6, 1)),
-    "HYPIR x4, step by step": lambda: one("chelsea", (0.3, 0.3, 1, 1)),
     "InvSR with 1 to 5 steps compared": steps_compared,
-    "InvSR x4, step by step": lambda: one("coffee", (0.1, 0, 0.9, 0.8), method="invsr"),
     "Large picture in tiles (InvSR)": tiles,
     "OSEDiff with a LoRA and a ControlNet": edges,
     "OSEDiff x4 with automatic tags": lambda: one("chelsea", text="cat, fur, whiskers"),
-    "OSEDiff x4, step by step": lambda: one("astronaut", (0.1, 0, 0.9, 0.8)),
     "Only a region, by mask (OSEDiff)": region,
-    "PiSA-SR x4, step by step": lambda: one("chelsea", (0.05, 0.15, 0.75, 0.85)),
-    "S3Diff x4, step by step": lambda: one("coffee", (0.1, 0.1, 0.8, 0.8)),
     "Text to image, then InvSR x4": lambda: one("astronaut", method="invsr", text="a portrait of an astronaut"),
     "Video x2 (OSEDiff)": video,
 }
+
+
+for place, record in enumerate(sorted(METHODS.values(), key=lambda record: record.title)):
+    method = record.key if record.demo else "osediff"
+    for template, parts in (("2 Restore one photo ({})", WHOLE), ("{} x4, step by step", PARTS)):
+        name, box = parts[place % len(parts)]
+        THUMBNAILS[template.format(record.title)] = partial(one, name, box, method)
 
 
 def main() -> None:

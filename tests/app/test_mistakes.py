@@ -290,7 +290,7 @@ def test_far_too_large(comfy, model, monkeypatch):
     from comfy import model_management
 
     monkeypatch.setattr(model_management, "get_total_memory", lambda *_: 5 * 2**20)
-    with pytest.raises(ValueError, match=r"latent: found a picture of 768 x 512 pixels, .* expected one that fits .* Put 'Tiled Model"):
+    with pytest.raises(ValueError, match=r"latent: found a picture of 768 x 512 pixels, .* expected one that fits .* Add 'Tiled Model"):
         one_step(comfy, model)
     one_step(comfy, comfy.run("FewStepSRTiledModel", model=model, tile_size=64)[0])
 
@@ -304,7 +304,7 @@ def test_out_of_memory(comfy, model):
 
     model.set_model_unet_function_wrapper(small_card)
     with pytest.raises(
-        torch.cuda.OutOfMemoryError, match=r"latent: the picture does not fit into memory .* Put 'Tiled Model .* or enlarge less"
+        torch.cuda.OutOfMemoryError, match=r"latent: the picture does not fit into memory .* Add 'Tiled Model .* or upscale less"
     ) as caught:
         one_step(comfy, model)
     assert model_management.is_oom(caught.value)

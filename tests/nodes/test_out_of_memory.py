@@ -78,7 +78,7 @@ def test_a_card_that_is_too_small(comfy, stages, stage, monkeypatch):
         run()
     assert model_management.is_oom(caught.value)
     if stage in ("one step", "tiled model"):
-        assert "Put 'Tiled Model (Few-Step SR)' last" in str(caught.value)
+        assert "Add 'Tiled Model (Few-Step SR)' as the last" in str(caught.value)
     monkeypatch.undo()
     assert torch.equal(run(), expected)
 
