@@ -70,7 +70,7 @@ def restore(settings: Settings, jobs: Sequence[Job], journal: Journal) -> Restor
             state.wait_for_everyone()
         failures = dict(outcome.failures)
         if outcome.not_begun:
-            raise RuntimeError(f"{outcome.not_begun} images were not begun: {next(reversed(failures.values()))} The same command continues.")
+            raise RuntimeError(f"{outcome.not_begun} images were not started: {next(reversed(failures.values()))} The same command continues.")
         hashes = hash_weights(base, weights, *map(str, filter(None, companions.values())), demo=settings.demo) if state.is_main_process else {}
         return Restored(failures, device, hashes, peak_memory(device) if outcome.written else None, state.is_main_process)
     finally:

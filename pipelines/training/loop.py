@@ -245,7 +245,7 @@ class _Run:
             return
         try:
             self.save()
-            _log.warning("the run ends after step %d, which is saved: --resume goes on from it.", self.progress.step)
+            _log.warning("the run ends after step %d, which is saved: --resume continues from it.", self.progress.step)
         except Exception as error:  # which must not hide the first one
             _log.warning("the steps after the last checkpoint, of step %d, could not be saved (%s).", self.saved, reason(error))
 

@@ -259,7 +259,7 @@ def test_settings_of_another_family(comfy, full, hypir, put_on, caplog):
     step(comfy, full, semantic=3.0)
     assert "semantic: found 3, expected 1 (0 to 2)" in caplog.text
     put_on("pisasr_square", strength_vae=0.5)
-    assert "strength_vae: found 0.5, but PiSA-SR's adapter leaves the VAE as it is" in caplog.text
+    assert "strength_vae: found 0.5, but PiSA-SR's adapter leaves the VAE unchanged" in caplog.text
     for name, value in {"pixel": float("nan"), "semantic": 11.0, "coeff_t": 1000}.items():
         with pytest.raises(ValueError, match=f"{name}: found {value}, expected a number from"):
             step(comfy, full, **{name: value})

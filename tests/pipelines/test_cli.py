@@ -436,9 +436,10 @@ def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, na
 
 def test_a_size_is_known_again(models, tmp_path):
     """What is done by a size is not done again; by another it is."""
-    photo().save(tmp_path / "photo.png")
+    (tmp_path / "in").mkdir()
+    photo().save(tmp_path / "in" / "photo.png")
     fixed = ["--method", "osediff", "--base", models / "base", "--weights", models / "osediff.pkl", "--device", "cpu", "--prompt", "cat"]
-    run = ["upscale", *map(str, [tmp_path / "photo.png", "-o", tmp_path / "folder", *fixed])]
+    run = ["upscale", *map(str, [tmp_path / "in", "-o", tmp_path / "folder", *fixed])]
     result = tmp_path / "folder" / "photo.png"
     written = []
     for side in ("24", "24", "32"):

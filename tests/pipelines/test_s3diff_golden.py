@@ -267,7 +267,7 @@ def test_scores_that_do_not_fit(square):
             pipeline.adapt(scores)
     with pytest.raises(ValueError, match="negative_prompt_embeds: found none with a guidance_scale of 1.07"):
         pipeline.one_step(arrays["latent"], positive, None)
-    with pytest.raises(ValueError, match="another one for each image"):
+    with pytest.raises(ValueError, match="differs for each image"):
         pipeline.fuse()
     with pytest.raises(ValueError, match=r"scores: found values from 0 to 2, expected 0 \(none\) to 1"):
         pipeline(low, blur=0.0, noise=2.0, prompt_embeds=positive, negative_prompt_embeds=negative)

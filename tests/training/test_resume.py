@@ -94,7 +94,7 @@ def test_settings_that_may_change_count_and_are_said(tmp_path, run, caplog):
     first = float(weight(tmp_path / "run"))
     caplog.set_level(logging.WARNING)
     run(3, lr=0.0)
-    assert "other settings than until now: lr 0.5 (now 0.0)" in caplog.text
+    assert "other settings than before: lr 0.5 (now 0.0)" in caplog.text
     assert float(weight(tmp_path / "run")) == first, "the present learning rate counts"
     caplog.clear()
     run(4, lr=0.0)
