@@ -164,11 +164,11 @@ def edges() -> Image.Image:
     return side_by_side(panels, 0.4)
 
 
-def video() -> Image.Image:
+def video(name: str) -> Image.Image:
     """Frames before and after, on film."""
     image = Image.new("RGB", (SIDE, SIDE), "black")
     draw = ImageDraw.Draw(image)
-    for row, (text, frame) in enumerate({"before": degraded("chelsea"), "after": restored("chelsea")}.items()):
+    for row, (text, frame) in enumerate({"before": degraded(name), "after": restored(name)}.items()):
         top = 20 + row * 220
         for column in range(3):
             left = 0.15 * column
@@ -236,7 +236,8 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "OSEDiff x4 with automatic tags": lambda: one("chelsea", text="cat, fur, whiskers"),
     "Only a region, by mask (OSEDiff)": region,
     "Text to image, then InvSR x4": lambda: one("astronaut", method="invsr", text="a portrait of an astronaut"),
-    "Video x2 (OSEDiff)": video,
+    "Long video x2 (OSEDiff)": lambda: video("astronaut"),
+    "Video x2 (OSEDiff)": lambda: video("chelsea"),
 }
 
 
