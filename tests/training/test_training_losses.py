@@ -175,7 +175,7 @@ def test_latent_lpips(tmp_path):
 
 def test_lpips_is_not_fetched(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert load_lpips() is None and "without the LPIPS loss" in caplog.text
+    assert load_lpips() is None and "the LPIPS loss, which the published training uses, is left out" in caplog.text
     assert not any(tmp_path.rglob("*.pth"))
 
 
