@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Convolutions(NamedTuple):
-    """What is faster on a processor (:func:`pipelines.processor.measure_convolutions`).
+    """What is faster on a processor (:func:`pipelines.processor.choose_convolutions`).
 
     Args:
         transposed: whether enlargements and the convolutions after them are transposed convolutions.

@@ -37,7 +37,7 @@ def test_alpha_of_the_configuration(tmp_path, alphas):
         (low_rank,) = layers.values()
         down, up = (next(t for key, t in tensors.items() if key.startswith(name) and half in key) for half in ("lora_A", "lora_B"))
         assert low_rank.alpha == 8 and low_rank.rank == rank
-        assert torch.allclose(low_rank.scale * low_rank.up @ low_rank.down, alpha / rank * up @ down, rtol=1e-5)
+        assert torch.allclose(low_rank.scale * low_rank.up @ low_rank.down, alpha / rank * up @ down, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("missing", [f"{part}/{file}" for part in (UNET, VAE) for file in ("adapter_model.safetensors", "adapter_config.json")])
