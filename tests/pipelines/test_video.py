@@ -1,5 +1,6 @@
 """Videos from file to file, on the miniature: what is in the container stays, and a run that was cut goes on."""
 
+import os
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -136,6 +137,19 @@ def test_everything_of_the_container_stays(doubled, tmp_path, capsys):
     assert packets(clip, "audio") == packets(tmp_path / "out.mkv", "audio")
     assert packets(clip, "subtitles") == packets(tmp_path / "out.mkv", "subtitles")
     assert not list(tmp_path.glob(".*")), "the segments are gone"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no real-time priorities to ask for")
+def test_encoders_take_no_real_time_priority(doubled, tmp_path):
+    """As SVT-AV1 does where root runs it, in all its threads."""
+    policies = lambda: {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}  # noqa: E731
+    before = policies()
+    clip = write_clip(tmp_path / "clip.mkv", size=(64, 64), sound=False)
+    assert upscale(clip, "-o", tmp_path / "out.webm") == 0
+    assert policies() == before
+    with av.open(str(tmp_path / "out.webm")) as container:
+        assert container.streams.video[0].codec_context.name in ("av1", "libdav1d")
+    assert [frame.time for frame in decoded(tmp_path / "out.webm")] == pytest.approx([frame.time for frame in decoded(clip)], abs=1e-3)
 
 
 def test_damaged_sound_is_left_out_and_named(doubled, tmp_path, capsys):
