@@ -279,6 +279,40 @@ def test_attention_by_hand():
     assert torch.allclose(found, (logits + counts.log()).softmax(-1) @ torch.cat([tile_v, v.expand(2, -1, -1)], 1), atol=1e-6)
 
 
+class TwoSizes(nn.Module):
+    """Normalises at twice the size, then rows of cells, and attends: what a VAE's middle and its other levels do."""
+
+    def __init__(self, whole: WholePicture):
+        super().__init__()
+        self.fine, self.flat, self.block, self.whole = nn.GroupNorm(2, 4), nn.GroupNorm(1, 4), nn.Identity(), whole
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        fine = nn.functional.avg_pool2d(self.fine(nn.functional.interpolate(x, scale_factor=2.0)).sin(), 2)
+        tokens = self.flat(fine.flatten(2)).mT
+        return self.whole.attend(self.block, tokens, tokens.cos(), tokens)
+
+
+@torch.no_grad()
+def test_a_compiled_networks_tiles_are_watched_alike():
+    """Sums by masks, keys by indices and the number of cells as a tensor: the same sums, keys and answers."""
+    picture = torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 16)
+    tiles = torch.cat([picture[..., :8, :10], picture[..., 4:, 6:]])
+    shares = [(slice(0, 6), slice(0, 8)), (slice(2, 8), slice(2, 10))]
+    found = []
+    for compiled in (False, True):
+        whole = WholePicture()
+        network = TwoSizes(whole)
+        shared = share_whole_picture(network, whole, lambda copied, block, whole: None)
+        whole.collect(shared, Mosaic.whole(picture))
+        answers = [whole.watch(shared, tiles, shares, compiled=compiled) for _ in range(2)]
+        keys = [torch.cat([part[i] for part in whole._tiles_keys[network.block]], 1) for i in (0, 1)]
+        found.append([*answers, *keys, whole._sums[network.fine], whole._sums[network.flat]])
+    for plain, masked in zip(*found, strict=True):
+        assert plain.shape == masked.shape and torch.allclose(plain, masked, rtol=1e-4, atol=1e-4)
+    assert found[0][4][0, 0] == 2 * 2 * 4 * (6 * 8 + 6 * 8)  # twice watched, two channels in a group, four elements of each cell
+    assert found[0][5][0, 0] == 2 * 4 * (6 * 8 + 6 * 8)
+
+
 @torch.no_grad()
 def test_a_tile_that_is_the_whole_picture_attends_to_it():
     whole, block, tokens = WholePicture(), nn.Identity(), torch.randn(1, 4, 8)
