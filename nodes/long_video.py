@@ -20,9 +20,10 @@ from server import PromptServer
 from ..fewstep_sr.image.color import COLOR_FIXES
 from ..fewstep_sr.image.temporal import Steady
 from ..fewstep_sr.methods import INVSR
+from ..fewstep_sr.video.encoding import Encoding
 from ..fewstep_sr.video.formats import CODECS, default_codec, default_pixel_format
 from ..fewstep_sr.video.frames import Clip
-from ..fewstep_sr.video.segments import Encoding, Segments, require_copies
+from ..fewstep_sr.video.segments import Segments, require_copies
 from .color import FewStepSRColorFix
 from .invsr import NoisePredictorSocket, predicted_start
 from .marks import PER_IMAGE, found_adapter

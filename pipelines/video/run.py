@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from fewstep_sr.image.sizes import VAE_MULTIPLE
 from fewstep_sr.image.temporal import Steady
+from fewstep_sr.video.encoding import Encoding
 from fewstep_sr.video.formats import CODECS, CONTAINERS, default_codec, default_pixel_format, is_pattern, require_video_options
 from fewstep_sr.video.frames import Clip, Frames
-from fewstep_sr.video.segments import Encoding, Segments, require_copies
+from fewstep_sr.video.segments import Segments, require_copies
 
 from ..batch import Written
 from ..jobs import Job

@@ -15,8 +15,9 @@ pytest.importorskip("diffusers")
 
 from fewstep_sr.methods import METHODS
 from fewstep_sr.video import formats
+from fewstep_sr.video.encoding import Encoding
 from fewstep_sr.video.frames import SWSCALE, Clip, Colors
-from fewstep_sr.video.segments import Encoding, Segments
+from fewstep_sr.video.segments import Segments
 from pipelines.cli import main
 from pipelines.jobs import list_jobs
 from pipelines.video import run
