@@ -28,5 +28,10 @@ class ComfyUI(Runtime):
     def has_room(self, size: int, device: torch.device) -> bool:
         return size <= MAX_CANVAS * comfy.model_management.get_free_memory(device)
 
+    def locks_memory(self, device: torch.device) -> bool:
+        """Not with ``--disable-pinned-memory``, nor where ComfyUI knows that copies must not be queued."""
+        known = comfy.model_management
+        return device.type == "cuda" and known.MAX_PINNED_MEMORY > 0 and known.device_supports_non_blocking(device)
+
     def progress(self, total: int) -> Callable[[int], object]:
         return comfy.utils.ProgressBar(total).update

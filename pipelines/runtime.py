@@ -44,6 +44,9 @@ class PipelineRuntime(Runtime):
     def has_room(self, size: int, device: torch.device) -> bool:
         return has_room(size, device)
 
+    def locks_memory(self, device: torch.device) -> bool:
+        return device.type == "cuda"
+
     def progress(self, total: int) -> Callable[[int], object]:
         if self.progress_bar is None or total == 1:
             return super().progress(total)

@@ -24,6 +24,10 @@ class Runtime:
         """Whether a canvas of ``size`` bytes may lie on ``device`` beside a network at work; else it lies on the CPU."""
         return device.type == "cpu"
 
+    def locks_memory(self, device: torch.device) -> bool:
+        """Whether copies between the CPU and ``device`` may go through page-locked memory: see :class:`fewstep_sr.tiling.host.HostCopies`."""
+        return False
+
     def progress(self, total: int) -> Callable[[int], object]:
         """A function that is told how many more of ``total`` are done."""
         return lambda done: None

@@ -4,11 +4,13 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from .batching import Runtime, run_in_groups
+from .host import HostCopies
 from .mosaic import mosaic
 from .tiles import Tile, TileLayout
 from .whole_picture import Share, WholePicture, share_whole_picture
@@ -86,13 +88,15 @@ class TiledCoder:
         first = layout.tiles[0]
         fitting = most or max(1, self.fitting(first.height, first.width))
         group, coded = (1, self.compiled) if self.compiled else (fitting, self.call)
+        copies = HostCopies(self.runtime.locks_memory(self.device))
         if len(layout.tiles) == 1:  # pictures go together
 
             def code_whole(pictures: range) -> None:
-                answers = coded(self.network, torch.cat([source(i) for i in pictures]))
-                result[pictures.start : pictures.stop] = answers.to(result)
+                answers = coded(self.network, copies.send(torch.cat([source(i) for i in pictures]), self.device))
+                copies.receive(answers, result.device, result[pictures.start : pictures.stop].copy_)
 
             run_in_groups(range(len(result)), group, code_whole, self.runtime, self.runtime.progress(len(result)))
+            copies.finish()
             return
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
@@ -113,9 +117,8 @@ class TiledCoder:
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
                 parts = torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])
                 shares = [share_of(layout, tile) for tile in tiles]
-                answers = whole.watch(call_tiles, parts, shares, self.scale_in, self.compiled is not None).to(blended)
-                for tile, answer in zip(tiles, answers, strict=True):
-                    tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
+                answers = whole.watch(call_tiles, copies.send(parts, self.device), shares, self.scale_in, self.compiled is not None)
+                copies.receive(answers, blended.device, partial(self._blend, blended, layout, tiles))
 
             reduced = mosaic(canvas, reduced_cells, self.scale_in)
             self.runtime.before_call()
@@ -124,12 +127,18 @@ class TiledCoder:
             for _ in range(1, 1 if reduced.is_whole else MAX_RUNS):
                 if whole.off() <= TOLERANCE:
                     break
+                copies.finish()
                 blended.zero_()
                 self.runtime.before_call()
                 whole.correct(call, reduced)
                 group = run_in_groups(layout.tiles, group, code_tiles, self.runtime, self.runtime.progress(len(layout.tiles)))
+            copies.finish()
             if blended is not whole_result:
                 whole_result.copy_(blended)
+
+    def _blend(self, blended: torch.Tensor, layout: TileLayout, tiles: list[Tile], answers: torch.Tensor) -> None:
+        for tile, answer in zip(tiles, answers.to(blended), strict=True):
+            tile.cut(blended, self.scale_out).add_(answer * layout.window(tile, self.scale_out, blended.device))
 
     def _place(self, canvas: torch.Tensor) -> torch.Tensor:
         """``canvas`` on the network's device, or itself where it does not fit there."""

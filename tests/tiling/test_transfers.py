@@ -1,4 +1,8 @@
-"""Between the first tile of an image and the last nothing crosses between the device and the host: copies are per image, not per tile."""
+"""Between the first tile of an image and the last nothing crosses between the device and the host: copies are per image, not per tile.
+
+Where the image does not fit on the device, they are queued, and neither side waits."""
+
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -62,11 +66,15 @@ def test_copies_do_not_grow_with_the_number_of_tiles(stage, to_host):
     assert small.get("to host", 0) == to_host and small.get("waits", 0) == 0, small
 
 
-@pytest.mark.slow
-def test_a_canvas_that_does_not_fit_stays_on_the_host(monkeypatch):
+@pytest.mark.parametrize("stage", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
+def test_copies_of_a_canvas_that_does_not_fit_are_queued(stage, monkeypatch):
+    """One each way for each tile. What else goes to the device is for the whole image, before its first tile."""
     monkeypatch.setattr(runtime, "has_room", lambda size, device: False)
-    small, large = (count(lambda pixels=pixels: build("decode", pixels))["to host"] for pixels in (SMALL, LARGE))
-    assert (small, large) == (4, 9)
+    monkeypatch.setattr(torch.cuda, "Event", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    small, large = (count(lambda pixels=pixels: build(stage, pixels)) for pixels in (SMALL, LARGE))
+    assert [(found["queued"], found["to host"]) for found in (small, large)] == [(2 * 4, 4), (2 * 9, 9)]
+    assert small["to device"] - 4 == large["to device"] - 9 and not small.get("waits") and not large.get("waits")
 
 
 def test_what_fits(monkeypatch):
