@@ -282,3 +282,15 @@ def test_interrupted_vae_gives_nothing(comfy, base):
     model_management.interrupt_current_processing(True)
     with pytest.raises(model_management.InterruptProcessingException):
         vae_round(comfy, base[1], picture(4, 200, 140), tile_size=128)
+
+
+@pytest.mark.parametrize(("device", "most", "queues", "expected"), [
+    ("cuda", 2**30, True, True), ("cuda", -1, True, False), ("cuda", 2**30, False, False), ("cpu", 2**30, True, False), ("xpu", 2**30, True, False)
+])  # fmt: skip
+def test_page_locked_memory_is_comfyuis_to_forbid(comfy, monkeypatch, device, most, queues, expected):
+    """-1 is what --disable-pinned-memory leaves, and other cards than NVIDIA's and AMD's."""
+    from comfy import model_management
+
+    monkeypatch.setattr(model_management, "MAX_PINNED_MEMORY", most)
+    monkeypatch.setattr(model_management, "device_supports_non_blocking", lambda device: queues)
+    assert comfy.module(".nodes.runtime").ComfyUI().locks_memory(torch.device(device)) is expected
