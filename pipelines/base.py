@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import FromSingleFileMixin
+from packaging.version import Version
 
 from fewstep_sr.image.color import fix_color, is_gray, to_gray
 from fewstep_sr.image.sizes import VAE_MULTIPLE
@@ -29,6 +31,9 @@ from .single_file import CONFIG, find_tokenizer, require_noise_prediction
 from .tiling import Tiling
 
 SEED = 12345
+
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+"""What diffusers calls the type that ``from_pretrained`` and ``from_single_file`` give the weights."""
 
 _OWN_MODULE = re.compile(r"(?:fewstep_sr\.)?pipelines\.(\w+)")
 """A module of this package, by whichever name it was when a pipeline was saved."""

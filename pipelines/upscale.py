@@ -11,7 +11,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from . import pipeline_class
-from .base import FewStepSRPipeline
+from .base import DTYPE, FewStepSRPipeline
 from .batch import Outcome, Written, join, run, share
 from .demo import load_demo
 from .done import Results, listed
@@ -170,5 +170,5 @@ def load_base(kind: type[FewStepSRPipeline], base: str, dtype: torch.dtype, sett
     offline = not settings.download
     if Path(base).is_file():
         tokenizer = find_tokenizer(local_files_only=offline, comfyui=settings.comfyui)
-        return kind.from_single_file(base, tokenizer=tokenizer, torch_dtype=dtype, local_files_only=offline)
-    return kind.from_pretrained(base, torch_dtype=dtype, local_files_only=offline)
+        return kind.from_single_file(base, tokenizer=tokenizer, **{DTYPE: dtype}, local_files_only=offline)
+    return kind.from_pretrained(base, **{DTYPE: dtype}, local_files_only=offline)

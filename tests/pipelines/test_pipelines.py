@@ -13,6 +13,7 @@ from toys import gaussian, picture, relative_error
 from fewstep_sr.methods import INVSR, OSEDIFF, load_weights
 from fewstep_sr.methods.osediff import save_adapter
 from pipelines import InvSRNoisePredictor, InvSRPipeline, OSEDiffPipeline
+from pipelines.base import DTYPE
 from pipelines.single_file import find_tokenizer, require_noise_prediction
 
 IMAGE = picture(3, 24, 17).movedim(-1, 1)
@@ -65,7 +66,7 @@ def test_saved_and_loaded(make, tmp_path):
     again = type(pipeline).from_pretrained(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert same(restore(again, prompt_embeds=None, prompt="a cat"), expected)
-    half = type(pipeline).from_pretrained(tmp_path / "saved", torch_dtype=torch.bfloat16)
+    half = type(pipeline).from_pretrained(tmp_path / "saved", **{DTYPE: torch.bfloat16})
     assert {half.unet.dtype, half.vae.dtype} == {torch.bfloat16}
     assert relative_error(restore(half, prompt_embeds=None, prompt="a cat"), expected) < 0.05
 

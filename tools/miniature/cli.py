@@ -107,6 +107,7 @@ def _vae(arguments: argparse.Namespace) -> int:
     import torch
     from diffusers import AutoencoderKL
 
+    from pipelines.base import DTYPE
     from pipelines.training.degradation import Degradation
     from pipelines.training.loop import train
 
@@ -127,7 +128,7 @@ def _vae(arguments: argparse.Namespace) -> int:
     if options.restored:
         require_whole_cells(settings.patch)
     begin(settings)
-    vae = AutoencoderKL.from_pretrained(arguments.init, torch_dtype=torch.float32) if arguments.init else small_vae(tuple(arguments.channels))
+    vae = AutoencoderKL.from_pretrained(arguments.init, **{DTYPE: torch.float32}) if arguments.init else small_vae(tuple(arguments.channels))
     restore = RestoredLatents(vae) if options.restored else None
     pictures = training_pictures(settings, Degradation(mild_chance=settings.mild) if options.restored else None)
     examples = torch.empty(0) if arguments.decoder_only else torch.stack([pictures[i]["hq"] for i in range(256)])
@@ -140,6 +141,7 @@ def _base(arguments: argparse.Namespace) -> int:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
+    from pipelines.base import DTYPE
     from pipelines.training.bases import PROMPT_FILE, read_prompt_embeds
     from pipelines.training.loop import train
 
@@ -148,11 +150,11 @@ def _base(arguments: argparse.Namespace) -> int:
     settings = DataSettings.from_arguments(arguments)
     begin(settings)
     if arguments.init:
-        unet = UNet2DConditionModel.from_pretrained(arguments.init / "unet", torch_dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(arguments.init / "unet", **{DTYPE: torch.float32})
         prompt_embeds = read_prompt_embeds(arguments.init / PROMPT_FILE, unet.config.cross_attention_dim)["prompt_embeds"]
     else:
         unet, prompt_embeds = small_unet(tuple(arguments.channels), arguments.width), torch.randn(1, 8, arguments.width)
-    vae = AutoencoderKL.from_pretrained(arguments.vae, torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(arguments.vae, **{DTYPE: torch.float32})
     task = BaseUNetTask(unet, vae, prompt_embeds, arguments.low_timesteps)
     train(task, training_pictures(settings), settings.loop)
     return 0
