@@ -185,6 +185,7 @@ def test_compiled_model(comfy, load, own):
         assert relative_error(step(comfy, compiled(carried(comfy, load())), LATENTS), expected) < 1e-4
 
 
+@pytest.mark.slow
 def test_masks_of_each_image(comfy, load, own):
     masks = torch.stack([torch.zeros(64, 64), torch.ones(64, 64), torch.cat([torch.zeros(64, 32), torch.ones(64, 32)], 1), torch.rand(64, 64)])
     masked = comfy.run("SetLatentNoiseMask", samples={"samples": LATENTS}, mask=masks)[0]

@@ -82,7 +82,7 @@ def test_result_is_the_pipelines(models, tmp_path, method, kind, settings):
     assert np.abs(np.asarray(found).astype(int) - np.asarray(expected)).max() <= 1
 
 
-@pytest.mark.parametrize(("words", "name"), [([], "in_x2.png"), (["--format", "webp"], "in_x2.webp")])
+@pytest.mark.parametrize(("words", "name"), [([], "in_x2.png"), pytest.param(["--format", "webp"], "in_x2.webp", marks=pytest.mark.slow)])
 def test_one_picture_goes_beside_itself(models, tmp_path, words, name):
     photo().save(tmp_path / "in.png")
     assert upscale(models, tmp_path / "in.png", *words) == 0
@@ -414,9 +414,9 @@ def test_the_exit_statuses_are_told(capsys):
     ("words", "size", "name"),
     [
         (["--long-side", 63], (63, 48), "photo_long63.png"),
-        (["--short-side", 40], (52, 40), "photo_short40.png"),
+        pytest.param(["--short-side", 40], (52, 40), "photo_short40.png", marks=pytest.mark.slow),
         (["--megapixels", 0.004], (74, 57), "photo_0.004mp.png"),
-        (["--long-side", 10], (10, 8), "photo_long10.png"),
+        pytest.param(["--long-side", 10], (10, 8), "photo_long10.png", marks=pytest.mark.slow),
     ],
 )
 def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, name):
@@ -434,6 +434,7 @@ def test_sizes_as_people_think_of_them(models, tmp_path, capsys, words, size, na
     assert "method: osediff" in told and "prompt: cat" in told and "scale:" not in told
 
 
+@pytest.mark.slow
 def test_a_size_is_known_again(models, tmp_path):
     """What is done by a size is not done again; by another it is."""
     (tmp_path / "in").mkdir()

@@ -139,6 +139,7 @@ def test_hypir_wrong_turns(tmp_path):
             pipeline.one_step(arrays["latent"], embeds, value)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none_are_named(tmp_path):
     """Before anything is computed, and never as an overflow of half precision."""
     pipeline, arrays, image, embeds, _ = start("pisasr_square", PiSASRPipeline, tmp_path, "pkl")

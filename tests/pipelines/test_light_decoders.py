@@ -77,6 +77,7 @@ def test_tiled_against_whole(family):
     assert difference() < max(0.05, 1.5 * own)
 
 
+@pytest.mark.slow
 def test_saved_without_it(tmp_path):
     """As a tagger, it is not saved with the pipeline, which goes on with it."""
     pipeline, arrays = pipeline_for("vosr")

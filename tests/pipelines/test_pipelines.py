@@ -295,6 +295,7 @@ def test_text_of_another_width(loaded):
         restore(loaded[osediff], prompt_embeds=None)
 
 
+@pytest.mark.slow
 def test_tokenizer_without_a_length(tmp_path):
     """ComfyUI's and some bases' tokenizers do not say how long a text may be."""
     pipeline = osediff(tmp_path, text=True)

@@ -145,6 +145,7 @@ def test_families(comfy, kind, settings, size, knobs, color):
     assert relative_error(images, chw(decoded)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_tiled_unet(comfy):
     seed = 15
     image = picture(seed, 34, 52)

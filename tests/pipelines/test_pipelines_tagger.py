@@ -50,6 +50,7 @@ def test_dape_beside_the_tagger_is_used_once(ram, tmp_path):
     assert PromptTagger.from_files(tmp_path / "tagger.safetensors")(golden_picture().movedim(-1, 1)) == prompt
 
 
+@pytest.mark.slow
 def test_pipeline_uses_the_tags(pipeline, ram):
     pictures = toys.picture(1, 16, 16, batch=2).movedim(-1, 1)
     settings = {"output_type": "pt", "prompt": "sharp"}

@@ -71,7 +71,7 @@ def test_threads(monkeypatch, share, asked, expected):
 
 @pytest.mark.parametrize(
     ("words", "expected", "said"),
-    [([], BFLOAT16, True), (["--dtype", "float32"], FLOAT32, False), (["--dtype", "bfloat16"], BFLOAT16, False)],
+    [([], BFLOAT16, True), (["--dtype", "float32"], FLOAT32, False), pytest.param(["--dtype", "bfloat16"], BFLOAT16, False, marks=pytest.mark.slow)],
 )
 def test_upscale_takes_what_is_fastest(tmp_path, monkeypatch, capsys, words, expected, said):
     monkeypatch.setattr(processor, "seconds_of_a_block", lambda dtype, kept: 1 / (1 + 2 * (dtype == BFLOAT16) + (kept == LAST)))

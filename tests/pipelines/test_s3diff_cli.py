@@ -52,6 +52,7 @@ def test_each_image_has_an_adapter_of_its_own(base, photos, capsys):
     assert "2 of 2 are done already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_scores_given_need_no_estimator(base, photos, capsys, monkeypatch):
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(photos / "hub"))
     assert upscale(base, photos, "--blur", 0.5) == 2

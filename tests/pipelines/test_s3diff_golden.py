@@ -336,6 +336,7 @@ def test_the_base_stays_as_it_is(monkeypatch):
     assert unloaded.keys() == bare.keys() and all(torch.equal(value, bare[key]) for key, value in unloaded.items())
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_before_anything_is_changed(monkeypatch):
     settings, arrays = golden("s3diff_square")
     pipeline = S3DiffPipeline(**pipeline_toys.components(settings["seed"]))

@@ -119,6 +119,7 @@ def test_vae_of_others_is_left_alone(tmp_path, narrow):
     assert torch.equal(vae.encode(pixels(64, 64)).latent_dist.parameters, plain)
 
 
+@pytest.mark.slow
 @NARROW
 def test_tiles_keep_the_whole_pictures_tone(tmp_path, narrow):
     """Better than diffusers' own tiles, of which each has its own statistics."""
@@ -157,6 +158,7 @@ def test_calls_do_not_grow_with_the_batch(kind, narrow, tmp_path, calls, monkeyp
     assert sizes[0] == sizes[1] and GROUP_CELLS == 128**2
 
 
+@pytest.mark.slow
 @KINDS
 def test_progress_in_tiles(kind, narrow, tmp_path, monkeypatch):
     """A bar for each network that has several tiles; pictures that are whole show none."""

@@ -118,7 +118,7 @@ class TextOf:
         return (toys.conditioning(2, "negative_prompt_embeds" if text and text == clip.negative_prompt else "prompt_embeds"),)
 
 
-@pytest.mark.parametrize("key", ["pisasr", "hypir", "s3diff"])
+@pytest.mark.parametrize("key", ["hypir", *(pytest.param(key, marks=pytest.mark.slow) for key in ("pisasr", "s3diff"))])
 def test_nodes_of_the_family(comfy, tmp_path, monkeypatch, key):
     """What the script in ComfyUI's process does with small networks, in this one: each stage is the pipeline's."""
     method, (weights, estimator) = METHODS[key], (tmp_path / f"{key}.pkl", GOLDEN / "s3diff_square_de_net.pth")

@@ -66,7 +66,8 @@ def test_copies_do_not_grow_with_the_number_of_tiles(stage, to_host):
     assert small.get("to host", 0) == to_host and small.get("waits", 0) == 0, small
 
 
-@pytest.mark.parametrize("stage", [pytest.param("encode", marks=pytest.mark.slow), "decode"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["encode", "decode"])
 def test_copies_of_a_canvas_that_does_not_fit_are_queued(stage, monkeypatch):
     """One each way for each tile. What else goes to the device is for the whole image, before its first tile."""
     monkeypatch.setattr(runtime, "has_room", lambda size, device: False)

@@ -234,6 +234,7 @@ def test_variance_alone(folder, base, batch, capfd):
     assert "--variance-alone: expected --init with a trained predictor" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_encoder_with_a_learning_rate_of_its_own(folder, base, tmp_path):
     task = osediff(base, vsd=0.0, vae_lr=0.0)
     train(task, pictures(folder), LoopOptions(output=tmp_path / "run", steps=2, batch=2, lr=1e-3, mixed_precision="no"))

@@ -53,6 +53,7 @@ def test_dictionary_that_holds_itself(tmp_path, key):
     refused(save_pickle(tmp_path / "a.pth", pickle.dumps(content, 2)), "a dictionary that holds itself")
 
 
+@pytest.mark.slow
 @limits.forks
 def test_dictionaries_without_end(tmp_path):
     """Not a cycle, but as good as one: 40 levels of two, and many levels of one."""

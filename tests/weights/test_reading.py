@@ -59,6 +59,7 @@ def test_safetensors_header(tmp_path, what):
     refused(save_header(tmp_path / "a.safetensors", header, bytes(12 if what == "a hole" else 4)), "")
 
 
+@pytest.mark.slow
 @limits.forks
 def test_safetensors_header_without_end(tmp_path):
     path = save_header(tmp_path / "a.safetensors", '{"a":1}' + " " * (20 << 20))
