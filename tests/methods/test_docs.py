@@ -80,3 +80,10 @@ def test_published_figures_are_the_tables(method, one):
     for name, value in one.figures.items():
         cell = row[name.removesuffix("-pipal").upper()]
         assert f"{value:.{len(cell.partition('.')[2])}f}" == cell and len(cell) >= 4
+
+
+def test_readmes_lines_run_on_three_systems():
+    """As they stand in README, but for the clone, which is there already."""
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    lines = re.findall(r"(?:python3|py) -m venv [^`\n]*?(?:--demo|not browser\")", (ROOT / "README.md").read_text())
+    assert len(lines) == 4 and [line for line in lines if line not in workflow] == []
