@@ -44,7 +44,9 @@ def _one(image: Any, name: str) -> torch.Tensor:
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     if isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        if image.dtype.kind != "f":
+            raise ValueError(f"{name}: found {image.dtype} values, expected floating-point ones in [0, 1]. Divide 8-bit values by 255.")
+        tensor = torch.from_numpy(np.require(image, np.float32, ["C", "W"]))
         tensor = tensor.movedim(-1, -3) if tensor.ndim in (3, 4) else tensor
     elif isinstance(image, torch.Tensor):
         tensor = image
@@ -52,6 +54,8 @@ def _one(image: Any, name: str) -> torch.Tensor:
         raise ValueError(f"{name}: found {type(image).__name__}, expected a PIL image, a tensor or a NumPy array. Open files with PIL.Image.open.")
     if not tensor.is_floating_point():
         raise ValueError(f"{name}: found {tensor.dtype} values, expected floating-point ones in [0, 1]. Divide 8-bit values by 255.")
+    if tensor.is_nested or tensor.is_meta or tensor.layout != torch.strided:
+        raise ValueError(f"{name}: found a tensor that is sparse, nested or without values, expected a dense one.")
     tensor = tensor.detach().float().cpu()
     return require_picture(tensor[None] if tensor.ndim == 3 else tensor, name)
 

@@ -20,6 +20,13 @@ _XMP_TEXT = "XML:com.adobe.xmp"
 _OF_OLD_PIXELS = rb"tiff:Orientation|tiff:ImageWidth|tiff:ImageLength|exif:PixelXDimension|exif:PixelYDimension"
 
 
+class _Text(str):
+    """EXIF's text: bytes, mostly of UTF-8, that Pillow reads as Latin-1 and writes as ASCII. Written as the same bytes again."""
+
+    def encode(self, *_: str) -> bytes:
+        return super().encode("latin-1", "replace")
+
+
 @dataclass(frozen=True)
 class Metadata:
     """What goes into the result's file beside its pixels.
@@ -73,7 +80,11 @@ def _read_exif(image: Image.Image) -> tuple[dict[int, dict[int, Any]], list[str]
             notes.append(f"its EXIF directory {directory:#06x} cannot be read ({error or type(error).__name__}) and is left out")
     whole: dict[int, dict[int, Any]] = {}
     for directory, tags in directories.items():
-        good = {tag: value for tag, value in tags.items() if value is not None and can_be_written(directory, tag, value)}
+        good = {
+            tag: _Text(value) if isinstance(value, str) else value
+            for tag, value in tags.items()
+            if value is not None and can_be_written(directory, tag, value)
+        }
         if len(good) < len(tags):
             bad = ", ".join(f"{tag:#06x}" for tag in tags if tag not in good)
             notes.append(f"its EXIF entries {bad} are broken and are left out")
@@ -113,6 +124,8 @@ def _resolution(image: Image.Image) -> tuple[float, float] | None:
     try:
         if image.format in ("JPEG", "MPO") and not image.info.get("jfif_unit") and X_RESOLUTION not in image.getexif():
             return None  # Pillow says 72 where the file says nothing
+        if image.format == "TIFF" and X_RESOLUTION not in image.tag_v2:  # type: ignore[attr-defined]
+            return None  # and 1 here
         across, down = (float(value) for value in image.info["dpi"])
     except Exception:  # none, or none that is two numbers
         return None

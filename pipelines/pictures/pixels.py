@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 _ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 _ORIENTATION, _PHOTOMETRIC, _WHITE_IS_ZERO = 0x0112, 262, 0
 _BITS, _SAMPLE_FORMAT, _SIGNED = 258, 339, 2
+_SIZE_MARKER = b"\xff\x4f\xff\x51"
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -105,17 +106,34 @@ def require_one_frame(image: Image.Image) -> None:
 
 
 def _require_values_that_pillow_reads(image: Image.Image) -> None:
-    """Refuse TIFF files whose numbers Pillow takes for others: planes of 16 bits for planes of 8, and signed numbers for unsigned ones.
+    """Refuse files whose numbers Pillow takes for others: TIFF's planes of 16 bits for planes of 8, its signed numbers for unsigned ones, and
+    JPEG 2000's colours of more than 8 bits, whose white is rounded up to 256 and comes out black.
 
     Raises:
         ValueError: it is one of them.
     """
+    if image.format == "JPEG2000" and len(image.getbands()) > 1 and (depth := _depth_of_jpeg_2000(image)) > 8:
+        raise ValueError(f"it has {depth} bits a channel, of which Pillow makes black where it is white. Convert it to PNG or TIFF first.")
     tags = getattr(image, "tag_v2", {})
     bits = tags.get(_BITS, (1,))
     if tags.get(PLANAR, 1) != 1 and len(bits) > 1 and max(bits) > 8:
         raise ValueError(f"it has {max(bits)} bits a channel, each channel in a plane of its own. Save it again with interleaved channels.")
     if _SIGNED in tags.get(_SAMPLE_FORMAT, ()) and max(bits) < 32:
         raise ValueError(f"it has signed numbers of {max(bits)} bits, expected 8 or 16 bits without sign. Convert it first.")
+
+
+def _depth_of_jpeg_2000(image: Image.Image) -> int:
+    """The most bits of a channel, by the codestream's SIZ segment (ISO/IEC 15444-1, A.5.1); 0 after loading."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 0
+    at = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(at)
+    segment = data[data.find(_SIZE_MARKER) + 4 :]
+    channels = int.from_bytes(segment[36:38], "big")
+    return 1 + max((depth & 0x7F for depth in segment[38 : 38 + 3 * channels : 3]), default=-1)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -166,8 +184,11 @@ def _sixteen_bit(image: Image.Image) -> np.ndarray:
             raise ValueError(f"it has values from {low} to {high}, expected 8 or 16 bits without sign.")
         if 0 < high <= 0xFF and image.format not in ("PNG", "PPM"):
             raise ValueError(f"it has 32-bit pixels from {low} to {high}, which may be of 8 or of 16 bits. Convert it to L or I;16 first.")
+    tags = getattr(image, "tag_v2", {})
     values = values.astype(np.uint16)
-    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits alone
+    if tags.get(_BITS) == (12,):  # which Pillow leaves as they are
+        values = (values * (65535 / 4095)).round().astype(np.uint16)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits alone
         values = 65535 - values
     return values
 

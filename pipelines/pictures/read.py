@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -126,11 +127,17 @@ def from_pil(image: Image.Image) -> Pixels:
     Raises:
         ValueError: the range of its values is unknown, or it has several frames.
     """
-    path = Path(getattr(image, "filename", "") or "")
-    if is_deep(image) and path.is_file():  # not loaded yet: its 16 bits are still there to be read
+    file = getattr(image, "fp", None)
+    if getattr(image, "tile", None) and file is None:
+        raise ValueError("it was closed before its pixels were read. Call its load() before, or keep it open.")
+    if file is not None and is_deep(image):  # not loaded yet: its 16 bits are still there to be read
+        at = file.tell()
+        file.seek(0)
+        data = file.read()  # another file may have the name by now
+        file.seek(at)
 
         def again() -> Image.Image:
-            return Image.open(path, formats=[image.format or ""])
+            return Image.open(BytesIO(data), formats=[image.format or ""])
 
         with again() as fresh:
             return to_pixels(fresh, again)

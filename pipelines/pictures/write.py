@@ -128,7 +128,8 @@ def _fitting(metadata: Metadata, kind: str, channels: int, record: str | None) -
     icc, xmp = metadata.icc_profile, metadata.xmp
     space = b"GRAY" if channels <= 2 and kind != "WEBP" else b"RGB "
     if icc and icc[16:20] != space:
-        notes.append(f"its colour profile is of {icc[16:20].decode('latin-1').strip() or 'no'} colours and is left out")
+        name = icc[16:20].decode("latin-1").strip()
+        notes.append(f"its colour profile is of {name if name.isalnum() else 'no'} colours and is left out")
         icc = None
     if kind == "JPEG":
         if icc and len(icc) > _MAX_JPEG_PROFILE:

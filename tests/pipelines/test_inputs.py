@@ -42,11 +42,14 @@ def restore(pipeline, image, **kwargs):
         (IMAGE * 0.6 - 0.3, r"found values from -0\..*expected \[0, 1\]"),
         (IMAGE * 255, "Divide 8-bit values by 255"),
         ((IMAGE * 255).byte(), "found torch.uint8 values, expected floating-point ones"),
-        (np.asarray(PIL), "found torch.uint8 values"),
+        (np.asarray(PIL), "found uint8 values"),
         (torch.full((1, 3, 8, 8), float("nan")), "not numbers"),
         (IMAGE[:, :1], r"found shape \(1, 1, 24, 17\)"),
         (torch.zeros(0, 3, 8, 8), r"found shape \(0, 3, 8, 8\)"),
         (torch.zeros(24, 17), r"found shape \(24, 17\)"),
+        (np.asarray(PIL).astype(object), "found object values"),
+        (IMAGE.to_sparse(), "sparse, nested or without values"),
+        (IMAGE.to("meta"), "sparse, nested or without values"),
     ],
 )
 def test_what_is_no_batch(image, words):
@@ -58,6 +61,8 @@ def test_what_is_one():
     assert torch.equal(to_batch(IMAGE), IMAGE)
     for image in ([PIL, PIL], (PIL, PIL), [to_batch(PIL), to_batch(PIL)], [to_batch(PIL)[0]] * 2, np.stack([np.asarray(PIL) / 255.0] * 2)):
         assert torch.allclose(to_batch(image), to_batch(PIL).expand(2, -1, -1, -1), atol=1e-6)
+    for dtype in (">f4", ">f8", np.float16, np.longdouble):
+        assert torch.allclose(to_batch((np.asarray(PIL) / 255).astype(dtype)), to_batch(PIL), atol=1e-3)
     overshot = torch.zeros(1, 3, 16, 16)
     overshot[..., 8:] = 1
     overshot = torch.nn.functional.interpolate(overshot, scale_factor=4, mode="bicubic")  # below 0 and above 1 beside the edge

@@ -112,6 +112,8 @@ def test_a_profile_larger_than_pillows_limit(tmp_path):
     for suffix in (".png", ".jpg", ".webp", ".tif"):
         assert write_picture(picture.pixels.tensor(), picture, tmp_path / f"out{suffix}", 95) == []
         assert read_picture(tmp_path / f"out{suffix}").metadata.icc_profile == profile
+    strange = replace(picture, metadata=Metadata(icc_profile=bytes(16) + b"\x1b[2J" + bytes(100)))
+    assert written(strange, tmp_path / "strange.png")[1] == ["its colour profile is of no colours and is left out"]
     huge = replace(picture, metadata=Metadata(icc_profile=bytes(16) + b"RGB " + bytes(17_000_000)))
     assert "too long for JPEG" in written(huge, tmp_path / "huge.jpg")[1][0]
 
@@ -154,8 +156,24 @@ def test_descriptions_are_kept(tmp_path, suffix):
 def test_resolutions_that_nobody_gave(tmp_path):
     exif = Image.Exif()
     exif[0x010F] = "Camera"
-    GRAY.save(tmp_path / "in.jpg", exif=exif)
-    assert read_picture(tmp_path / "in.jpg").metadata.dpi is None
+    for suffix in (".jpg", ".tif", ".png", ".webp"):
+        GRAY.save(tmp_path / f"in{suffix}", exif=exif)
+        assert read_picture(tmp_path / f"in{suffix}").metadata.dpi is None
+
+
+@SUFFIXES
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_text_in_exif_is_kept_byte_by_byte(tmp_path, suffix, encoding):
+    text = "Hütte\0".encode(encoding)
+    jpeg(
+        tmp_path / "in.jpg",
+        (0xE1, b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry(0x010E, 2, len(text), struct.pack("<I", 26)) + bytes(4) + text),
+    )
+    opened, notes = written(read_picture(tmp_path / "in.jpg"), tmp_path / f"out{suffix}")
+    assert notes == [] and opened.getexif()[0x010E].encode("latin-1") == text[:-1]
+    jpeg(tmp_path / "in.jpg", (0xE1, exif_with(0x8769, 0xA433, 2, len(text), text)))
+    opened, notes = written(read_picture(tmp_path / "in.jpg"), tmp_path / f"out{suffix}")
+    assert notes == [] and opened.getexif().get_ifd(EXIF_IFD)[0xA433].encode("latin-1") == text[:-1]
 
 
 @pytest.mark.parametrize(

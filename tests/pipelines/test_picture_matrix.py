@@ -1,5 +1,6 @@
 """Every mode, format, orientation, profile and kind of transparency against the pixels that it stands for: read, and written again."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,40 @@ def test_white_is_zero(tmp_path):
     write_tiff(tmp_path / "16.tif", 65535 - DEEP[..., :1], white_is_zero=True)
     check(tmp_path / "8.tif", GRAY[..., None])
     check(tmp_path / "16.tif", DEEP[..., :1])
+
+
+def test_twelve_bit_tiff(tmp_path):
+    write_tiff(tmp_path / "in.tif", DEEP[..., :1] >> 4, bits=12)
+    check(tmp_path / "in.tif", ((DEEP[..., :1] >> 4) * (65535 / 4095)).round().astype(np.uint16))
+
+
+def test_jpeg_2000_of_more_than_8_bits(tmp_path):
+    Image.fromarray(DEEP[..., 0]).save(tmp_path / "grey.jp2", irreversible=False)
+    check(tmp_path / "grey.jp2", DEEP[..., :1])
+    for mode in ("LA", "RGB", "RGBA"):
+        image(mode).save(tmp_path / "in.jp2", irreversible=False)
+        data = bytearray((tmp_path / "in.jp2").read_bytes())
+        data[data.index(b"\xff\x4f\xff\x51") + 42] = 11  # the first channel's bits, less one
+        (tmp_path / "in.jp2").write_bytes(data)
+        with pytest.raises(UnreadableError, match="it has 12 bits a channel, of which Pillow makes black where it is white"):
+            read_picture(tmp_path / "in.jp2")
+        with pytest.raises(ValueError, match="image: it has 12 bits a channel"):
+            to_batch(Image.open(tmp_path / "in.jp2"))
+
+
+def test_an_opened_image_is_itself(tmp_path):
+    """Its 16 bits are read from the file that was opened, whatever has the name by now."""
+    write_png(tmp_path / "in.png", DEEP)
+    in_memory = Image.open(BytesIO((tmp_path / "in.png").read_bytes()))
+    opened, closed = Image.open(tmp_path / "in.png"), Image.open(tmp_path / "in.png")
+    closed.close()
+    (tmp_path / "in.png").rename(tmp_path / "other.png")
+    write_png(tmp_path / "in.png", 65535 - DEEP)
+    for made in (in_memory, opened, opened):
+        assert np.array_equal(from_pil(made).values, DEEP)
+    assert opened.load()[2, 1] == tuple(DEEP[1, 2] >> 8)
+    with pytest.raises(ValueError, match="it was closed before its pixels were read"):
+        from_pil(closed)
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

@@ -13,16 +13,18 @@ def chunk(kind: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
+def packed(row: np.ndarray, bits: int) -> bytes:
+    """A row's numbers of so many bits, one behind the other."""
+    digits = "".join(f"{int(v):0{bits}b}" for v in row.ravel())
+    return int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big")
+
+
 def write_png(path: Path, values: np.ndarray, bits: int = 16, key: tuple[int, ...] = (), before: bytes = b"", after: bytes = b"") -> None:
     """(H, W, channels) with each filter by turns up to Up; ``key`` is the transparent colour, ``before`` and ``after`` chunks around the pixels."""
     height, width, channels = values.shape
     rows, above = b"", None
     for y, row in enumerate(values):
-        if bits < 8:
-            digits = "".join(f"{int(v):0{bits}b}" for v in row.ravel())
-            line = np.frombuffer(int(digits.ljust(-(-len(digits) // 8) * 8, "0"), 2).to_bytes(-(-len(digits) // 8), "big"), np.uint8)
-        else:
-            line = np.frombuffer(row.astype(f">u{bits // 8}").tobytes(), np.uint8)
+        line = np.frombuffer(packed(row, bits) if bits < 8 else row.astype(f">u{bits // 8}").tobytes(), np.uint8)
         step = max(1, channels * bits // 8)
         left = np.concatenate([np.zeros(step, np.uint8), line[:-step]])
         kind = y % 3 if y else y % 2
@@ -35,16 +37,24 @@ def write_png(path: Path, values: np.ndarray, bits: int = 16, key: tuple[int, ..
 
 
 def write_tiff(
-    path: Path, values: np.ndarray, order: str = "<", white_is_zero: bool = False, alpha: int = 2, orientation: int = 1, planar: bool = False
+    path: Path,
+    values: np.ndarray,
+    order: str = "<",
+    white_is_zero: bool = False,
+    alpha: int = 2,
+    orientation: int = 1,
+    planar: bool = False,
+    bits: int | None = None,
 ) -> None:
-    """(H, W, 1, 3 or 4), any integer or floating-point type, uncompressed. ``alpha``: 1 multiplied into the colours, 2 not."""
+    """(H, W, 1, 3 or 4), any integer or floating-point type, uncompressed. ``alpha``: 1 multiplied into the colours, 2 not. ``bits``: of packed numbers."""
     height, width, channels = values.shape
-    bits = 8 * values.dtype.itemsize
+    pixels = b"".join(packed(row, bits) for row in values) if bits else None
+    bits = bits or 8 * values.dtype.itemsize
     planes = channels if planar else 1
     photometric = 2 if channels > 2 else 0 if white_is_zero else 1
     tags = [
         (256, 4, (width,)), (257, 4, (height,)), (258, 3, (bits,) * channels), (259, 3, (1,)), (262, 3, (photometric,)), (273, 4, (0,) * planes),
-        (274, 3, (orientation,)), (277, 3, (channels,)), (278, 4, (height,)), (279, 4, (values.nbytes // planes,) * planes),
+        (274, 3, (orientation,)), (277, 3, (channels,)), (278, 4, (height,)), (279, 4, (len(pixels),) if pixels else (values.nbytes // planes,) * planes),
         (284, 3, (1 + planar,)),
     ]  # fmt: skip
     tags += [(338, 3, (alpha,))] if channels == 4 else []
@@ -63,4 +73,4 @@ def write_tiff(
             entries += struct.pack(f"{order}HHI", tag, kind, len(value)) + data.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
     values = values.transpose(2, 0, 1) if planar else values
-    path.write_bytes(head + entries + bytes(4) + extra + values.astype(values.dtype.newbyteorder(order)).tobytes())
+    path.write_bytes(head + entries + bytes(4) + extra + (pixels or values.astype(values.dtype.newbyteorder(order)).tobytes()))
