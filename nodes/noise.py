@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from .picture_size import ALIKE, correlation, thumbnail
+
 
 class Numbered(int):
     """A picture's number in a LATENT's ``batch_index``.
@@ -26,7 +28,8 @@ class Numbered(int):
 
 def number_pictures(latent: dict) -> list[Numbered]:
     """A ``batch_index`` for a LATENT made of this one, by which its pictures are known after core's batch nodes."""
-    numbers = latent.get("batch_index") or range(len(latent["samples"]))
+    numbers = latent.get("batch_index")
+    numbers = range(len(latent["samples"])) if numbers is None else numbers
     return [Numbered(int(number), picture) for picture, number in enumerate(numbers)]
 
 
@@ -45,12 +48,14 @@ class PredictedNoise:
         self.seed = seed
         self._numbers = [int(number) for number in number_pictures(latent)]
         self._pictures = by_content(latent["samples"])
+        self._thumbnails = thumbnail(latent["samples"])
 
     def generate_noise(self, input_latent: dict) -> torch.Tensor:
         """The noise (n, 4, h, w) for the n pictures of ``input_latent``, in their order.
 
         A picture is known by its content where the sampler is given the pictures themselves, else by its number in ``batch_index``, which
-        core's batch nodes keep. Raises ValueError where the latent has another size, or a picture that is not known.
+        core's batch nodes keep. Raises ValueError where the latent has another size, or a picture that is not known, or is not like the one that
+        the noise was made for.
         """
         samples = input_latent["samples"]
         if samples.shape[-2:] != self.noise.shape[-2:]:
@@ -60,7 +65,8 @@ class PredictedNoise:
                 "Wire the same LATENT into the start state and the sampler."
             )
         self.require(samples)
-        pictures = self._find_pictures(samples, input_latent.get("batch_index"))
+        numbers = input_latent.get("batch_index")
+        pictures = self._find_pictures(samples, None if numbers is None else list(numbers))
         return self.noise.expand(len(self._numbers), -1, -1, -1)[pictures].contiguous()
 
     def _find_pictures(self, samples: torch.Tensor, numbers: list[int] | None) -> list[int]:
@@ -77,8 +83,17 @@ class PredictedNoise:
                     f"noise: it was made for {len(self._numbers)} pictures and met a latent of {len(samples)} without their numbers, so that it "
                     "cannot be told which they are. Take pictures out of the batch before the start state, not after it."
                 )
+            if not candidates and sample.any():
+                self._require_alike(sample[None], position)
             found.append(position)
         return found
+
+    def _require_alike(self, sample: torch.Tensor, position: int) -> None:
+        if correlation(thumbnail(sample), self._thumbnails[position : position + 1]) <= ALIKE:
+            raise ValueError(
+                "noise: it was made for a picture that the sampler's latent is not like: another one, or this one before it was flipped or rotated. "
+                "Wire the same LATENT into the start state and the sampler, and turn it after it is sampled."
+            )
 
     def _by_number(self, numbers: list[int], i: int) -> int:
         number = numbers[i] if i < len(numbers) else None

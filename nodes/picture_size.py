@@ -37,7 +37,7 @@ SIDEWAYS: dict[str, Turn] = {
 
 def remember_size(samples: torch.Tensor, height: int, width: int) -> dict:
     """The LATENT of encoded pictures of ``height`` x ``width`` pixels."""
-    return {"samples": samples, SIZE_KEY: (height, width), THUMBNAIL_KEY: _thumbnail(samples, _thumbnail_size(samples.shape[-2:]))}
+    return {"samples": samples, SIZE_KEY: (height, width), THUMBNAIL_KEY: thumbnail(samples)}
 
 
 def picture_size(latent: dict) -> tuple[int, int]:
@@ -100,7 +100,7 @@ def _find_turn(latent: dict, turns: dict[str, Turn]) -> tuple[str, bool]:
     alike = {}
     for name, turn in turns.items():
         encoded = turn(thumbnail)
-        alike[name] = _correlation(_thumbnail(latent["samples"], tuple(encoded.shape[-2:])), encoded)
+        alike[name] = correlation(_reduced(latent["samples"], tuple(encoded.shape[-2:])), encoded)
     best = max(alike, key=lambda name: alike[name].mean())
     # What a turn hardly changes, such as a plain picture, lies as it was encoded.
     turn = best if alike[best].mean() > max(ALIKE, alike[first].mean() + 0.02) else first
@@ -108,7 +108,7 @@ def _find_turn(latent: dict, turns: dict[str, Turn]) -> tuple[str, bool]:
     return turn, bool(recognised.any() and not recognised.all() and len(recognised) > len(thumbnail))
 
 
-def _correlation(samples: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
+def correlation(samples: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
     """(B,) of each sample with the encoded picture that it is most like."""
     samples, encoded = (_standardised(x) for x in (samples, encoded))
     if len(samples) == len(encoded):
@@ -121,10 +121,12 @@ def _standardised(latents: torch.Tensor) -> torch.Tensor:
     return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-6)
 
 
-def _thumbnail(samples: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def thumbnail(samples: torch.Tensor) -> torch.Tensor:
+    """Latents (B, 4, h, w) reduced to :data:`MAX_SIDE` cells a side at most."""
+    height, width = samples.shape[-2:]
+    scale = max(1.0, max(height, width) / MAX_SIDE)
+    return _reduced(samples, (max(1, round(height / scale)), max(1, round(width / scale))))
+
+
+def _reduced(samples: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(samples.float().cpu(), size)
-
-
-def _thumbnail_size(size: tuple[int, int]) -> tuple[int, int]:
-    scale = max(1.0, max(size) / MAX_SIDE)
-    return max(1, round(size[0] / scale)), max(1, round(size[1] / scale))

@@ -101,6 +101,27 @@ def test_pictures_known_by_content(comfy, predictor, model, latent):
         noise.generate_noise(pick(comfy, state, 2))
 
 
+def test_pictures_that_are_not_alike_are_refused(comfy, predictor, latent):
+    """Edited, a latent has the noise by its number; another picture, or this one turned, has none."""
+    images, sigmas = toys.picture(3, 12, 10, batch=PICTURES), comfy.run("FewStepScheduler", model=toys.comfy_model(SEED))[0]
+    noise = comfy.run("InvSRStartState", noise_predictor=predictor, image=images, latent=latent, sigmas=sigmas)[0]
+    full, samples = noise.generate_noise(latent), latent["samples"]
+    edited = samples.clone()
+    edited[..., :2] = 0  # a third painted over
+    for changed in (edited, samples * 0.9 + 0.2, samples + 0.3 * torch.randn(samples.shape, generator=torch.Generator().manual_seed(2))):
+        assert torch.equal(noise.generate_noise({"samples": changed}), full)
+        assert torch.equal(noise.generate_noise(pick(comfy, {"samples": changed}, 2)), full[2:3])
+    flipped = comfy.run("LatentFlip", samples=latent, flip_method="y-axis: horizontally")[0]
+    for other in (flipped, {"samples": edited[[1, 0, 2, 3]]}, {"samples": edited[:1], "batch_index": [1]}):
+        with pytest.raises(ValueError, match="a picture that the sampler's latent is not like: another one, or this one before it was flipped"):
+            noise.generate_noise(other)
+
+
+def test_numbers_as_a_tensor(comfy, model, latent):
+    noise, blank = comfy.run("OSEDiffStartState", model=model, latent={**latent, "batch_index": torch.arange(4)}).args
+    assert torch.equal(noise.generate_noise({**blank, "batch_index": torch.tensor([3, 1, 0, 2])}), noise.generate_noise(blank)[[3, 1, 0, 2]])
+
+
 def test_sampled_pictures_are_the_batchs(comfy, model, latent):
     noise, blank = comfy.run("OSEDiffStartState", model=model, latent=latent).args
     sigmas = comfy.run("FewStepScheduler", model=model, method="OSEDiff")[0]
