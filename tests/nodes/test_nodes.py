@@ -272,7 +272,8 @@ def test_sampled_posterior(comfy, base):
     assert torch.equal(encode(seed=3), mean)
 
 
-@pytest.mark.parametrize("tile_size", [128, pytest.param(192, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tile_size", [128, 192])
 def test_tiled_vae_is_close_to_whole(comfy, base, tile_size):
     image = picture(1, 201, 310)
     whole = comfy.run("FewStepSRVAEEncode", pixels=image, vae=base[1])[0]

@@ -53,7 +53,7 @@ class Card:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("at", [1, pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 4))])
 def test_one_call_that_runs_out(comfy, stages, stage, at, monkeypatch):
     """The card is full for a moment: that part is done again in smaller ones."""
     run, network = stages[stage]

@@ -59,7 +59,7 @@ STAGES = ["encode", "decode", "one step", "start state", "sampler"]
 SIZES = {"start state": (130, 24)}  # more than one window of the predictor
 
 
-@pytest.mark.parametrize("tile_size", [0, 128])
+@pytest.mark.parametrize("tile_size", [pytest.param(0, marks=pytest.mark.slow), 128])
 @pytest.mark.parametrize("stage", STAGES)
 def test_batch_equals_singles(stages, stage, tile_size):
     images = picture(SEED, *SIZES.get(stage, (136, 64)), batch=2)

@@ -31,7 +31,7 @@ def merged_file(family: str, folder):
     return folder / "vae.safetensors"
 
 
-@pytest.mark.parametrize("form", ["raw", "merged"])
+@pytest.mark.parametrize("form", ["raw", pytest.param("merged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FILES)
 def test_decoded_as_the_authors_do(tmp_path, family, form):
     pipeline, arrays = pipeline_for(family)

@@ -229,6 +229,7 @@ def test_callback(make, loaded):
         restore(pipeline, callback_on_step_end=grey, callback_on_step_end_tensor_inputs=["noise"])
 
 
+@pytest.mark.slow
 @SLOW_OSEDIFF
 def test_cpu_offload(make, tmp_path):
     """The hooks that move whole networks, from the CPU to the CPU: every network that runs must have one."""
@@ -263,6 +264,7 @@ def test_wrong_bases(tmp_path):
             InvSRPipeline(**parts | {"unet": UNet2DConditionModel.from_config(config | change)})
 
 
+@pytest.mark.slow
 def test_wrong_adapter_changes_nothing(tmp_path):
     pipeline = osediff(tmp_path)
     expected = restore(pipeline)

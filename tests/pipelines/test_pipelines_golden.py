@@ -39,7 +39,7 @@ def osediff(request, tmp_path_factory):
     return pipeline, settings, arrays
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_osediff(osediff, draws, fused):
     pipeline, settings, arrays = osediff
     if fused:

@@ -134,7 +134,7 @@ def test_tiles_keep_the_whole_pictures_tone(tmp_path, narrow):
     assert relative_error(shared, whole) < 0.8 * relative_error(separate, whole)
 
 
-@pytest.mark.parametrize("tile", [0, TILE])
+@pytest.mark.parametrize("tile", [pytest.param(0, marks=pytest.mark.slow), TILE])
 @KINDS
 def test_batch_equals_singles(kind, narrow, tmp_path, tile):
     pipeline, images = make(kind, tmp_path, narrow), pixels(180 if tile else 50, 44, batch=3)

@@ -167,7 +167,7 @@ def test_damaged_sound_is_left_out_and_named(doubled, tmp_path, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+@pytest.mark.parametrize("suffix", [".mp4", *(pytest.param(suffix, marks=pytest.mark.slow) for suffix in (".mkv", ".mov"))])
 def test_variable_times_stay(doubled, tmp_path, suffix):
     """Over segments whose encoders each begin anew, with frames that are decoded in another order."""
     clip = write_clip(tmp_path / f"clip{suffix}", sound=False)
