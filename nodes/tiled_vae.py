@@ -75,13 +75,17 @@ def _run(vae, network, method: str, source: Callable[[int], torch.Tensor], resul
     memory_used = partial(vae_memory, vae, method)
     tile = _choose_tile(tile_size, vae, memory_used, *(side // scale_out for side in result.shape[-2:]))
 
+    def to_dtype(part: torch.Tensor) -> torch.Tensor:
+        return prepare(part).to(vae.vae_dtype)
+
     def call(network, part: torch.Tensor) -> torch.Tensor:
-        return getattr(network, method)(prepare(part).to(vae.device, vae.vae_dtype)).float()
+        return getattr(network, method)(part.to(vae.device)).float()
 
     def fitting(height: int, width: int) -> int:
         return min(MAX_GROUP, int(vae.patcher.get_free_memory(vae.device) // memory_used(height, width)))
 
-    TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device).run(source, result, tile)
+    coder = TiledCoder(network, call, _share_attention, scale_in, scale_out, fitting, ComfyUI(), vae.device, prepare=to_dtype)
+    coder.run(source, result, tile)
 
 
 def _share_attention(copied, block, whole: WholePicture) -> None:

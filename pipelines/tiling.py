@@ -43,31 +43,39 @@ class Tiling:
     def encode(self, vae: AutoencoderKL, pictures: torch.Tensor, device: torch.device, runtime: Runtime) -> torch.Tensor:
         """Mean and log-variance (B, 8, h, w) of pictures (B, 3, H, W) in [0, 1] of any size, float32 on the CPU."""
 
+        def prepare(part):
+            return (part * 2 - 1).to(vae.dtype)
+
         def call(network, part):
-            return network.encode((part * 2 - 1).to(device, vae.dtype)).latent_dist.parameters.float()
+            return network.encode(part.to(device)).latent_dist.parameters.float()
 
         def compiled(network, part):
-            return self.call(_encode, (part * 2 - 1).to(device, vae.dtype), network.encoder, network.quant_conv).float()
+            return self.call(_encode, part.to(device), network.encoder, network.quant_conv).float()
 
         whole = self._untiled(vae)
         channels, *sides = vae.config.latent_channels, *pictures.shape[-2:]
         moments = torch.zeros(len(pictures), 2 * channels, *(padded_side(side) // VAE_MULTIPLE for side in sides))
-        coder = TiledCoder(whole, call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device, compiled if self._compiles(whole) else None)
+        compiles = compiled if self._compiles(whole) else None
+        coder = TiledCoder(whole, call, _share_attention, VAE_MULTIPLE, 1, fitting, runtime, device, compiles, prepare)
         coder.run(lambda i: pad_for_vae(pictures[i : i + 1]), moments, self._side(moments))
         return moments
 
     def decode(self, vae: AutoencoderKL, latents: torch.Tensor, device: torch.device, runtime: Runtime) -> torch.Tensor:
         """Pictures (B, 3, 8h, 8w) in [-1, 1] of the VAE's own latents (B, 4, h, w), float32 on the CPU."""
 
+        def prepare(part):
+            return part.to(vae.dtype)
+
         def call(network, part):
-            return network.decode(part.to(device, vae.dtype)).sample.float()
+            return network.decode(part.to(device)).sample.float()
 
         def compiled(network, part):
-            return self.call(_decode, part.to(device, vae.dtype), network.decoder, network.post_quant_conv).float()
+            return self.call(_decode, part.to(device), network.decoder, network.post_quant_conv).float()
 
         whole = self._untiled(vae)
         pictures = torch.zeros(len(latents), 3, *(side * VAE_MULTIPLE for side in latents.shape[-2:]))
-        coder = TiledCoder(whole, call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime, device, compiled if self._compiles(whole) else None)
+        compiles = compiled if self._compiles(whole) else None
+        coder = TiledCoder(whole, call, _share_attention, 1, VAE_MULTIPLE, fitting, runtime, device, compiles, prepare)
         coder.run(lambda i: latents[i : i + 1], pictures, self._side(latents))
         return pictures
 

@@ -42,12 +42,13 @@ class TiledCoder:
 
     Args:
         network: the VAE.
-        call: what it makes of a part (n, C, h, w), float32: ``call(network, part)``, with a copy of the network where there are tiles.
+        call: what it makes of a part (n, C, h, w), as float32: ``call(network, part)``, with a copy of the network where there are tiles.
         attention: see :func:`fewstep_sr.tiling.whole_picture.share_whole_picture`.
         scale_in, scale_out: elements for each latent pixel along a side, of what goes in and of what comes out.
         fitting: how many tiles of (height, width) cells go through it in one call.
         device: where ``call`` takes its parts to. A picture in tiles goes there and comes back as a whole where the runtime says that it fits.
         runtime: see :class:`fewstep_sr.tiling.batching.Runtime`.
+        prepare: what it takes to make a part one that goes in: range and type, so that no more bytes are sent to the device than the network reads.
         compiled: ``call``, compiled, for pictures and tiles one at a time: another number of them would be another graph. The reduced pass goes through ``call``.
     """
 
@@ -60,6 +61,7 @@ class TiledCoder:
     runtime: Runtime
     device: torch.device = CPU
     compiled: Callable[[nn.Module, torch.Tensor], torch.Tensor] | None = None
+    prepare: Callable[[torch.Tensor], torch.Tensor] = lambda part: part
 
     def run(self, source: Callable[[int], torch.Tensor], result: torch.Tensor, tile: int) -> None:
         """Code every picture, with smaller tiles where memory runs out.
@@ -92,7 +94,7 @@ class TiledCoder:
         if len(layout.tiles) == 1:  # pictures go together
 
             def code_whole(pictures: range) -> None:
-                answers = coded(self.network, copies.send(torch.cat([source(i) for i in pictures]), self.device))
+                answers = coded(self.network, copies.send(self.prepare(torch.cat([source(i) for i in pictures])), self.device))
                 copies.receive(answers, result.device, result[pictures.start : pictures.stop].copy_)
 
             run_in_groups(range(len(result)), group, code_whole, self.runtime, self.runtime.progress(len(result)))
@@ -105,7 +107,7 @@ class TiledCoder:
         update = self.runtime.progress(len(result) * len(layout.tiles))
 
         def call(part: torch.Tensor) -> torch.Tensor:
-            return self.call(network, part)
+            return self.call(network, self.prepare(part))
 
         def call_tiles(tiles: torch.Tensor) -> torch.Tensor:
             return coded(network, tiles)
@@ -115,7 +117,7 @@ class TiledCoder:
             blended = self._place(whole_result)
 
             def code_tiles(tiles: list[Tile], canvas=canvas, blended=blended) -> None:
-                parts = torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles])
+                parts = self.prepare(torch.cat([tile.cut(canvas, self.scale_in) for tile in tiles]))
                 shares = [share_of(layout, tile) for tile in tiles]
                 answers = whole.watch(call_tiles, copies.send(parts, self.device), shares, self.scale_in, self.compiled is not None)
                 copies.receive(answers, blended.device, partial(self._blend, blended, layout, tiles))

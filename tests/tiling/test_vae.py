@@ -125,6 +125,23 @@ def test_smaller_tiles_where_memory_runs_out(caplog):
     assert len(coder.calls) == 1
 
 
+@pytest.mark.parametrize("tile", [34, 64])
+def test_parts_are_prepared(tile):
+    """Tiles, their reduced pass and whole pictures alike."""
+    coder, picture = Coder(), torch.randn(1, 1, 60, 50)
+    coder.coder = dataclasses.replace(coder.coder, prepare=lambda part: 2 * part)
+    assert torch.allclose(coder.run(picture, tile), 2 * picture, atol=1e-5) and len(coder.calls) == (5 if tile == 34 else 1)
+
+
+def test_the_reduced_pass_is_prepared():
+    """What tiles attend to outside of themselves comes from it."""
+    picture = torch.linspace(-1, 1, 48)[:, None].expand(48, 40)[None, None].contiguous() + torch.linspace(0, 3, 40)
+    found = Coder(network=nn.Sequential(Mean())).run(picture, 28)
+    coder = Coder(network=nn.Sequential(Mean()))
+    coder.coder = dataclasses.replace(coder.coder, prepare=lambda part: 2 * part)
+    assert torch.allclose(coder.run(picture, 28), 2 * found, atol=1e-5)
+
+
 def test_what_was_done_before_memory_ran_out_is_done_again(monkeypatch):
     """The third of four tiles does not fit, although the second did; nothing of the first two is left in the result."""
     picture, call = torch.randn(1, 1, 60, 50), Coder.call
