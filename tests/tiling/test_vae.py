@@ -78,6 +78,30 @@ def test_tiles_of_pictures(scale_in, scale_out):
     assert coder.runtime.calls == 2 * (1 + 2)  # the user may stop before each
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_tiles_know_whether_they_are_compiled(compiled):
+    """They go one at a time through the compiled call then, with masks, and the reduced pass through the other; without, in groups and without masks."""
+    coder, masks, calls = Coder(network=nn.Sequential(Mean()), fits=2), [], []
+
+    class Attention(SharedMean):
+        def forward(self, x):
+            masks.append(len(self.whole._masks))
+            return super().forward(x)
+
+    def share(copied, block, whole):
+        copied._modules.update({name: Attention(child, whole) for name, child in block._modules.items()})
+
+    def compiled_call(network, part):
+        calls.append(tuple(part.shape))
+        return network(part.double())
+
+    TiledCoder(coder.network, coder.call, share, 1, 1, coder.coder.fitting, coder.runtime, compiled=compiled_call if compiled else None).run(
+        lambda i: torch.zeros(1, 1, 60, 50), torch.zeros(1, 1, 60, 50), 34
+    )
+    assert masks == ([0, 2, 2, 2, 2] if compiled else [0, 0, 0])
+    assert calls == ([(1, 1, 34, 34)] * 4 if compiled else []) and len(coder.calls) == (1 if compiled else 3)
+
+
 @pytest.mark.parametrize(("height", "width", "tile", "fits", "cells"), [
     (40, 40, 24, 9, 32**2),  # at least
     (90, 80, 88, 9, 80**2),  # one tile's

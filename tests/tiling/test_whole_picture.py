@@ -11,6 +11,7 @@ pytest.importorskip("diffusers")
 
 from conftest import ROOT
 from diffusers import AutoencoderKL
+from graphs import Graphs, fresh_compiler
 
 from benchmarks.networks import diffusers_vae, photo, smooth
 from fewstep_sr.tiling import whole_picture
@@ -311,6 +312,51 @@ def test_a_compiled_networks_tiles_are_watched_alike():
         assert plain.shape == masked.shape and torch.allclose(plain, masked, rtol=1e-4, atol=1e-4)
     assert found[0][4][0, 0] == 2 * 2 * 4 * (6 * 8 + 6 * 8)  # twice watched, two channels in a group, four elements of each cell
     assert found[0][5][0, 0] == 2 * 4 * (6 * 8 + 6 * 8)
+
+
+@torch.no_grad()
+def test_a_compiled_network_has_one_graph():
+    """Whatever sizes pictures and tiles have, where their shares lie, and how many keys there are."""
+    whole, graphs = WholePicture(), Graphs()
+    shared = share_whole_picture(TwoSizes(whole), whole, lambda copied, block, whole: None)
+    with fresh_compiler():
+        compiled = torch.compile(shared, backend=graphs)
+        for height, width in ((12, 16), (20, 14)):
+            whole.collect(shared, Mosaic.whole(torch.randn(1, 4, height, width)))
+            for rows, columns in (slice(0, 6), slice(0, 8)), (slice(2, 7), slice(3, 9)):
+                tile = torch.randn(1, 4, rows.stop + 1, columns.stop + 2)
+                for dim in (2, 3):
+                    torch._dynamo.maybe_mark_dynamic(tile, dim)
+                whole.watch(compiled, tile, [(rows, columns)], compiled=True)
+    assert len(graphs) == 1
+
+
+@torch.no_grad()
+def test_masks_are_a_compiled_networks_alone():
+    """Each tile's rows and columns of its share, where the network is; other networks' sums copy the shares out, which takes less memory."""
+    whole, norm, masks = WholePicture(), nn.GroupNorm(2, 4, device="meta"), []
+    layer = share_whole_picture(norm, whole, lambda copied, block, whole: None)
+    network = lambda x: masks.append(whole._masks) or layer(x.to("meta"))  # noqa: E731
+    assert whole._device.type == "cpu"  # before a reduced pass
+    whole.collect(network, Mosaic.whole(torch.zeros(1, 4, 6, 6)))
+    tiles, shares = torch.zeros(2, 4, 3, 6), [(slice(0, 2), slice(1, 6)), (slice(1, 3), slice(0, 5))]
+    whole.watch(network, tiles, shares)
+    whole.watch(network, tiles, shares, compiled=True)
+    assert masks[:2] == [(), ()] and whole._masks == ()
+    assert {tensor.device.type for tensor in (*masks[2], whole._picked, whole._open_cells)} == {"meta"}
+    assert [mask.shape for mask in masks[2]] == [(2, 3), (2, 6)]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
+def test_one_cell_outside(compiled):
+    """A tile of four cells of a picture of five: the sample stands for one."""
+    whole, block, picture, (q, k, v) = WholePicture(), nn.Identity(), torch.randn(3, 1, 5, 8), torch.randn(3, 1, 4, 8)
+    whole.collect(lambda x: whole.attend(block, *picture), Mosaic.whole(torch.zeros(1, 1, 1, 5)))
+    found = whole.watch(lambda x: whole.attend(block, q, k, v), torch.zeros(1, 1, 1, 4), [(slice(0, 1), slice(0, 4))], compiled=compiled)
+    counts = torch.cat([torch.ones(4), torch.full((5,), 1 / 5)])
+    logits = q @ torch.cat([k, picture[1]], 1).mT / 8**0.5
+    assert torch.allclose(found, (logits + counts.log()).softmax(-1) @ torch.cat([v, picture[2]], 1), atol=1e-6)
 
 
 @torch.no_grad()

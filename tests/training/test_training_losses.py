@@ -221,6 +221,20 @@ def test_texture_loss():
     assert texture_loss(flat, bright) < texture_loss(flat, 2 / 255 * noise) / 5  # red alone is three tenths of luma
 
 
+def test_texture_loss_by_its_definition():
+    """Detail is luma without its mean of 3 x 3; energies are over squares of 16 pixels, 8 apart, then, at half the size, over 8, 4 apart."""
+    pictures = torch.rand(2, 2, 3, 70, 54, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.05
+    lumas = [0.299 * p[:, 0] + 0.587 * p[:, 1] + 0.114 * p[:, 2] for p in pictures]
+    expected = 0.0
+    for side in (16, 8):
+        details = [luma[:, 1:-1, 1:-1] - luma.unfold(1, 3, 1).unfold(2, 3, 1).mean((-1, -2)) for luma in lumas]
+        a, b = (detail.square().unfold(1, side, side // 2).unfold(2, side, side // 2).mean((-1, -2)) for detail in details)
+        floor = 4 / 65025  # (2 / 255)^2
+        expected += ((a + floor) / (b + floor)).log().abs().mean().item() / 2
+        lumas = [luma.unfold(1, 2, 2).unfold(2, 2, 2).mean((-1, -2)) for luma in lumas]
+    assert texture_loss(*pictures).item() == pytest.approx(expected, rel=1e-9)
+
+
 def prewitt(rows: torch.Tensor) -> torch.Tensor:
     """Gradient magnitude of a grey picture (h, w) by its definition, away from the border: differences of neighbours two apart, averaged over three lines."""
     along = (rows[:, 2:] - rows[:, :-2])[:-2] + (rows[:, 2:] - rows[:, :-2])[1:-1] + (rows[:, 2:] - rows[:, :-2])[2:]
