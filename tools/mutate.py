@@ -5,7 +5,7 @@
 Each mutant is made in a copy of the tree, in which the tests that are not marked slow run until the first failure, in a process forked off after
 the libraries are imported. Give --tests again for tests that take longer: they get what the first ones leave alive. What survives is printed with its
 line and change. Mutants that cannot matter are listed in tools/equivalent_mutants.txt, a line each: file, the mutated line's text, the change, the
-reason, with " | " between them; they do not count.
+reason, with " | " between them; they do not count. Of changes that read alike on one line, or on lines that do, the second is "0 -> 1 (no. 2)".
 
 What is changed: arithmetic and comparison operators, boolean operators and negations, conditions (made true and false), numbers, texts that code
 compares or looks up, returned values, deleted statements, and default arguments.
@@ -27,6 +27,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ def mutants(file: Path) -> Iterator[Mutant]:
     lines = source.splitlines()
     tree = ast.parse(source)
     seen: set[str] = set()
+    alike: Counter[tuple[str, str]] = Counter()
     for index, node in enumerate(_nodes(tree)):
         for variant in range(_variants(node)):
             changed = copy.deepcopy(tree)
@@ -79,7 +81,10 @@ def mutants(file: Path) -> Iterator[Mutant]:
             mutated = ast.unparse(ast.fix_missing_locations(changed))
             if mutated not in seen and mutated != ast.unparse(tree):
                 seen.add(mutated)
-                yield Mutant(file, node.lineno, lines[node.lineno - 1].strip(), change, mutated, source)
+                text = lines[node.lineno - 1].strip()
+                alike[text, change] += 1
+                number = alike[text, change]
+                yield Mutant(file, node.lineno, text, f"{change} (no. {number})" if number > 1 else change, mutated, source)
 
 
 def _nodes(tree: ast.AST) -> list[ast.AST]:
