@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from coder import Coder, Mean
+from coder import Coder, Mean, SharedMean
 from memory import Memory
 from torch import nn
 
