@@ -61,6 +61,15 @@ def test_an_answer_is_used_once_the_next_is_on_its_way(gpu):
     assert len(used) == 3
 
 
+def test_answers_keep_their_order(gpu, monkeypatch):
+    """Where page-locked memory ends between two of them, too."""
+    copies, used = HostCopies(True), []
+    copies.receive(torch.zeros(1).as_subclass(Away), vae.CPU, lambda answer: used.append(answer.item()))
+    monkeypatch.setattr(HostCopies, "_buffer", lambda self, like: None)
+    copies.receive(torch.ones(1), vae.CPU, lambda answer: used.append(answer.item()))
+    assert used == [0, 1]
+
+
 @pytest.mark.parametrize("corrections", [0, 2])
 @pytest.mark.parametrize(("tile", "fits"), [(34, 1), (34, 3), (64, 2)])
 def test_results_are_those_without_a_queue(gpu, monkeypatch, tile, fits, corrections):

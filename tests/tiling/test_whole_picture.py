@@ -348,13 +348,14 @@ def test_masks_are_a_compiled_networks_alone():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cells", [4, 5])
 @torch.no_grad()
-def test_one_cell_outside(compiled):
-    """A tile of four cells of a picture of five: the sample stands for one."""
-    whole, block, picture, (q, k, v) = WholePicture(), nn.Identity(), torch.randn(3, 1, 5, 8), torch.randn(3, 1, 4, 8)
-    whole.collect(lambda x: whole.attend(block, *picture), Mosaic.whole(torch.zeros(1, 1, 1, 5)))
+def test_one_cell_outside(compiled, cells):
+    """A tile of four cells of a picture of five: the sample stands for one. It does so, too, where the tile is the picture."""
+    whole, block, picture, (q, k, v) = WholePicture(), nn.Identity(), torch.randn(3, 1, cells, 8), torch.randn(3, 1, 4, 8)
+    whole.collect(lambda x: whole.attend(block, *picture), Mosaic.whole(torch.zeros(1, 1, 1, cells)))
     found = whole.watch(lambda x: whole.attend(block, q, k, v), torch.zeros(1, 1, 1, 4), [(slice(0, 1), slice(0, 4))], compiled=compiled)
-    counts = torch.cat([torch.ones(4), torch.full((5,), 1 / 5)])
+    counts = torch.cat([torch.ones(4), torch.full((cells,), 1 / cells)])
     logits = q @ torch.cat([k, picture[1]], 1).mT / 8**0.5
     assert torch.allclose(found, (logits + counts.log()).softmax(-1) @ torch.cat([v, picture[2]], 1), atol=1e-6)
 
