@@ -109,6 +109,7 @@ def test_without_page_locked_memory_copies_are_plain(monkeypatch, caplog, locked
     """Where the system has none left, with one warning."""
 
     def full(*size, pin_memory=False, **kwargs):
+        assert pin_memory
         raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
 
     monkeypatch.setattr(host.torch, "empty", full)
