@@ -21,6 +21,7 @@ from ..fewstep_sr.weights.lora import Adapter
 from .adapter import adapt_model, adapt_vae
 from .invsr import NoisePredictorSocket
 from .managed import manage
+from .page import require_choice
 
 DEMOS = {method.title: method for method in sorted(METHODS.values(), key=lambda method: method.title) if method.demo}
 
@@ -77,8 +78,8 @@ class FewStepSRDemoLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, method="InvSR") -> io.NodeOutput:
+        chosen = DEMOS[require_choice(method, "method", DEMOS)]
         model, vae = _load_model(), _load_vae()
-        chosen = DEMOS[method]
         adapter = load_weights(chosen, find(chosen.demo.file))
         if isinstance(adapter, Adapter):
             model, vae = adapt_model(model, chosen, adapter, 1.0), adapt_vae(vae, chosen, adapter, 1.0)

@@ -4,7 +4,6 @@ from functools import partial
 
 import comfy.latent_formats
 import comfy.model_management
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -19,7 +18,7 @@ from .checks import require_finite, require_image, require_picture
 from .managed import ManagedNetwork, manage
 from .memory import MARGIN, PREDICTOR_ACTIVATIONS
 from .noise import PredictedNoise, by_content, digest
-from .page import find_listed, fingerprint, list_files
+from .page import find_listed, fingerprint, full_path, list_files, require_choice
 from .picture_size import picture_size
 from .runtime import ComfyUI
 
@@ -59,7 +58,7 @@ class InvSRNoisePredictorLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise_predictor_name) -> io.NodeOutput:
-        weights = load_weights(INVSR, folder_paths.get_full_path_or_raise(INVSR.weights.folder, noise_predictor_name))
+        weights = load_weights(INVSR, full_path(INVSR.weights.folder, noise_predictor_name, "noise_predictor_name", cls.validate_inputs))
         return io.NodeOutput(manage(partial(NoisePredictor, weights.config), weights.state_dict))
 
 
@@ -105,6 +104,7 @@ class InvSRStartState(io.ComfyNode):
 
     @classmethod
     def execute(cls, noise_predictor, image, latent, sigmas, posterior="sample", seed=12345) -> io.NodeOutput:
+        require_choice(posterior, "posterior", ("sample", "mean"))
         noise, start, state = predicted_start(noise_predictor, image, latent, sigmas, posterior, seed)
         return io.NodeOutput(start, {**latent, "samples": state}, ui=ui.PreviewImage(noise_map_preview(noise[:MAX_PREVIEWS]), cls=cls))
 

@@ -9,7 +9,7 @@ from ..fewstep_sr.methods import METHODS, OSEDIFF, load_adapter
 from .adapter import adapt_model, adapt_vae
 from .checks import require_stable_diffusion, require_vae
 from .marks import PER_IMAGE, acting_adapters
-from .page import find_listed, fingerprint, listing, quoted, require_number, warn
+from .page import find_listed, fingerprint, full_path, listing, quoted, require_number, warn
 from .per_image import carry_model, carry_vae
 from .sampling import USUAL
 
@@ -87,7 +87,7 @@ class FewStepSRAdapterLoader(io.ComfyNode):
         folder, name = _split(adapter_name)
         if folder not in FAMILIES:
             raise ValueError(f"adapter_name: {cls.validate_inputs(adapter_name)}")
-        method, adapter = load_adapter(folder_paths.get_full_path_or_raise(folder, name))
+        method, adapter = load_adapter(full_path(folder, name, "adapter_name", lambda _: cls.validate_inputs(adapter_name)))
         if not adapter.vae and strength_vae != 1.0:
             warnings.append(f"strength_vae: found {strength_vae:g}, but {method.title}'s adapter leaves the VAE unchanged. Set it back to 1.")
         warn(cls, warnings)

@@ -2,7 +2,6 @@
 
 import logging
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -13,7 +12,7 @@ from .checks import require_own_noise, require_picture, require_stable_diffusion
 from .load_adapter import check_base, strength_input
 from .marks import require_family
 from .noise import PredictedNoise, number_pictures
-from .page import find_listed, fingerprint, list_files, warn
+from .page import find_listed, fingerprint, full_path, list_files, require_number, warn
 from .sampling import USUAL, require_step, sample_step
 
 OTHER_FAMILY = "Wire it into 'Few-Step SR One Step', which takes the step of the adapter that it finds."
@@ -60,7 +59,7 @@ class OSEDiffLoader(io.ComfyNode):
     @classmethod
     def execute(cls, model, vae, osediff_name, strength_model=1.0, strength_vae=1.0) -> io.NodeOutput:
         warn(cls, check_base(model, vae, strength_model, strength_vae, "Load OSEDiff"))
-        adapter = load_weights(OSEDIFF, folder_paths.get_full_path_or_raise(OSEDIFF.weights.folder, osediff_name))
+        adapter = load_weights(OSEDIFF, full_path(OSEDIFF.weights.folder, osediff_name, "osediff_name", cls.validate_inputs))
         adapted_for = "faces" if "face" in osediff_name.lower() else "photos"
         logging.info("OSEDiff adapter for %s %s: rank %d on the UNet, %d on the VAE", adapted_for, osediff_name, adapter.rank_unet, adapter.rank_vae)
         return io.NodeOutput(adapt_model(model, OSEDIFF, adapter, strength_model), adapt_vae(vae, OSEDIFF, adapter, strength_vae))
@@ -107,6 +106,7 @@ class OSEDiffOneStep(io.ComfyNode):
     @classmethod
     def execute(cls, model, positive, latent, negative=None, cfg=1.0, timestep=TIMESTEP) -> io.NodeOutput:
         conds = require_step(model, positive, latent, negative, cfg)
+        require_number(timestep, "timestep", 0, TIMESTEP)
         mark, acts = require_family(model, OSEDIFF, OTHER_FAMILY)
         warnings = []
         if cfg > USUAL:

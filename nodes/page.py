@@ -1,7 +1,7 @@
 """What the page says before a run, where a widget names a file that is not there, and during one, on the node itself."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import folder_paths
@@ -47,6 +47,25 @@ def find_in_folder(folder: str, name: str | None, published: str, source: str) -
     misplaced = _find_elsewhere(folder, Path(name.replace("\0", "")).name)
     action = f"It is at {misplaced}: move it there" if misplaced else f"{source} Put it there"
     return f"found {found} in {here}, expected {name}. {action}, and press R on the page."
+
+
+def full_path(folder: str, name: str, widget: str, answer: Callable[[str], bool | str]) -> str:
+    """Path of a model folder's file. A link brings names past ``validate_inputs``, whose ``answer`` says what is wrong with one.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    path = folder_paths.get_full_path(folder, name) if isinstance(name, str) else None
+    if path is None:
+        raise ValueError(f"{widget}: {answer('' if name is None else name)}")
+    return path
+
+
+def require_choice(value: str, name: str, options: Iterable[str]) -> str:
+    """Refuse what a combo does not list, which links can bring."""
+    if value not in list(options):
+        raise ValueError(f"{name}: found {quoted(value)}, expected {listing(options, 'or')}.")
+    return value
 
 
 def listing(words: Iterable[str], last: str = "and") -> str:

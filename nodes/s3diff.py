@@ -3,7 +3,6 @@
 from functools import partial
 from pathlib import Path
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 from server import PromptServer
@@ -14,7 +13,7 @@ from ..fewstep_sr.networks.degradation import HALO, SCORES, STRIP, DegradationEs
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
 from .memory import MARGIN
-from .page import find_in_folder, fingerprint, list_files, require_number
+from .page import find_in_folder, fingerprint, full_path, list_files, require_number
 from .per_image import with_scores
 from .runtime import ComfyUI
 
@@ -54,7 +53,7 @@ class S3DiffEstimatorLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, estimator_name) -> io.NodeOutput:
-        weights = load_weights(ESTIMATOR, folder_paths.get_full_path_or_raise(FOLDER, estimator_name))
+        weights = load_weights(ESTIMATOR, full_path(FOLDER, estimator_name, "estimator_name", cls.validate_inputs))
         # The adapter's weights follow the scores closely: float32, whatever ComfyUI would choose.
         return io.NodeOutput(manage(partial(DegradationEstimator, weights.config), weights.state_dict, torch.float32))
 

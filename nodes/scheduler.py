@@ -6,7 +6,7 @@ from comfy_api.latest import io
 from ..fewstep_sr.methods import METHODS
 from ..fewstep_sr.methods.schedule import parse_timesteps
 from .checks import require_stable_diffusion
-from .page import require_text
+from .page import require_choice, require_text
 
 SCHEDULES = {method.title: method.schedule for method in sorted(METHODS.values(), key=lambda method: method.title) if method.schedule}
 
@@ -48,6 +48,7 @@ class FewStepScheduler(io.ComfyNode):
     @classmethod
     def execute(cls, model, method="InvSR", steps=1, timesteps="") -> io.NodeOutput:
         require_stable_diffusion(model)
+        require_choice(method, "method", SCHEDULES)
         require_text(timesteps, "timesteps")
         indices = SCHEDULES[method].indices(steps, parse_timesteps(timesteps))
         sigmas = model.get_model_object("model_sampling").sigma(torch.tensor(indices))

@@ -17,7 +17,7 @@ from ..fewstep_sr.weights.tagger import DAPE_FILE, TAGGER_FILE, TAGGER_SOURCE, b
 from .checks import require_finite, require_image
 from .managed import ManagedNetwork, manage
 from .memory import MARGIN, TAGGER_ACTIVATIONS
-from .page import find_in_folder, fingerprint, list_files, require_number, require_text
+from .page import find_in_folder, fingerprint, full_path, list_files, require_number, require_text
 from .runtime import ComfyUI
 
 TaggerSocket = io.Custom("DAPE_TAGGER")
@@ -74,9 +74,12 @@ class DAPETaggerLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, tagger_name, dape_name="auto") -> io.NodeOutput:
-        path = partial(folder_paths.get_full_path_or_raise, "dape")
-        among = map(path, folder_paths.get_filename_list("dape")) if dape_name == "auto" else ()
-        weights = load_tagger_weights(path(tagger_name), None if dape_name in ("auto", "none") else path(dape_name), among)
+        path = full_path("dape", tagger_name, "tagger_name", cls.validate_inputs)
+        dape = (
+            None if dape_name in ("auto", "none") else full_path("dape", dape_name, "dape_name", lambda name: cls.validate_inputs(tagger_name, name))
+        )
+        among = map(partial(folder_paths.get_full_path_or_raise, "dape"), folder_paths.get_filename_list("dape")) if dape_name == "auto" else ()
+        weights = load_tagger_weights(path, dape, among)
         logging.info("Tagger %s: %d tags, %s", tagger_name, weights.config.num_tags, f"with {weights.dape}" if weights.dape else "without DAPE")
         return io.NodeOutput(LoadedTagger(manage(partial(Tagger, weights.config), weights.state_dict), weights.vocabulary))
 

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..fewstep_sr.tiling.tiles import TileLayout
 from ..fewstep_sr.tiling.unet import Item, cut_items, list_items, predict_in_tiles, take
 from .memory import unet_memory
+from .page import require_number
 from .runtime import ComfyUI
 from .tiled_conds import PlacedCond
 from .tiled_controls import PlacedControls
@@ -57,6 +58,8 @@ class FewStepSRTiledModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, tile_size=96, overlap=24, batch=4) -> io.NodeOutput:
+        for value, name, low, high in ((tile_size, "tile_size", 16, 1024), (overlap, "overlap", 0, 512), (batch, "batch", 1, 64)):
+            require_number(value, name, low, high)
         if overlap * 2 > tile_size:
             raise ValueError(f"overlap: found {overlap} with tiles of {tile_size}, expected at most half a tile, {tile_size // 2}.")
         dimensions = model.get_model_object("latent_format").latent_dimensions

@@ -15,6 +15,7 @@ from ..fewstep_sr.tiling.vae import MIN_TILE, TiledCoder
 from ..fewstep_sr.tiling.whole_picture import WholePicture
 from .checks import LATENT_CHANNELS, PIXELS_PER_CELL
 from .memory import vae_memory
+from .page import quoted
 from .per_image import each_vae
 from .runtime import ComfyUI
 
@@ -103,8 +104,8 @@ def _choose_tile(tile_size: int, vae, memory_used: Callable[[int, int], int], he
 
     Without a ``tile_size`` it is the whole picture where that fits, else the largest tile that does.
     """
-    if tile_size and (tile_size < 128 or tile_size % 64):
-        raise ValueError(f"tile_size: found {tile_size}, expected 0 or a multiple of 64 from 128 on.")
+    if not isinstance(tile_size, int) or (tile_size and (tile_size < 128 or tile_size % 64)):
+        raise ValueError(f"tile_size: found {quoted(tile_size)}, expected 0 or a multiple of 64 from 128 on.")
     total, whole = comfy.model_management.get_total_memory(vae.device), memory_used(height, width)
     side = tile_size // PIXELS_PER_CELL or (max(height, width) if whole < 0.8 * total else 64)
     comfy.model_management.load_models_gpu([vae.patcher], memory_required=memory_used(min(side, height), min(side, width)))

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..fewstep_sr.networks.posterior import Posterior, draw_noise
 from .checks import require_finite, require_image, require_latent, require_vae
-from .page import warn
+from .page import require_choice, warn
 from .picture_size import find_picture, remember_size
 from .tiled_vae import decode_pictures, encode_moments
 from .video import require_even_sides
@@ -54,6 +54,7 @@ class FewStepSRVAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels, vae, posterior="mean", seed=0, tile_size=0) -> io.NodeOutput:
         require_vae(vae)
+        require_choice(posterior, "posterior", ("mean", "sample"))
         picture = require_image(pixels, "pixels")
         require_even_sides(cls.hidden, *picture.shape[-2:], "pixels")
         samples = encode_moments(vae, picture, tile_size)

@@ -1,5 +1,6 @@
 """Diagonal Gaussian posteriors: of the VAE encoder over latents, of InvSR's noise predictor over noise maps."""
 
+from reprlib import repr as shorten
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,12 @@ def draw_noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     """Standard normal (1, C, H, W) for a batch of shape (B, C, H, W), from a CPU generator: the same on every device.
 
     One draw serves all pictures of a batch, so that the frames of a still video stay still.
+
+    Raises:
+        ValueError: the seed is none.
     """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
+    try:
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"seed: found {shorten(seed)}, expected a whole number from 0 to 2**64 - 1.") from error
     return torch.randn((1, *shape[1:]), generator=generator, device="cpu", dtype=torch.float32)

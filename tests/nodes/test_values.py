@@ -45,6 +45,42 @@ def test_a_name_that_is_none(comfy, node, name):
     assert isinstance(comfy.nodes[node].fingerprint_inputs(**{LOADERS[node]: name}), list)
 
 
+@pytest.mark.parametrize("node", LOADERS)
+@pytest.mark.parametrize("name", NO_NAMES, ids=lambda name: ascii(name)[:20])
+def test_a_name_that_a_link_brings(comfy, base, node, name):
+    """Past ``validate_inputs``, which is not asked about links."""
+    inputs = {"model": base[0], "vae": base[1]} if node == "OSEDiffLoader" else {}
+    with pytest.raises(ValueError, match=f"^{LOADERS[node]}: found .*expected") as found:
+        comfy.run(node, **inputs, **{LOADERS[node]: name})
+    assert len(str(found.value).encode()) < 2000
+
+
+def test_what_links_bring_past_the_widgets(comfy, base):
+    latent, image, long = {"samples": torch.ones(1, 4, 4, 4)}, picture(1, 16, 16), "x" * 1_000_000
+    step = {"model": base[0], "positive": conditioning(SEED), "latent": latent}
+    encode = {"pixels": image, "vae": base[1]}
+    for node, inputs, words in (
+        ("OSEDiffOneStep", {**step, "timestep": 1000}, "timestep: found 1000, expected a number from 0 to 999"),
+        ("OSEDiffOneStep", {**step, "timestep": -1}, "timestep: found -1"),
+        ("OSEDiffOneStep", {**step, "timestep": NAN}, "timestep: found nan"),
+        ("OSEDiffOneStep", {**step, "timestep": "999"}, "timestep: found 999"),
+        ("FewStepSRTiledModel", {"model": base[0], "tile_size": 1}, "tile_size: found 1, expected a number from 16 to 1024"),
+        ("FewStepSRTiledModel", {"model": base[0], "overlap": None}, "overlap: found None"),
+        ("FewStepSRTiledModel", {"model": base[0], "batch": 0}, "batch: found 0, expected a number from 1 to 64"),
+        ("FewStepSRVAEEncode", {**encode, "tile_size": None}, "tile_size: found None, expected 0 or a multiple of 64"),
+        ("FewStepSRVAEEncode", {**encode, "tile_size": long}, "tile_size: found x.*expected 0 or"),
+        ("FewStepSRVAEEncode", {**encode, "posterior": long}, "posterior: found x.*expected mean or sample"),
+        ("FewStepSRVAEEncode", {**encode, "posterior": "sample", "seed": 2**64}, "seed: found 18446744073709551616, expected a whole number from 0"),
+        ("FewStepSRVAEEncode", {**encode, "posterior": "sample", "seed": long}, "seed: found 'x.*expected a whole number"),
+        ("FewStepScheduler", {"model": base[0], "method": long}, "method: found x.*expected .*InvSR"),
+        ("FewStepScheduler", {"model": base[0], "method": ["InvSR"]}, "method: found .'InvSR'.*expected"),
+        ("FewStepSRDemoLoader", {"method": long}, "method: found x.*expected .*InvSR"),
+    ):
+        with pytest.raises(ValueError, match=words) as found:
+            comfy.run(node, **inputs)
+        assert len(str(found.value)) < 400
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e30, "1", None, True])
 def test_numbers_that_are_none(comfy, base, value):
     torch.save(toys.osediff_checkpoint(SEED, rank=2), comfy.folder("osediff") / "values.pkl")
