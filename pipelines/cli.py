@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from .evaluation.cli import add_compare, add_evaluate, add_verify
+from .options import a_path
 from .training.cli import add_trainings, where_it_went
 
 PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
@@ -191,29 +192,31 @@ def _fraction(text: str) -> Fraction:
 
 def _place(text: str) -> Path | str:
     """A path, or an address that names its file system."""
-    return text if "://" in text else Path(text)
+    return text if "://" in text else a_path(text)
 
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_convert)
     command.add_argument(
         "input",
-        type=Path,
+        type=a_path,
         nargs="+",
         metavar="INPUT",
         help="a method's weights or a file beside them (osediff.pkl, noise_predictor.pth and so on), RAM's tagger (.pth), or AdcSR's or VOSR's decoder (.ckpt, .pth)",
     )
-    command.add_argument("-o", "--output", type=Path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)")
-    command.add_argument("--dape", type=Path, help="for a tagger: DAPE.pth, to be merged into it")
     command.add_argument(
-        "--vae", type=Path, metavar="BASE", help="for a light decoder: its base's VAE, as a VAE file, a whole checkpoint or a diffusers folder"
+        "-o", "--output", type=a_path, metavar="OUT", help="the new file of a single INPUT (default: the same name with .safetensors)"
+    )
+    command.add_argument("--dape", type=a_path, help="for a tagger: DAPE.pth, to be merged into it")
+    command.add_argument(
+        "--vae", type=a_path, metavar="BASE", help="for a light decoder: its base's VAE, as a VAE file, a whole checkpoint or a diffusers folder"
     )
     command.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _add_info(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_info)
-    command.add_argument("file", type=Path, nargs="+", metavar="FILE")
+    command.add_argument("file", type=a_path, nargs="+", metavar="FILE")
 
 
 def _add_train(command: argparse.ArgumentParser) -> None:

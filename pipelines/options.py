@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any
 
 
+def a_path(text: str) -> Path:
+    """An argparse type: a path. An empty one, as of a variable of the shell that is not set, would be the current folder."""
+    return Path(a_name(text))
+
+
+def a_name(text: str) -> str:
+    """An argparse type: text that is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("found an empty name (a variable of the shell that is not set?). Give one, or leave the option out.")
+    return text
+
+
 class Once(argparse.Action):
     """An option that must not come twice, where the first would be lost without a word."""
 
@@ -79,12 +91,12 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     """Where weights are, or that the miniature is used."""
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
     weights.add_argument("--demo", action="store_true", help="use the miniature that comes with this package: seconds on a CPU, no download")
-    weights.add_argument("--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
-    weights.add_argument("--weights", help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument("--base", type=a_name, help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
+    weights.add_argument("--weights", type=a_name, help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
     weights.add_argument(
-        "--decoder", type=Path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or that of a VAE file (default: the base's)"
+        "--decoder", type=a_path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or that of a VAE file (default: the base's)"
     )
-    weights.add_argument("--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
+    weights.add_argument("--comfyui", type=a_path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder (default: COMFYUI_PATH)")
     weights.add_argument("--download", action="store_true", help="download what is missing; the licences are shown")
 
 

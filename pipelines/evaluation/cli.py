@@ -5,6 +5,8 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..options import a_path
+
 if TYPE_CHECKING:
     from ..settings import Settings
 
@@ -26,11 +28,11 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_evaluate)
     data = command.add_argument_group("data")
     data.add_argument(
-        "--data", type=Path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it; or low-quality images without originals"
+        "--data", type=a_path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it; or low-quality images without originals"
     )
-    data.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images")
-    data.add_argument("--hq", type=Path, metavar="FOLDER", help="originals; names are paired: x.png with x.png, x_LR4.png with x_HR.png")
-    data.add_argument("--results", type=Path, metavar="DIR", help="measure these results instead of restoring")
+    data.add_argument("--lq", type=a_path, metavar="FOLDER", help="low-quality images")
+    data.add_argument("--hq", type=a_path, metavar="FOLDER", help="originals; names are paired: x.png with x.png, x_LR4.png with x_HR.png")
+    data.add_argument("--results", type=a_path, metavar="DIR", help="measure these results instead of restoring")
     data.add_argument("--benchmark", choices=list(BENCHMARKS), help="which benchmark it is, if the images' names do not show it")
     figures = command.add_argument_group("figures")
     figures.add_argument(
@@ -51,13 +53,13 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     files.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=a_path,
         metavar="OUT",
         help="folder for the restored images and their report (default: results_METHOD in the current folder, with --demo results_METHOD_demo)",
     )
-    files.add_argument("--json", type=Path, metavar="FILE", help="everything: mean, pictures, settings, versions, file hashes, seconds, memory")
-    files.add_argument("--csv", type=Path, metavar="FILE", help="the table")
-    files.add_argument("--markdown", type=Path, metavar="FILE", help="the means and the table")
+    files.add_argument("--json", type=a_path, metavar="FILE", help="everything: mean, pictures, settings, versions, file hashes, seconds, memory")
+    files.add_argument("--csv", type=a_path, metavar="FILE", help="the table")
+    files.add_argument("--markdown", type=a_path, metavar="FILE", help="the means and the table")
     files.add_argument("--overwrite", action="store_true", help="restore again images whose results exist")
     add_method(command, ["bicubic"], "the method to restore with; bicubic only upscales", action=Once)
     add_weights(command)
@@ -120,11 +122,11 @@ def add_compare(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_compare)
     command.add_argument("folder", nargs="+", metavar="[LABEL=]FOLDER", help="a folder of results, and the name to show for it")
     command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="SHEET", help="a name that ends in .html (one file, with a zoom) or .png"
+        "-o", "--output", type=a_path, required=True, metavar="SHEET", help="a name that ends in .html (one file, with a zoom) or .png"
     )
-    command.add_argument("--data", type=Path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it")
-    command.add_argument("--lq", type=Path, metavar="FOLDER", help="low-quality images, shown upscaled in a column of their own")
-    command.add_argument("--hq", type=Path, metavar="FOLDER", help="originals, shown in a column of their own; metrics are computed against them")
+    command.add_argument("--data", type=a_path, metavar="FOLDER", help="a benchmark, with test_LR and test_HR in it")
+    command.add_argument("--lq", type=a_path, metavar="FOLDER", help="low-quality images, shown upscaled in a column of their own")
+    command.add_argument("--hq", type=a_path, metavar="FOLDER", help="originals, shown in a column of their own; metrics are computed against them")
     command.add_argument("--pictures", nargs="+", default=[], metavar="NAME", help="which ones (default: six, evenly spread)")
     command.add_argument(
         "--at", type=int, nargs=2, metavar=("X", "Y"), help="left and top of the crop (default: where the original has the most detail)"
@@ -160,18 +162,18 @@ def add_verify(command: argparse.ArgumentParser) -> None:
         "Always runs on the miniature, and on each method whose weights are found. Exit status: 0; 1 if something is wrong; 2 if nothing was started."
     )
     command.set_defaults(run=_verify)
-    command.add_argument("--json", type=Path, metavar="FILE", help="the whole report, to attach to an issue")
+    command.add_argument("--json", type=a_path, metavar="FILE", help="the whole report, to attach to an issue")
     command.add_argument(
-        "--picture", type=Path, metavar="FILE", help="the picture to take through the stages (default: the miniature's photo of 112 x 75 pixels)"
+        "--picture", type=a_path, metavar="FILE", help="the picture to take through the stages (default: the miniature's photo of 112 x 75 pixels)"
     )
-    command.add_argument("--reference", type=Path, metavar="FILE", help="another machine's report, to compare the stages with")
+    command.add_argument("--reference", type=a_path, metavar="FILE", help="another machine's report, to compare the stages with")
     command.add_argument(
         "--data",
-        type=Path,
+        type=a_path,
         metavar="FOLDER",
         help="a benchmark to evaluate the methods on as well, into results_METHOD; with --demo the miniature, into results_METHOD_demo",
     )
-    command.add_argument("--checkpoint", type=Path, metavar="FILE", help="the base as one file, for the nodes, where --base is a folder")
+    command.add_argument("--checkpoint", type=a_path, metavar="FILE", help="the base as one file, for the nodes, where --base is a folder")
     command.add_argument("--half", choices=["float16", "bfloat16"], help="default: float16 on a GPU, bfloat16 on a CPU")
     command.add_argument("--device", help="cuda, cuda:1, mps, cpu (default: the best one)")
     command.add_argument("--no-golden", action="store_true", help="skip the comparison with the outputs of the authors' code, which takes a minute")

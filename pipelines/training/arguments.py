@@ -1,9 +1,9 @@
 """What the commands of all trainings understand."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..options import a_path
 from .ranges import WEIGHT, real, whole
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def add_common(command: argparse.ArgumentParser, lr: float, patch_multiple: int 
         metavar="SOURCE[=SHARE]",
         help="folder, text list or picture; SHARE is how often it is used (default: 1 for each picture)",
     )
-    run.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder for the result, checkpoint, logs and samples")
+    run.add_argument("-o", "--output", type=a_path, required=True, metavar="FOLDER", help="folder for the result, checkpoint, logs and samples")
     run.add_argument("--steps", type=whole(1), required=True)
     optimization.add_argument("--batch", type=whole(1, 65_536), default=4, help="samples per step and process (default: %(default)s)")
     data.add_argument(

@@ -2,9 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..options import a_name, a_path
 from .arguments import RAW, add_common, begin, report, training_pictures
 from .ranges import WEIGHT, real, whole
 
@@ -79,7 +79,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--stage", choices=["pixel", "semantic"], default="pixel", help="which LoRA to train; the semantic one needs the pixel one (default: pixel)"
     )
-    own.add_argument("--weights", type=Path, metavar="RUN", help="for the semantic stage: the pixel stage's output folder, or its file")
+    own.add_argument("--weights", type=a_path, metavar="RUN", help="for the semantic stage: the pixel stage's output folder, or its file")
     own.add_argument("--negative-prompt", help="negative prompt of the distillation (default: the published one)")
     own.add_argument("--rank-pixel", type=whole(1, 4096), default=4, help="rank of the pixel LoRA, in its own stage (default: %(default)s)")
     own.add_argument("--rank-semantic", type=whole(1, 4096), default=4, help="rank of the semantic LoRA (default: %(default)s)")
@@ -115,7 +115,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
         "--timesteps", type=whole(1, 1000), nargs="+", metavar="T", help="counted from 1 (default: 250 200 150 100, without 250 in middle mode)"
     )
     own.add_argument("--latent-weight", type=WEIGHT, default=1.0, help="weight of the latents' squared distance (default: %(default)g)")
-    own.add_argument("--perceptual", type=Path, metavar="FILE", help="InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth (default: no such loss)")
+    own.add_argument("--perceptual", type=a_path, metavar="FILE", help="InvSR's latent LPIPS, vgg16_sdturbo_lpips.pth (default: no such loss)")
     own.add_argument("--perceptual-weight", type=WEIGHT, default=2.0, help="weight of that loss (default: %(default)g)")
     own.add_argument("--gaussian-weight", type=WEIGHT, help="weight of the Gaussian constraint (default: 0.1 in middle mode, otherwise 0)")
     own.add_argument(
@@ -143,7 +143,7 @@ def add_methods(trainings, common: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--predictor-time", type=whole(2, 8192, multiple=2), nargs=2, default=[256, 512], help="widths of the timestep embedding (default: 256 512)"
     )
-    own.add_argument("--init", type=Path, metavar="FILE", help="start from this noise predictor; its dimensions are used")
+    own.add_argument("--init", type=a_path, metavar="FILE", help="start from this noise predictor; its dimensions are used")
     command.set_defaults(run=_invsr, warmup=2000, ema=0.999, weight_decay=0.0, max_grad_norm=float("inf"))
 
 
@@ -157,8 +157,8 @@ def _add_structure(command: argparse._ArgumentGroup) -> None:
 
 
 def _add_tagger(command: argparse._ArgumentGroup) -> None:
-    command.add_argument("--tagger", type=Path, help="image tagger that generates the prompts, as published; --prompt is added at their end")
-    command.add_argument("--dape", type=Path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
+    command.add_argument("--tagger", type=a_path, help="image tagger that generates the prompts, as published; --prompt is added at their end")
+    command.add_argument("--dape", type=a_path, help="DAPE's weights for the tagger (default: DAPE.pth beside it, if it is there)")
 
 
 def _add_degradation(command: argparse._ArgumentGroup) -> None:
@@ -173,16 +173,16 @@ def _add_degradation(command: argparse._ArgumentGroup) -> None:
 
 def _add_base(command: argparse.ArgumentParser, prompt: str) -> None:
     command.add_argument(
-        "--base", help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id (default: the published one)"
+        "--base", type=a_name, help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id (default: the published one)"
     )
     command.add_argument(
-        "--comfyui", type=Path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder to look in (default: COMFYUI_PATH)"
+        "--comfyui", type=a_path, default=os.environ.get("COMFYUI_PATH") or None, help="a ComfyUI folder to look in (default: COMFYUI_PATH)"
     )
     command.add_argument("--download", action="store_true", help="download the base if it is missing; its licence is shown")
     command.add_argument("--prompt", help=f"one prompt for all pictures (default: {prompt})")
     command.add_argument(
         "--prompt-embeds",
-        type=Path,
+        type=a_path,
         metavar="FILE",
         help="instead of text: a safetensors file with prompt_embeds (default: the base's own, if it has no text encoder)",
     )

@@ -93,6 +93,32 @@ def test_an_empty_name_is_not_the_current_folder(tmp_path, monkeypatch, text):
         list_jobs([text], OUT, None)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["upscale", "a.png", "-o"],
+        ["upscale", "a.png", "--weights"],
+        ["upscale", "a.png", "--base"],
+        ["upscale", "a.png", "--comfyui"],
+        ["convert"],
+        ["convert", "a.pkl", "-o"],
+        ["info"],
+        ["evaluate", "--data"],
+        ["compare", "a", "-o"],
+        ["verify", "--json"],
+        ["train", "osediff", "--data", "a", "--steps", "1", "--base"],
+        ["train", "osediff", "--data", "a", "--steps", "1", "-o"],
+    ],
+)
+def test_no_empty_name_is_the_current_folder(tmp_path, monkeypatch, capsys, words):
+    """Of options and other commands: the parser refuses it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main([*words, ""])
+    assert ended.value.code == 2 and "found an empty name (a variable of the shell that is not set?)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("names", [["cta.png"], ["ca?.jpg"], ["cat.png", "cta.png"], ["cta"]])
 def test_a_mistyped_name_is_answered_about_the_name(tmp_path, monkeypatch, names):
     """With -o and without."""

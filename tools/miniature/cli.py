@@ -1,9 +1,9 @@
 """The command line, ``python -m tools.miniature``: photos, synthesize, vae, base, pack, picture. The methods on top of the base train as any other does, with ``python -m pipelines train``."""
 
 import argparse
-from pathlib import Path
 
 from pipelines.cli import run_command
+from pipelines.options import a_path
 from pipelines.training.arguments import RAW, add_common, begin, training_pictures
 from pipelines.training.ranges import WEIGHT, real, whole
 from pipelines.training.settings import DataSettings, require_whole_cells
@@ -24,12 +24,12 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
 
     command = commands.add_parser("photos", parents=[common], help="fetch photos with free licences to train on", description=_PHOTOS, **RAW)
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    command.add_argument("--cache", type=Path, required=True, metavar="FOLDER", help="keeps the packages and repositories")
+    command.add_argument("-o", "--output", type=a_path, required=True, metavar="FOLDER")
+    command.add_argument("--cache", type=a_path, required=True, metavar="FOLDER", help="keeps the packages and repositories")
     command.set_defaults(run=_photos)
 
     command = commands.add_parser("synthesize", parents=[common], help="draw synthetic pictures to train on", description=_SYNTHESIZE, **RAW)
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("-o", "--output", type=a_path, required=True, metavar="FOLDER")
     command.add_argument("--count", type=whole(1), default=400, help="default: %(default)s")
     command.add_argument("--size", type=whole(64, 16_384), default=512, help="side in pixels (default: %(default)s)")
     command.add_argument("--seed", type=whole(0), default=0, help="of the first picture (default: %(default)s)")
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("vae", parents=[common], help="train a small VAE of Stable Diffusion's shape", **RAW)
     add_common(command, lr=7e-4)
-    command.add_argument("--init", type=Path, help="go on from this VAE (a diffusers folder) instead of random weights")
+    command.add_argument("--init", type=a_path, help="go on from this VAE (a diffusers folder) instead of random weights")
     command.add_argument(
         "--channels", type=whole(8, 8192, multiple=8), nargs="+", default=[32, 32, 64, 128], help="of each resolution (default: 32 32 64 128)"
     )
@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("base", parents=[common], help="train a small UNet of Stable Diffusion's shape on a VAE", **RAW)
     add_common(command, lr=5e-4)
-    command.add_argument("--vae", type=Path, required=True, help="the VAE (a diffusers folder)")
-    command.add_argument("--init", type=Path, help="go on from this base (a diffusers folder), with its prompt, instead of random weights")
+    command.add_argument("--vae", type=a_path, required=True, help="the VAE (a diffusers folder)")
+    command.add_argument("--init", type=a_path, help="go on from this base (a diffusers folder), with its prompt, instead of random weights")
     command.add_argument("--low-timesteps", action="store_true", help="draw timesteps as the square of even ones: restoration uses the lower quarter")
     command.add_argument(
         "--channels", type=whole(32, 8192, multiple=32), nargs="+", default=[64, 64, 64], help="of each resolution (default: 64 64 64)"
@@ -72,15 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_base)
 
     command = commands.add_parser("pack", parents=[common], help="a base and the methods' weights for it into one folder, in half precision", **RAW)
-    command.add_argument("--base", type=Path, required=True, help="the base (a diffusers folder)")
-    command.add_argument("--osediff", type=Path, help="its OSEDiff adapter")
-    command.add_argument("--noise-predictor", type=Path, help="its noise predictor")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
+    command.add_argument("--base", type=a_path, required=True, help="the base (a diffusers folder)")
+    command.add_argument("--osediff", type=a_path, help="its OSEDiff adapter")
+    command.add_argument("--noise-predictor", type=a_path, help="its noise predictor")
+    command.add_argument("-o", "--output", type=a_path, required=True, metavar="FOLDER")
     command.set_defaults(run=_pack)
 
     command = commands.add_parser("picture", parents=[common], help="held-out photos beside what the miniature makes of them, as one picture", **RAW)
-    command.add_argument("photos", type=Path, nargs="+", metavar="PHOTO")
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    command.add_argument("photos", type=a_path, nargs="+", metavar="PHOTO")
+    command.add_argument("-o", "--output", type=a_path, required=True, metavar="FILE")
     command.add_argument(
         "--mild-degradation", type=real(0, 1), default=1.0, metavar="SHARE", help="chance of the mild degradation (default: %(default)g)"
     )
