@@ -57,6 +57,10 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
+_LONGEST = 4000
+"""Characters of an error's message."""
+
+
 def run_command(arguments: argparse.Namespace) -> int:
     """Run what a parser chose, ``arguments.run``: errors become a sentence, unless ``arguments.verbose``. Returns the exit status."""
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
@@ -72,8 +76,13 @@ def run_command(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         if arguments.verbose:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_bounded(str(error))}", file=sys.stderr)
         return 2
+
+
+def _bounded(text: str) -> str:
+    """A message, however long the name in it is."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def require_packages() -> None:

@@ -56,6 +56,8 @@ def _train(run: "_Run", checkpoints: list[Path]) -> list[dict[str, float]]:
     pictures, options = run.pictures, run.options
     if checkpoints:
         run.resume(checkpoints)
+    elif options.resume and run.accelerator.is_main_process:
+        _log.warning("%s: found no checkpoint to continue from; the run begins with step 1.", options.output)
     example = torch.utils.data.default_collate([pictures[i] for i in range(min(4, options.batch))])
     for number, batch in run.batches():
         run.learn(number, batch)

@@ -119,6 +119,13 @@ def test_no_empty_name_is_the_current_folder(tmp_path, monkeypatch, capsys, word
     assert not list(tmp_path.iterdir())
 
 
+def test_long_names_are_answered_briefly(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["upscale", "x" * 100_000, "-o", "out", "--demo"]) == 2
+    error = capsys.readouterr().err
+    assert "xxx" in error and len(error) < 5000 and "characters)" in error
+
+
 @pytest.mark.parametrize("names", [["cta.png"], ["ca?.jpg"], ["cat.png", "cta.png"], ["cta"]])
 def test_a_mistyped_name_is_answered_about_the_name(tmp_path, monkeypatch, names):
     """With -o and without."""

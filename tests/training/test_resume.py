@@ -134,6 +134,16 @@ def test_a_checkpoint_without_a_record_goes_on_and_says_so(tmp_path, run, caplog
     assert "is of an earlier version" in caplog.text
 
 
+def test_a_resume_of_nothing_is_said(tmp_path, run, caplog):
+    """It may be that the output is mistyped."""
+    said = "found no checkpoint to continue from; the run begins with step 1"
+    run(1, resume=False)
+    run(2)
+    assert said not in caplog.text
+    run(1, output=tmp_path / "rnu")
+    assert f"rnu: {said}" in caplog.text
+
+
 def test_a_fingerprint_is_of_the_weights():
     torch.manual_seed(0)
     first, second = (torch.nn.Linear(4, 4) for _ in range(2))
