@@ -45,16 +45,16 @@ class Results:
             self._require_room(job)
             return False
         found, wanted = (read_video_record if is_video(job.target) else read_record)(job.target), self.record(job)
-        if len(self.jobs) == 1 and job.named:
-            if found is None:
-                raise FileExistsError(f"{job.target} exists and is no result of this program. Give another name with -o, or --overwrite.")
-        elif found is None:
+        named = len(self.jobs) == 1 and job.named
+        if found is None:
+            if named:
+                raise FileExistsError(f"{job.target} exists and was not made by this program. Give another name with -o, or --overwrite.")
             self.unknown.append(job.target)
             return True
-        elif same_result(found, wanted):
-            return True
-        else:
+        if not same_result(found, wanted):
             self.other.append((job.target, _difference(recorded_settings(found), recorded_settings(wanted))))
+        elif not named:
+            return True
         self._require_room(job)
         return False
 
@@ -73,7 +73,10 @@ class Results:
             print(f"{len(self.unknown)} of these hold no record of how they were made: {listed(self.unknown)}.", file=sys.stderr)
         if self.other:
             path, difference = self.other[0]
-            print(f"{len(self.other)} were made with other settings and are done again ({path.name}: {difference}).", file=sys.stderr)
+            if len(self.other) == 1:
+                print(f"{path.name} was made with other settings and is done again: {difference}.", file=sys.stderr)
+            else:
+                print(f"{len(self.other)} were made with other settings and are done again ({path.name}: {difference}).", file=sys.stderr)
 
 
 def settings_to_record(settings: Settings, target: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from fewstep_sr.weights.strict import printable
 
 from ..pictures import UnreadableError, read_pixels
 from .evaluate import REPORT
-from .journal import read_report
+from .journal import known, read_report
 from .machine import sha256
 from .metrics import METRICS
 from .pairs import base_name, find_folders, images_in, listed, require_single
@@ -129,8 +129,8 @@ def compare(wanted: Comparison) -> int:
             draw_sheet(title, [(line.name, [(tile.label, tile.lines, tile.image) for tile in line.tiles]) for line in lines]).save(partial, "PNG")
     else:
         write_text(wanted.output, _html(title, lines))
-    many, images = len(lines), len(lines[0].tiles)
-    print(f"{wanted.output}: {many} {'picture' if many == 1 else 'pictures'}, {images} {'image' if images == 1 else 'images'} of each")
+    many, versions = len(lines), len(lines[0].tiles)
+    print(f"{wanted.output}: {many} {'image' if many == 1 else 'images'} in {versions} {'version' if versions == 1 else 'versions'}")
     return 1 if failed else 0
 
 
@@ -139,6 +139,8 @@ def _column(text: str) -> Column:
     folder = Path(path).expanduser()
     if not folder.is_dir() and Path(text).expanduser().is_dir():  # a folder whose name has the sign in it
         label, folder = "", Path(text).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"FOLDER: {folder} is a file, expected a folder of results. Images of the same name in each folder are compared.")
     if not folder.is_dir():
         raise FileNotFoundError(f"FOLDER: there is no folder {folder}. Give one of results, or LABEL=FOLDER.")
     measured = {}
@@ -170,6 +172,9 @@ def _names(wanted: Comparison, columns: Sequence[Column], originals: dict[str, P
         raise ValueError(
             f"no picture is in every folder: found {', '.join(listed(side.values(), 2) for side in sides)}. Give results of the same pictures."
         )
+    if some := sorted({name for side in sides for name in side} - set(common)):
+        verb = "is not in every folder and is" if len(some) == 1 else "are not in every folder and are"
+        print(f"{len(some)} {verb} left out: {listed(map(Path, some))}. (Subfolders are not looked into.)", file=sys.stderr)
     if wanted.pictures:
         names = [base_name(Path(name).stem) if Path(name).suffix else base_name(name) for name in wanted.pictures]
         if missing := [name for name in names if name not in common]:
@@ -208,14 +213,13 @@ def _read(path: Path) -> torch.Tensor:
 
 
 def _tile(column: Column, name: str, image: torch.Tensor, original: torch.Tensor | None, box: tuple[int, int, int, int]) -> Tile:
-    path = column.images[name]
+    path, figures, seconds = column.images[name], {}, None
     row = column.measured.get(path.stem)
     if row and not column.enlarged and row.get("files", {}).get("image") == sha256(path):
-        return Tile(
-            column.label, _crop(image, box), {name: row[name] for name in METRICS if name in row["metrics"] and name in row}, row.get("seconds")
-        )
-    figures = {} if original is None else {name: value.item() for name, value in quality.compare(image, original).items()}
-    return Tile(column.label, _crop(image, box), figures)
+        figures, seconds = {metric: row[metric] for metric in row["metrics"] if metric in row}, row.get("seconds")
+    if original is not None and not figures.keys() >= quality.METRICS.keys():
+        figures = {metric: value.item() for metric, value in quality.compare(image, original).items()} | figures
+    return Tile(column.label, _crop(image, box), known(METRICS, figures), seconds)
 
 
 def _box(image: torch.Tensor, wanted: Comparison) -> tuple[int, int, int, int]:

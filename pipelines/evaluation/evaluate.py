@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +114,7 @@ def evaluate(wanted: Evaluation) -> int:
     report = Report(
         _title(wanted, first), rows, meter.by, of_folder, _context(wanted, restored, done, meter.device), problems, published, wanted.expect
     )
-    _write(report, wanted, own_report)
+    _write(_with_earlier(report, journal), wanted, own_report)
     journal.close()
     _print(report, failed, meter)
     if wanted.output:
@@ -198,6 +198,13 @@ def _context(wanted: Evaluation, restored: "Restored | None", pairs: Sequence[Pa
     if benchmark:
         found["benchmark"] = {"name": benchmark.title, "published_at": benchmark.where}
     return found
+
+
+def _with_earlier(report: Report, journal: Journal) -> Report:
+    """The report with the figures of earlier runs that were asked for other metrics of the same files."""
+    by = {name: source for name, source in journal.measured_by([(row.name, row.files) for row in report.rows]).items() if name not in report.metrics}
+    rows = [replace(row, figures=known(METRICS, {**journal.figures(row.name, row.files, by), **row.figures})) for row in report.rows]
+    return replace(report, rows=rows, metrics=known(METRICS, {**by, **report.metrics}))
 
 
 def _write(report: Report, wanted: Evaluation, own_report: Path | None) -> None:

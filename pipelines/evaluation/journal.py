@@ -1,10 +1,12 @@
 """What a run has measured already, so that one that was cut goes on: a line of JSON for each thing, beside the report that it becomes."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 NAME = "ComfyUI-FewStepSR evaluation"
 """By which a report is known as one."""
@@ -61,6 +63,15 @@ class Journal:
                 found[metric] = value
         return found
 
+    def measured_by(self, images: Sequence[tuple[str, Mapping[str, str]]]) -> dict[str, str]:
+        """What each metric was computed by whose figures are known of all these images (name, files)."""
+        found = {}
+        for metric in {metric for _, metric in self._figures}:
+            [source, *others] = {self._figures.get((name, metric), ({}, "", 0.0))[1] for name, _ in images} or {""}
+            if source and not others and all(self.figures(name, files, {metric: source}) for name, files in images):
+                found[metric] = source
+        return found
+
     def note(self, name: str, files: Mapping[str, str], **what: Any) -> None:
         """Keep seconds, or figures and what they are measured by."""
         self._take(name, files, **what)
@@ -92,6 +103,6 @@ def read_report(path: Path, name: str = NAME) -> dict[str, Any]:
     return report
 
 
-def known(names: Iterable[str], values: Mapping[str, float]) -> dict[str, float]:
+def known(names: Iterable[str], values: Mapping[str, Value]) -> dict[str, Value]:
     """Values in the order of names, of those that there are."""
     return {name: values[name] for name in names if name in values}

@@ -89,6 +89,19 @@ def test_seconds_and_figures_are_those_that_evaluate_left(folders):
     assert not data(folders / "sheet.html")["rows"][1]["tiles"][0]["lines"][-1].endswith(" s")
 
 
+def test_metrics_that_evaluate_was_not_asked_for_are_computed(folders):
+    assert main(["evaluate", "--data", str(folders), "--method", "bicubic", "-o", str(folders / "out"), "--metrics", "psnr"]) == 0
+    assert main(["compare", str(folders / "out"), "-o", str(folders / "sheet.html"), "--hq", str(folders / "test_HR")]) == 0
+    lines = data(folders / "sheet.html")["rows"][1]["tiles"][0]["lines"]
+    assert [line.split()[0] for line in lines[:3]] == ["PSNR", "SSIM", "GMSD"] and lines[3].endswith(" s")
+
+
+def test_what_is_not_in_every_folder_is_named(folders, capsys):
+    (folders / "lighter" / "p1_LR4.png").unlink()
+    assert run(folders) == 0
+    assert "1 is not in every folder and is left out: p1. (Subfolders" in capsys.readouterr().err
+
+
 def test_a_png(folders):
     assert run(folders, "--data", folders, "--size", 24, "--pictures", "p1", output="sheet.png") == 0
     sheet = np.asarray(Image.open(folders / "sheet.png").convert("RGB"))
@@ -117,6 +130,7 @@ def test_folders_that_make_no_sheet(folders, capsys):
     for words, message in (
         ([str(folders / "lighter"), str(folders / "lighter")], "found the label lighter twice"),
         ([str(folders / "nowhere")], "there is no folder"),
+        ([str(folders / "lighter" / "p0_LR4.png")], "p0_LR4.png is a file, expected a folder of results"),
         ([str(folders / "lighter"), "-o", str(folders / "sheet.jpg")], "expected a name that ends in .html or .png"),
         ([str(folders / "empty")], "there are no images in"),
         ([str(folders / "lighter"), str(folders / "others")], "no picture is in every folder"),
@@ -147,7 +161,7 @@ def test_without_a_label_it_is_the_folders_name(folders, label, capsys):
     words = ["--hq", str(folders / "test_HR"), "--pictures", "p1", "-o", str(folders / "sheet.html")]
     assert main(["compare", f"{label}{folders / 'lighter'}", *words]) == 0
     assert data(folders / "sheet.html")["rows"][0]["tiles"][0]["label"] == "lighter"
-    assert "sheet.html: 1 picture, 2 images of each" in capsys.readouterr().out
+    assert "sheet.html: 1 image in 2 versions" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows' names have no such characters")

@@ -292,6 +292,23 @@ def test_bicubic_is_measured_and_goes_on(benchmark, monkeypatch):
     assert measured(out / "evaluation.json")["pictures"] == first["pictures"]
 
 
+def test_metrics_of_earlier_runs_stay_in_the_report(benchmark, capsys):
+    """Of the same files; the table has those that were asked for."""
+    words = ["--data", benchmark, "--method", "bicubic", "-o", benchmark / "bicubic"]
+    assert run(*words, "--metrics", "psnr", "gmsd") == 0
+    first = measured(benchmark / "bicubic" / "evaluation.json")
+    assert run(*words, "--metrics", "ssim") == 0
+    assert "gmsd" not in capsys.readouterr().out.rpartition("Bicubic")[2]
+    second = measured(benchmark / "bicubic" / "evaluation.json")
+    assert list(second["mean"]) == list(second["metrics"]) == ["psnr", "ssim", "gmsd"]
+    assert [[row[name] for name in ("psnr", "gmsd")] for row in second["pictures"]] == [
+        [row[name] for name in ("psnr", "gmsd")] for row in first["pictures"]
+    ]
+    Image.new("RGB", (48, 32)).save(benchmark / "test_HR" / "Canon_001_HR.png")
+    assert run(*words, "--metrics", "ssim") == 0
+    assert list(measured(benchmark / "bicubic" / "evaluation.json")["mean"]) == ["ssim"]
+
+
 def _forbidden(*_, **__):
     raise AssertionError("it was known")
 

@@ -240,13 +240,17 @@ def test_what_else_may_lie_there(tmp_path, capsys):
         Results(settings(), jobs[2:])(jobs[2])
 
 
-def test_a_single_named_file_is_done_again(tmp_path):
+def test_a_single_named_file_is_done_again(tmp_path, capsys):
     touch(tmp_path, "a.png")
     job = Job(tmp_path / "a.png", tmp_path / "b.png", named=True)
     result(job, settings())
-    assert not Results(settings(), [job])(job)
+    for wanted, said in ((settings(), ""), (settings(seed=5), "b.png was made with other settings and is done again: seed 12345 -> 5.\n")):
+        look = Results(wanted, [job])
+        assert not look(job)
+        look.report(0)
+        assert capsys.readouterr().err == said
     result(job, None)
-    with pytest.raises(FileExistsError, match="b.png exists and is no result of this program"):
+    with pytest.raises(FileExistsError, match="b.png exists and was not made by this program"):
         Results(settings(), [job])(job)
     assert not Results(settings(overwrite=True), [job])(job)
 
@@ -273,7 +277,7 @@ def test_a_record_that_was_cut_ends_no_run(tmp_path, capsys, rest):
     look = Results(settings(), jobs)
     assert not look(jobs[0]) and not look(jobs[1])
     look.report(0)
-    assert "1 were made with other settings and are done again (a.png: " in capsys.readouterr().err
+    assert "a.png was made with other settings and is done again: " in capsys.readouterr().err
     assert main(["info", str(jobs[0].target)]) == 0
     assert "a picture restored by this program" in capsys.readouterr().out
 
