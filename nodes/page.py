@@ -45,7 +45,7 @@ def find_in_folder(folder: str, name: str | None, published: str, source: str) -
     here = folder_paths.get_folder_paths(folder)[0]
     found = ", ".join(files[:5]) + ", ..." * (len(files) > 5) or "no file"
     misplaced = _find_elsewhere(folder, Path(name.replace("\0", "")).name)
-    action = f"It is at {misplaced}: move it there" if misplaced else f"{source} Put it there"
+    action = f"It is at {misplaced}: move it into that folder" if misplaced else f"{source} Download it into that folder"
     return f"found {found} in {here}, expected {name}. {action}, and press R on the page."
 
 

@@ -89,7 +89,7 @@ def run(jobs: list[Job], work: Callable[[Job], Written] | None, state: PartialSt
         What became of all processes' jobs.
     """
     found: list[Written | tuple[str, str] | int] = []
-    with tqdm(jobs, unit="picture", position=state.local_process_index, dynamic_ncols=True) as bar:
+    with tqdm(jobs, unit="picture", position=state.local_process_index, dynamic_ncols=True, disable=not jobs) as bar:
         for number, job in enumerate(bar, 1):
             bar.set_description(job.source.name)
             try:

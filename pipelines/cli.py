@@ -11,9 +11,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 from .evaluation.cli import add_compare, add_evaluate, add_verify
 from .options import a_path
@@ -111,13 +113,40 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in a line, not behind thirty of usage, and which option comes nearest to one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options.\n")
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self._chosen(sys.argv[1:] if args is None else args)._refuse(unknown[0])
+        return found
+
+    def _chosen(self, words: Sequence[str]) -> "_Parser":
+        """The parser of the command that the words name, of a command's command where there is one."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for i, word in enumerate(words):
+                    if word in action.choices:
+                        return action.choices[word]._chosen(words[i + 1 :])
+        return self
+
+    def _refuse(self, word: str) -> NoReturn:
+        if not word.startswith("-"):
+            self.error(f"found {word[:100]!r} that belongs to no option.")
+        word = word.partition("=")[0][:100]
+        near = get_close_matches(word, self._option_string_actions, 1, 0.7)
+        self.error(f"there is no option {word}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
+
+
 def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentParser:
     """All commands by name, of which the one that ``argv`` asks for, or every one, knows its arguments."""
     description = f"Few-step diffusion super-resolution without ComfyUI. The methods: {PROG} upscale --help."
     shape = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help lists its options.", formatter_class=shape
-    )
+    parser = _Parser(prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help lists its options.", formatter_class=shape)
     parser.add_argument(
         "--print-completion",
         choices=("bash", "zsh", "tcsh"),
@@ -128,16 +157,17 @@ def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentPa
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (words, add_arguments) in _COMMANDS.items():
         parents = [] if name == "train" else [_common()]
-        command = commands.add_parser(name, parents=parents, help=words, formatter_class=argparse.RawDescriptionHelpFormatter)
+        described = f"{words[0].upper()}{words[1:]}."
+        command = commands.add_parser(name, parents=parents, help=words, description=described, formatter_class=argparse.RawDescriptionHelpFormatter)
         command.set_defaults(needs_packages=name in ("upscale", "verify", "train"))
         if every or name == chosen:
             add_arguments(command)
     return parser
 
 
-def _common() -> argparse.ArgumentParser:
+def _common() -> _Parser:
     """What every command understands."""
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="more messages, and tracebacks of errors")
     return common
 
@@ -206,6 +236,7 @@ def _place(text: str) -> Path | str:
 
 def _add_convert(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_convert)
+    command.epilog = f"examples:\n  {PROG} convert osediff.pkl\n  {PROG} convert ram_swin_large_14m.pth --dape DAPE.pth -o tagger.safetensors\n"
     command.add_argument(
         "input",
         type=a_path,
@@ -225,6 +256,7 @@ def _add_convert(command: argparse.ArgumentParser) -> None:
 
 def _add_info(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=_info)
+    command.epilog = f"examples:\n  {PROG} info osediff.pkl noise_predictor_sd_turbo_v5.pth\n  {PROG} info restored/cat_x4.png\n"
     command.add_argument("file", type=a_path, nargs="+", metavar="FILE")
 
 
@@ -278,7 +310,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "upscale": ("restore and upscale pictures", _add_upscale),
     "evaluate": ("measure a method, or existing results, on a benchmark", add_evaluate),
     "compare": ("show the same crops of several results on one sheet", add_compare),
-    "verify": ("check every stage on this machine with your files, and write a report", add_verify),
+    "verify": ("check every stage on this machine with your files, and print a report", add_verify),
     "convert": ("turn .pkl, .pth and .pt weights into safetensors", _add_convert),
     "info": ("describe a weight file and what it fits, or how a result was made", _add_info),
     "train": ("train a method", _add_train),

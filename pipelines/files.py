@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from fewstep_sr.image.formats import readable
 from fewstep_sr.methods import identify, load_weights, record_of, records
 from fewstep_sr.methods.omgsr import read_omgsr
 from fewstep_sr.methods.osediff import save_adapter
@@ -71,11 +72,13 @@ def describe_file(path: Path) -> str:
         return "\n".join(
             [f"{path}: a picture restored by this program, {_size(path)}", *(settings or ["  note: its settings were too long to keep"])]
         )
+    if path.suffix.lower() in readable() and path.is_file():
+        raise ValueError(f"{path.name}: this picture was not made by this program, or has lost its record; expected a result or a weight file.")
     state, metadata = read_weights(path, pass_over=True)
     kind = identify(state)
     lines = [f"{path}: {kind.phrase}", f"  size: {_size(path)}, {_tensors(state)}"]
     if record := record_of(kind):
-        lines += [*record.summary(load_weights(record, path)), f"  licence as published: {record.weights.licence}"]
+        lines += [*record.summary(load_weights(record, path)), f"  licence of the authors' file: {record.weights.licence}"]
     elif kind.id == TAGGER.id:
         lines += _tagger(path)
     elif is_light_decoder(kind):
@@ -104,7 +107,7 @@ def _light_decoder(decoder: Decoder) -> list[str]:
     return [
         f"  network: {', '.join(map(str, decoder.widths))} channels, {decoder.resnets} residual blocks a level; decodes behind {before}",
         "  fits: the VAE of Stable Diffusion 2.x; convert --vae BASE makes one VAE file of both, upscale --decoder reads it as it is",
-        "  licence as published: Apache-2.0",
+        "  licence of the authors' files: Apache-2.0",
     ]
 
 

@@ -196,7 +196,7 @@ def beside(inputs: Sequence[str], size: str, suffix: str | None) -> Path:
     """
     path, *_ = [_existing(text) for text in inputs]
     if len(inputs) > 1 or not path.is_file():
-        raise ValueError(f"-o: found none for {', '.join(inputs)}, expected a folder for the results. Only a single picture's goes beside it.")
+        raise ValueError(f"-o: name a folder for the results of {', '.join(inputs)}. Only a single picture's result goes beside it.")
     if is_video(path):
         own = path.suffix if path.suffix.lower() in CONTAINERS else OTHERWISE
         return path.with_name(f"{path.stem}_{size}{own}")

@@ -92,7 +92,7 @@ def add_weights(command: argparse.ArgumentParser) -> None:
     weights = command.add_argument_group("weights", "Looked for at the paths given, in a ComfyUI's models folder, in the hub's cache.")
     weights.add_argument("--demo", action="store_true", help="use the miniature that comes with this package: seconds on a CPU, no download")
     weights.add_argument("--base", type=a_name, help="Stable Diffusion: a .safetensors or .ckpt file, a diffusers folder, or a hub id")
-    weights.add_argument("--weights", type=a_name, help="the method's own weights: OSEDiff's adapter or InvSR's noise predictor")
+    weights.add_argument("--weights", type=a_name, help="the method's own weights: its adapter, or InvSR's noise predictor")
     weights.add_argument(
         "--decoder", type=a_path, help="another decoder for the base's VAE: AdcSR's, VOSR's, or that of a VAE file (default: the base's)"
     )

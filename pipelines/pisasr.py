@@ -120,7 +120,7 @@ class PiSASRPipeline(AdapterPipeline):
             prompt: the published program has the empty one.
             scale: how much larger the result is; 1 for images that are upscaled already.
             guidance_scale: 1; the method has no negative prompt.
-            pixel: weight of the pixel-level prediction: more takes more degradation off.
+            pixel: weight of the pixel-level prediction: higher values remove more degradation.
             semantic: weight of the semantic-level prediction: less keeps more of the image, more makes more detail.
             posterior: ``"mean"`` or ``"sample"`` of the VAE's encoder; the published program draws.
             color_fix: ``"adain"``, ``"wavelet"``, ``"ycbcr"``, ``"lab"``, ``"luma"`` or None.

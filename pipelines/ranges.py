@@ -95,7 +95,7 @@ def require_device(name: str) -> None:
         here = ["cpu", *([have.type] if have else [])]
         if have and torch.accelerator.device_count() > 1:
             here += [f"{have.type}:{i}" for i in range(torch.accelerator.device_count())]
-        raise ValueError(f"--device: found {name!r}, expected one of those here: {', '.join(here)}.") from error
+        raise ValueError(f"--device: found {name!r}, expected one that this machine has: {', '.join(here)}.") from error
     if device.type == "meta":
         raise ValueError("--device: found 'meta', which holds no values. Choose cpu, cuda or mps.")
 
@@ -113,29 +113,29 @@ def say_ignored_of_videos(settings: "Settings", jobs: Sequence["Job"]) -> None:
     given = {name: getattr(settings, name) for name in ("codec", "crf", "pixel_format", "fps", "segment")}
     for name, value in given.items():
         if value != getattr(type(settings), name):
-            print(f"--{name.replace('_', '-')} is passed over: it is for videos, and these are pictures.", file=sys.stderr)
+            print(f"--{name.replace('_', '-')} is ignored: it is for videos, and these are pictures.", file=sys.stderr)
 
 
 def say_ignored(settings: "Settings") -> None:
     """Say on stderr which options change nothing."""
     if settings.negative_prompt is not None and settings.cfg == 1:
-        print("--negative-prompt is passed over: it counts where --cfg is not 1.", file=sys.stderr)
+        print("--negative-prompt is ignored: it has an effect only if --cfg is not 1.", file=sys.stderr)
     if settings.options.get("dape") is not None and settings.options.get("tagger") is None:
-        print("--dape is passed over: it goes with --tagger.", file=sys.stderr)
+        print("--dape is ignored without --tagger.", file=sys.stderr)
     for companion in settings.method.companions:
         if settings.options.get(companion.option) is not None and not companion.is_needed(settings.options):
             saying = " and ".join(f"--{name}" for name in companion.replaced_by)
-            print(f"--{companion.option} is passed over: {saying} say what it would.", file=sys.stderr)
+            print(f"--{companion.option} is ignored: {saying} say what it would.", file=sys.stderr)
     if settings.demo and settings.dtype not in (None, "float32"):
-        print("--dtype is passed over: the miniature computes in float32.", file=sys.stderr)
+        print("--dtype is ignored: the miniature computes in float32.", file=sys.stderr)
     if settings.demo and settings.download:
-        print("--download is passed over: the miniature comes with this package.", file=sys.stderr)
+        print("--download is ignored: the miniature comes with this package.", file=sys.stderr)
     steps, timesteps = settings.options.get("steps"), settings.options.get("timesteps")
     published = settings.method.schedule.published if settings.method.schedule else {}
     if timesteps and steps not in (None, 1):
-        print("--steps is passed over: --timesteps says which.", file=sys.stderr)
+        print("--steps is ignored: --timesteps says which.", file=sys.stderr)
     suffix = settings.suffix or (settings.output.suffix.lower() if settings.output else "")
     if suffix in (".png", ".tif", ".tiff") and settings.quality != 95:
-        print(f"--quality is passed over: {suffix[1:].upper()} loses nothing.", file=sys.stderr)
+        print(f"--quality is ignored: {suffix[1:].upper()} loses nothing.", file=sys.stderr)
     if steps and not timesteps and published and steps not in published:
         print(f"--steps {steps}: {settings.method.title} is published with 1 to {max(published)}; these are evenly spaced.", file=sys.stderr)

@@ -210,7 +210,7 @@ def _method_options(method: Method, arguments: argparse.Namespace) -> dict[str, 
             raise ValueError(
                 f"{flag}: {method.title} has no such option, expected --method {having} with a {name}. Leave it out, or choose that method."
             )
-        print(f"{flag} is passed over: it belongs to --method {having}, and the method is {method.key}.", file=sys.stderr)
+        print(f"{flag} is ignored: it is an option of --method {having}, and the method is {method.key}.", file=sys.stderr)
     demo = method.demo.call if arguments.demo and method.demo else {}
     return {name: _value(getattr(arguments, name), option) for name, option in own.items()} | _demo_call(demo, own, arguments)
 

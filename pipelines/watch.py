@@ -82,7 +82,7 @@ def watch(settings: Settings) -> int:
         print("Stopped. The same command continues.", file=sys.stderr)
     finally:
         peers.leave()
-    print(f"{written} images written to {settings.output}, {failures} failed.")
+    print(f"{written} {'image' if written == 1 else 'images'} written to {settings.output}, {failures} failed.")
     return 1 if failures else 0
 
 

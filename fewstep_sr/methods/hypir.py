@@ -16,7 +16,7 @@ from .method import CODSR, Method, OneStep, Paper, Published, Source, Widget, co
 from .osediff import OSEDIFF
 
 TIMESTEP = 200
-"""Index of the noise schedule, counted from 0, both of the network's call and, as released, of the formula."""
+"""Index of the noise schedule, counted from 0, both of the network's call and, as published, of the formula."""
 
 
 def one_step(z_lq: torch.Tensor, noise_pred: torch.Tensor, alpha_bar: float | torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,7 @@ HYPIR = Method(
     options=(
         control(
             "coeff_t",
-            "strength as a timestep: smaller takes less off, 200 as released",
+            "strength as a timestep: lower values stay closer to the image, 200 as published",
             TIMESTEP,
             Widget(
                 0,

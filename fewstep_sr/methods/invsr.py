@@ -99,9 +99,11 @@ def save_noise_predictor(weights: NoisePredictorWeights, path: str | Path) -> No
 def _summary(weights: NoisePredictorWeights) -> list[str]:
     from ..networks.noise_predictor import NoisePredictorConfig
 
-    published = "as published" if weights.config == NoisePredictorConfig() else "not the published dimensions"
+    is_published = weights.config == NoisePredictorConfig()
+    published = "as published" if is_published else "not the published dimensions"
+    fits = "SD-Turbo (and Stable Diffusion 2.1-base, whose latents are the same)" if is_published else "the base that it was trained with"
     blocks = ", ".join(f"{n} layers of {c}" for c, n in zip(weights.config.block_out_channels, weights.config.layers_per_block, strict=True))
-    return [f"  network: {blocks} ({published})", "  fits: SD-Turbo (and Stable Diffusion 2.1-base, whose latents are the same)"]
+    return [f"  network: {blocks} ({published})", f"  fits: {fits}"]
 
 
 SCHEDULE = Schedule(

@@ -158,7 +158,7 @@ PISASR = Method(
     options=(
         control(
             "pixel",
-            "weight of the pixel-level prediction: more takes more degradation off",
+            "weight of the pixel-level prediction: higher values remove more degradation",
             1.0,
             Widget(-10.0, 10.0, "weight of the pixel-level prediction. Higher values remove more degradation.", step=0.05, usual=(0, 2)),
         ),

@@ -95,7 +95,7 @@ class Report:
         for name in METRICS:
             here, there = self.mean.get(name), self.published.figures.get(name)
             if here is not None or there is not None:
-                difference = f"{here - there:+.4f}" if here is not None and there is not None else "-"
+                difference = f"{round(here - there, 4) + 0.0:+.4f}" if here is not None and there is not None else "-"
                 lines.append([name, _number(name, here), f"{there:g}" if there is not None else "-", difference])
         return lines
 

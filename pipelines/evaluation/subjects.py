@@ -117,7 +117,7 @@ def run_subject(subject: Subject, picture: torch.Tensor, dtype: str) -> Run:
         upscaler = Upscaler(settings, subject.base, subject.weights, dict(subject.companions), state, lambda job: "")
         pipeline = upscaler.pipeline
         if settings.demo and dtype != "float32":
-            pipeline.to(getattr(torch, dtype))
+            pipeline.convert(getattr(torch, dtype))
         pipeline.set_progress_bar_config(disable=True)
         load_seconds = time.perf_counter() - began
         with recorded(pipeline, device) as stages:

@@ -139,7 +139,9 @@ MISTAKES = {
         ("expected other.pkl", "pisa_sr.pkl is linked from github.com/csslc/PiSA-SR", "press R"),
     ),
     "file in another folder": adapter("my_lora.safetensors", "models/osediff, expected my_lora", "models/loras/my_lora.safetensors: move it there"),
-    "file not downloaded": adapter("osediff_face.pkl", "models/osediff, expected osediff_face.pkl", GET_ADAPTER, "Put it there, and press R"),
+    "file not downloaded": adapter(
+        "osediff_face.pkl", "models/osediff, expected osediff_face.pkl", GET_ADAPTER, "Download it into that folder, and press R"
+    ),
     # 4. Steps and timesteps.
     "no steps": invsr("FewStepScheduler", {"steps": 0}, "Value 0 smaller than min of 1", "steps"),
     "start timestep of another method": invsr("FewStepScheduler", {"timesteps": "999"}, "timesteps: found [999], expected values from 250 down to 1"),

@@ -291,7 +291,10 @@ def test_an_adapter_written_over_is_read_again(comfy, put_on):
     [
         (None, None),
         ("hypir/step.pkl", None),
-        ("hypir/none.pth", r"expected none.pth. HYPIR_sd2.pth is at huggingface.co/lxq007/HYPIR; non-commercial use only. Put it there"),
+        (
+            "hypir/none.pth",
+            r"expected none.pth. HYPIR_sd2.pth is at huggingface.co/lxq007/HYPIR; non-commercial use only. Download it into that folder",
+        ),
         ("none.pth", r"found none.pth, expected one of: .*Put it into models/osediff, models/pisasr, models/hypir"),
         (["x"], r"found \['x'\], expected one of: "),
     ],

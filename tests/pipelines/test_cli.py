@@ -92,7 +92,7 @@ def test_one_picture_goes_beside_itself(models, tmp_path, words, name):
 
 def test_a_folder_needs_an_output(models, tmp_path, capsys):
     assert upscale(models, tmp_path) == 2
-    assert "expected a folder for the results" in capsys.readouterr().err
+    assert "name a folder for the results" in capsys.readouterr().err
 
 
 @pytest.mark.slow

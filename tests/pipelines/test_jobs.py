@@ -133,7 +133,7 @@ def test_a_mistyped_name_is_answered_about_the_name(tmp_path, monkeypatch, names
     for call in (lambda: beside(names, "x4", None), lambda: list_jobs(names, OUT, None)):
         with pytest.raises(FileNotFoundError, match=rf"^{re.escape(names[-1])}: there is no such file or folder, and nothing matches it"):
             call()
-    with pytest.raises(ValueError, match="-o: found none for cat.png, ca[?].png, expected a folder"):
+    with pytest.raises(ValueError, match="-o: name a folder for the results of cat.png, ca[?].png"):
         beside(["cat.png", "ca?.png"], "x4", None)
     with pytest.raises(ValueError, match="INPUT: found an empty name"):
         beside([""], "x4", None)
@@ -301,7 +301,7 @@ def test_a_record_that_was_cut_ends_no_run(tmp_path, capsys, rest):
         ("--quality 0", "--quality: found 0"),
         ("--tile 100", "--tile: found 100, expected a multiple of 64 from 256 on"),
         ("--tile -64", "--tile: found -64"),
-        ("--device gpu", "--device: found 'gpu', expected one of those here: cpu"),
+        ("--device gpu", "--device: found 'gpu', expected one that this machine has: cpu"),
         ("--device cuda:99", "--device: found 'cuda:99'"),
         ("--device meta", "--device: found 'meta'"),
         ("--steps 0", "steps: found 0"),
@@ -319,7 +319,7 @@ def test_options_edges(tmp_path, capsys, words, message):
 def test_a_frame_rate_that_is_none(tmp_path, capsys, fps):
     with pytest.raises(SystemExit):
         main(["upscale", str(tmp_path), "--demo", "--fps", fps])
-    said = capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[0]
     assert f"--fps: found {fps[:40]}, expected a number such as 25 or 30000/1001" in said and len(said) < 200
 
 
@@ -345,14 +345,36 @@ def test_sizes_are_rounded():
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("upscale a.png --longside 700", "upscale: error: there is no option --longside. Did you mean --long-side?"),
+        ("upscale a.png --scale=2 --qwertz=3", "upscale: error: there is no option --qwertz."),
+        ("train invsr --data d -o out --steps 1 --warm-up 3", "train invsr: error: there is no option --warm-up. Did you mean --warmup?"),
+        ("info", "info: error: the following arguments are required: FILE"),
+    ],
+)
+def test_wrong_arguments_are_answered_in_a_line(capsys, words, said):
+    with pytest.raises(SystemExit, match="2"):
+        main(words.split())
+    error, where = capsys.readouterr().err.splitlines()
+    assert error.endswith(said) and where.endswith(f"{said.partition(':')[0]} --help lists the options.")
+
+
+def test_info_of_a_picture_of_others(tmp_path, capsys):
+    touch(tmp_path, "a.jpg")
+    assert main(["info", str(tmp_path / "a.jpg")]) == 2
+    assert "a.jpg: this picture was not made by this program, or has lost its record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("own", "words"),
     [
-        ({"negative_prompt": "x"}, "--negative-prompt is passed over"),
-        ({"options": {"dape": Path("d.pth")}}, "--dape is passed over: it goes with --tagger"),
-        ({"suffix": ".png", "quality": 50}, "--quality is passed over: PNG loses nothing"),
-        ({"output": Path("a.TIF"), "quality": 50}, "--quality is passed over: TIF loses nothing"),
+        ({"negative_prompt": "x"}, "--negative-prompt is ignored"),
+        ({"options": {"dape": Path("d.pth")}}, "--dape is ignored without --tagger"),
+        ({"suffix": ".png", "quality": 50}, "--quality is ignored: PNG loses nothing"),
+        ({"output": Path("a.TIF"), "quality": 50}, "--quality is ignored: TIF loses nothing"),
         ({"method": "invsr", "options": {"steps": 9, "timesteps": ()}}, "--steps 9: InvSR is published with 1 to 5; these are evenly spaced"),
-        ({"method": "invsr", "options": {"steps": 3, "timesteps": (100,)}}, "--steps is passed over"),
+        ({"method": "invsr", "options": {"steps": 3, "timesteps": (100,)}}, "--steps is ignored"),
     ],
 )
 def test_options_that_change_nothing_are_said(capsys, own, words):

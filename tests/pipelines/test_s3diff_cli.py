@@ -59,7 +59,7 @@ def test_scores_given_need_no_estimator(base, photos, capsys, monkeypatch):
     assert "S3Diff's degradation estimator (de_net.safetensors) was not found" in capsys.readouterr().err
     assert upscale(base, photos, "--blur", 0.5, "--noise", 0.25, "--scale", 1, "--estimator", "nowhere.pth", "--cfg", 1) == 0
     report = capsys.readouterr().err
-    assert "--estimator is passed over: --blur and --noise say what it would." in report
+    assert "--estimator is ignored: --blur and --noise say what it would." in report
     assert report.count("note: blur 0.50, noise 0.25") == 2
     with pytest.raises(SystemExit):
         upscale(base, photos, "--blur", 2)

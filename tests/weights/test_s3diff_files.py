@@ -53,7 +53,7 @@ def test_converted_and_described(tmp_path):
         assert record.kind.phrase in convert(path, target)
         assert same(load_weights(record, target), load_weights(record, path))
         for file in (path, target):
-            assert record.kind.phrase in describe_file(file).splitlines()[0] and "licence as published: Apache-2.0" in describe_file(file)
+            assert record.kind.phrase in describe_file(file).splitlines()[0] and "licence of the authors' file: Apache-2.0" in describe_file(file)
     assert "rank: 6 on the UNet (164 layers), 4 on the VAE's encoder (22 layers); scale 1.33333 and 2" in describe_file(ADAPTER)
     assert "degradation estimator: a file of its own" in describe_file(ADAPTER)
     assert "network: 8 and 16 channels (not the published dimensions)" in describe_file(ESTIMATOR)
