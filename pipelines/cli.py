@@ -117,7 +117,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in a line, not behind thirty of usage, and which option comes nearest to one that does not exist."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists the options.\n")
+        self.exit(2, f"{self.prog}: error: {_bounded(message)}\n{self.prog} --help lists the options.\n")
 
     def parse_args(self, args=None, namespace=None):
         found, unknown = self.parse_known_args(args, namespace)
@@ -135,11 +135,13 @@ class _Parser(argparse.ArgumentParser):
         return self
 
     def _refuse(self, word: str) -> NoReturn:
+        from fewstep_sr.weights.strict import printable
+
         if not word.startswith("-"):
-            self.error(f"found {word[:100]!r} that belongs to no option.")
-        word = word.partition("=")[0][:100]
+            self.error(f"found {word[:100]!r}, which belongs to no option.")
+        word = word.partition("=")[0]
         near = get_close_matches(word, self._option_string_actions, 1, 0.7)
-        self.error(f"there is no option {word}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
+        self.error(f"there is no option {printable(word)}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
 
 
 def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentParser:

@@ -350,6 +350,8 @@ def test_sizes_are_rounded():
         ("upscale a.png --longside 700", "upscale: error: there is no option --longside. Did you mean --long-side?"),
         ("upscale a.png --scale=2 --qwertz=3", "upscale: error: there is no option --qwertz."),
         ("train invsr --data d -o out --steps 1 --warm-up 3", "train invsr: error: there is no option --warm-up. Did you mean --warmup?"),
+        ("upscale a.png --\x1b[2J", "upscale: error: there is no option --\\x1b[2J."),
+        (f"upscale a.png --scale {'x' * 10**6}", "... (1000041 characters)"),
         ("info", "info: error: the following arguments are required: FILE"),
     ],
 )
@@ -357,7 +359,9 @@ def test_wrong_arguments_are_answered_in_a_line(capsys, words, said):
     with pytest.raises(SystemExit, match="2"):
         main(words.split())
     error, where = capsys.readouterr().err.splitlines()
-    assert error.endswith(said) and where.endswith(f"{said.partition(':')[0]} --help lists the options.")
+    assert (
+        error.endswith(said) and len(error) < 5000 and where.endswith(f"{words.split()[0]}{' invsr' * ('invsr' in words)} --help lists the options.")
+    )
 
 
 def test_info_of_a_picture_of_others(tmp_path, capsys):
