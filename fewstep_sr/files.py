@@ -80,7 +80,10 @@ def require_room(path: Path, size: int = 4096) -> None:
         raise ValueError(f"{path} is a folder, expected a file or nothing there. Move it away, or give another name.")
     probe = temporary_name(folder / path.name)
     try:
-        probe.write_bytes(bytes(4096))
+        try:
+            probe.write_bytes(bytes(4096))
+        except OSError as error:  # which names the file where it is opened, not where it is written
+            raise OSError(error.errno, error.strerror, str(folder)) from error
         if shutil.disk_usage(folder).free < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     finally:

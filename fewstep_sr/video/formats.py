@@ -26,6 +26,7 @@ class Codec:
         options: of the encoder.
         containers: FFmpeg's names of the containers that hold it.
         pixel_formats: that it takes.
+        segments: FFmpeg's name of the container of the parts that a result is joined of: one that holds the codec, and timestamps in any time base.
     """
 
     encoder: str
@@ -33,6 +34,7 @@ class Codec:
     options: Mapping[str, str] = field(default_factory=dict)
     containers: tuple[str, ...] = ("mp4", "mov", "matroska")
     pixel_formats: tuple[str, ...] = PIXEL_FORMATS
+    segments: str = "nut"
 
 
 CODECS = {
@@ -40,7 +42,7 @@ CODECS = {
     "hevc": Codec("libx265", (18, 0, 51), {"preset": "medium", "x265-params": "log-level=error:repeat-headers=0"}),
     "av1": Codec("libsvtav1", (24, 1, 63), {"preset": "6"}, ("mp4", "matroska", "webm"), ("yuv420p", "yuv420p10le")),
     "vp9": Codec("libvpx-vp9", (24, 0, 63), {"b": "0", "row-mt": "1", "cpu-used": "2"}, ("mp4", "matroska", "webm")),
-    "prores": Codec("prores_ks", None, {"profile": "hq"}, ("mov", "matroska"), ("yuv422p10le", "yuv444p10le")),
+    "prores": Codec("prores_ks", None, {"profile": "hq"}, ("mov", "matroska"), ("yuv422p10le", "yuv444p10le"), "mov"),
     "ffv1": Codec("ffv1", None, {"level": "3"}, ("matroska",)),
 }
 """``--codec``. The qualities are those at which encoding costs less than the eye sees: the frames were dear."""

@@ -46,7 +46,7 @@ class Segments:
             self._add(path)
 
     def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.nut"  # which keeps timestamps in any time base
+        return self.folder / f"{number:06d}.nut"  # whatever container it is: files are known by their content
 
     def _add(self, path: Path) -> None:
         self.pts.extend(packet.pts for packet in _packets(path, None))
@@ -54,8 +54,10 @@ class Segments:
 
     def write(self, frames: Iterable[tuple[int, int, torch.Tensor]], encoding: Encoding) -> None:
         """Encode frames, each (3, H, W), as the next segment, which begins with a key frame."""
-        path = self._path(len(self.files))
-        with written_whole(path) as partial, require_av().open(str(partial), "w", format="nut") as container:
+        path, kind = self._path(len(self.files)), encoding.codec.segments
+        # In QuickTime's container the time before the first frame is counted in the file's own time base.
+        options = {"movie_timescale": str(encoding.source.time_base.denominator)} if kind == "mov" else {}
+        with written_whole(path) as partial, require_av().open(str(partial), "w", format=kind, options=options) as container:
             stream = encoding.open(container)
             for pts, duration, image in frames:
                 container.mux(stream.encode(encoding.frame(image, pts, duration)))

@@ -283,6 +283,14 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
         require_place(tmp_path / "b.png", (8000, 8000))
 
 
+def test_a_place_without_room_is_named(tmp_path, monkeypatch):
+    """Writing, unlike opening, says no name."""
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        files.require_room(tmp_path / "a.png")
+    assert raised.value.errno == errno.ENOSPC and str(tmp_path) in str(raised.value)
+
+
 def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 

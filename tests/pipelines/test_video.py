@@ -179,6 +179,19 @@ def test_variable_times_stay(doubled, tmp_path, suffix):
         assert np.abs(small - before.to_ndarray(format="rgb24")).mean() < 6
 
 
+@pytest.mark.parametrize("suffix", [".mov", pytest.param(".mkv", marks=pytest.mark.slow)])
+def test_prores(doubled, tmp_path, suffix):
+    """Which the container of the other codecs' segments does not hold."""
+    clip = write_clip(tmp_path / "clip.mov", sound=False)
+    assert upscale(clip, "-o", tmp_path / f"out{suffix}", "--codec", "prores", "--segment", "4") == 0
+    expected, found = decoded(clip), decoded(tmp_path / f"out{suffix}")
+    assert [frame.time for frame in found] == pytest.approx([frame.time for frame in expected], abs=1e-9 if suffix == ".mov" else 1e-3)
+    assert {frame.format.name for frame in found} == {"yuv422p10le"}
+    for before, after in zip(expected, found, strict=True):
+        small = after.to_ndarray(format="rgb24")[::2, ::2].astype(int)
+        assert np.abs(small - before.to_ndarray(format="rgb24")).mean() < 6
+
+
 def test_the_stream_ends_when_its_source_ends(doubled, tmp_path):
     clip = write_clip(tmp_path / "clip.mp4", sound=False)
     assert upscale(clip, "-o", tmp_path / "out.mp4", "--segment", "4") == 0
