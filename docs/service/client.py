@@ -1,4 +1,4 @@
-"""Restore a picture on a ComfyUI server, with progress: pip install aiohttp, then
+"""Restore a picture on a ComfyUI server, with progress. With ComfyUI's Python, or another with aiohttp:
 
 python client.py cat.png cat_x4.png --server http://127.0.0.1:8188 --workflow osediff.json
 """
@@ -9,7 +9,10 @@ import json
 import uuid
 from pathlib import Path
 
-import aiohttp
+try:
+    import aiohttp
+except ImportError as error:
+    raise SystemExit("aiohttp is not installed. Run this with ComfyUI's Python, or: python -m pip install aiohttp") from error
 
 
 async def upscale(server: str, workflow: dict, source: Path, target: Path) -> None:
@@ -30,7 +33,10 @@ async def upscale(server: str, workflow: dict, source: Path, target: Path) -> No
         await finished(events, queued["prompt_id"], workflow)
         async with session.get(f"/history/{queued['prompt_id']}") as answer:
             outputs = (await answer.json())[queued["prompt_id"]]["outputs"]
-        (image,) = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
+        images = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == "output"]
+        if len(images) != 1:
+            raise SystemExit(f"the workflow: found {len(images)} saved images, expected 1. Leave one Save Image in it.")
+        (image,) = images
         async with session.get("/view", params=image) as answer:
             target.write_bytes(await answer.read())
     print(f"{target} written")
@@ -65,4 +71,20 @@ if __name__ == "__main__":
     parser.add_argument("--server", default="http://127.0.0.1:8188")
     parser.add_argument("--workflow", type=Path, default=Path(__file__).with_name("osediff.json"))
     arguments = parser.parse_args()
-    asyncio.run(upscale(arguments.server, json.loads(arguments.workflow.read_text()), arguments.source, arguments.target))
+    for path in (arguments.source, arguments.workflow):
+        if not path.is_file():
+            raise SystemExit(f"{path}: there is no such file.")
+    if not arguments.target.absolute().parent.is_dir():
+        raise SystemExit(f"{arguments.target.parent}: there is no such folder. Create it first.")
+    try:
+        workflow = json.loads(arguments.workflow.read_text(encoding="utf-8"))
+    except ValueError:
+        workflow = None
+    if not isinstance(workflow, dict) or not all(isinstance(node, dict) and "class_type" in node for node in workflow.values()):
+        raise SystemExit(f"{arguments.workflow}: found no workflow in API format. Save one with Export (API) in ComfyUI's File menu.")
+    try:
+        asyncio.run(upscale(arguments.server, workflow, arguments.source, arguments.target))
+    except aiohttp.ClientConnectionError as error:
+        raise SystemExit(f"{arguments.server}: no server answers ({error}). Start ComfyUI, or give its address with --server.") from None
+    except (aiohttp.ClientError, ValueError) as error:
+        raise SystemExit(f"{arguments.server}: found no ComfyUI there ({error}). Give its address with --server.") from None

@@ -23,7 +23,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         f"examples:\n  {prog} --data benchmark_realsr --results benchmark_realsr/results_osediff --expect osediff\n"
         f"  {prog} --data benchmark_realsr --method osediff --demo --json osediff.json\n\n"
         f"known benchmarks, and where they are published:\n{sets}\n\n"
-        "An interrupted run continues where it stopped. Exit status: 0; 1 where images failed or have no counterpart; 2 where nothing could be measured."
+        "An interrupted run continues where it stopped. Exit status: 0; 1 if images failed or have no counterpart; 2 if nothing could be measured."
     )
     command.set_defaults(run=_evaluate)
     data = command.add_argument_group("data")

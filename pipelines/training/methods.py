@@ -19,7 +19,7 @@ examples:
   %(prog)s --base sd-2-1-base --data photos -o run --steps 100000 --mixed-precision bf16 --gradient-checkpointing
   accelerate launch --multi_gpu --num_processes 4 -m {_PACKAGE} train osediff --base sd-2-1-base --data train.txt -o run --steps 100000
 
-The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'OSEDiff Loader' read.
+The result, osediff.safetensors in the output folder, is what upscale --weights and the node 'Load OSEDiff' read.
 """
 _PISASR = """\
 examples:
@@ -33,7 +33,7 @@ examples:
   %(prog)s --base sd-turbo --data photos -o run --steps 100000 --mixed-precision fp16 --gradient-checkpointing
   %(prog)s --base sd-turbo --data photos -o run2 --steps 100000 --mode middle --init run/noise_predictor.safetensors
 
-The result, noise_predictor.safetensors in the output folder, is what upscale --weights and the node 'InvSR Noise Predictor Loader' read.
+The result, noise_predictor.safetensors in the output folder, is what upscale --weights and the node 'Load InvSR Noise Predictor' read.
 """
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections import defaultdict
@@ -284,6 +285,31 @@ def test_service_client(server, tmp_path):
     (tmp_path / "wrong.json").write_text(json.dumps(workflow))
     refused = subprocess.run([*words, "--workflow", tmp_path / "wrong.json"], capture_output=True, text=True, timeout=600)
     assert refused.returncode == 1 and "timestep" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none.png", "x4.png"], "none.png: there is no such file."),
+        (["cat.png", "none/x4.png"], "none: there is no such folder. Create it first."),
+        (["cat.png", "x4.png", "--workflow", "none.json"], "none.json: there is no such file."),
+        (["cat.png", "x4.png", "--workflow", "page.json"], "page.json: found no workflow in API format."),
+        (["cat.png", "x4.png", "--workflow", "cat.png"], "cat.png: found no workflow in API format."),
+        (["cat.png", "x4.png", "--server", "http://127.0.0.1:PORT"], "http://127.0.0.1:PORT: no server answers ("),
+        (["cat.png", "x4.png", "--server", "127.0.0.1"], "127.0.0.1: found no ComfyUI there ("),
+    ],
+)
+def test_service_client_ends_with_a_sentence(tmp_path, words, message):
+    """Where its picture, its folder, its workflow or its server is not there."""
+    photo().save(tmp_path / "cat.png")
+    (tmp_path / "page.json").write_text('{"nodes": [], "links": []}')  # as the page saves it
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        words = [word.replace("PORT", str(free.getsockname()[1])) for word in words]
+        message = message.replace("PORT", str(free.getsockname()[1]))
+        ended = subprocess.run([sys.executable, SERVICE / "client.py", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and ended.stderr.startswith(message) and "Traceback" not in ended.stderr
+    assert not (tmp_path / "x4.png").exists()
 
 
 def test_service_curl(server):

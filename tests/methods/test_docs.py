@@ -86,4 +86,14 @@ def test_readmes_lines_run_on_three_systems():
     """As they stand in README, but for the clone, which is there already."""
     workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
     lines = re.findall(r"(?:python3|py) -m venv [^`\n]*?(?:--demo|not browser\")", (ROOT / "README.md").read_text())
-    assert len(lines) == 4 and [line for line in lines if line not in workflow] == []
+    assert len(lines) == 6 and [line for line in lines if line not in workflow] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=lambda page: page.stem)
+def test_pages_say_whose_python_runs_their_commands(page):
+    """Before the first command: a system may have no ``python``, and none that installs packages."""
+    text = page.read_text(encoding="utf-8")
+    command = re.search(r"^(?:python|accelerate|fewstep-sr) ", text, re.MULTILINE)
+    if command:
+        assert "](../README.md#without-comfyui)" in text[: command.start()] and "`.venv/bin/python" in text[: command.start()]
+    assert not re.search(r"^pip install", text, re.MULTILINE)
