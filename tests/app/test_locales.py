@@ -78,3 +78,9 @@ def test_a_loaders_help_has_the_links(language):
         links = [re.findall(r"\]\((https:[^)]+)\)", (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")) for page in pages]
         assert links[0] and links[0] == links[-1]
         assert all(re.sub(r"/(resolve|raw)/.*", "", link).replace("/spaces", "") in readme.replace("/spaces", "") for link in links[0])
+
+
+def test_the_command_line_calls_nodes_as_the_page_does():
+    shown = {names["display_name"] for names in locale("en").values()}
+    named = {name for path in (ROOT / "pipelines").rglob("*.py") for name in re.findall(r"\bnode '([^']+)'", path.read_text(encoding="utf-8"))}
+    assert {"Load OSEDiff", "Load InvSR Noise Predictor"} <= named <= shown
