@@ -160,12 +160,16 @@ def _keep_pixels_at_any_cost(image: Image.Image, notes: list[str]) -> None:
 
 
 def _reason(path: Path, error: Exception) -> str:
-    if not isinstance(error, OSError) or isinstance(error, Image.UnidentifiedImageError):
-        if path.is_file() and path.stat().st_size == 0:
-            return "the file is empty."
-        text = str(error).strip()
-        return text if isinstance(error, (ValueError, OSError)) and text else f"it is damaged ({text or type(error).__name__})."
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip()
+    if isinstance(error, OSError) and error.errno:  # of the system, not of the file's contents
+        return text
+    if path.is_file() and path.stat().st_size == 0:
+        return "the file is empty."
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "it is no image, or a damaged one: Pillow cannot identify it."
+    if isinstance(error, ValueError) and text:
+        return text
+    return f"it is damaged or cut off ({text or type(error).__name__})."
 
 
 @contextmanager
