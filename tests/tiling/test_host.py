@@ -124,6 +124,6 @@ def test_without_page_locked_memory_copies_are_plain(monkeypatch, caplog, locked
 def test_where_memory_is_locked(monkeypatch):
     from fewstep_sr.tiling.batching import Runtime
 
-    assert not Runtime().locks_memory(CUDA)
+    assert Runtime().locks_memory(CUDA) is False
     runtime = pytest.importorskip("pipelines.runtime").PipelineRuntime()
     assert runtime.locks_memory(CUDA) and not any(runtime.locks_memory(torch.device(kind)) for kind in ("cpu", "mps", "xpu"))
