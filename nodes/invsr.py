@@ -70,7 +70,7 @@ class InvSRStartState(io.ComfyNode):
             display_name="InvSR Start State",
             category="FewStepSR/InvSR",
             description="Predicts the noise map that turns the low-quality picture into a state of the diffusion trajectory (InvSR, eq. 8), and shows it. "
-            "Wire NOISE and the same latent to Sampler Custom Advanced; any sampler can continue from there.",
+            "Wire NOISE and the same latent to SamplerCustomAdvanced; any sampler can continue from there.",
             search_aliases=["invsr", "noise map", "diffusion inversion", "custom sampler", "super resolution"],
             inputs=[
                 NoisePredictorSocket.Input("noise_predictor", tooltip="From Load InvSR Noise Predictor."),
@@ -95,7 +95,7 @@ class InvSRStartState(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Noise.Output(tooltip="The predicted noise map, for the noise input of Sampler Custom Advanced."),
+                io.Noise.Output(tooltip="The predicted noise map, for the noise input of SamplerCustomAdvanced."),
                 io.Latent.Output(
                     display_name="start_state", tooltip="The noised start state itself, for samplers that take no noise (with Disable Noise)."
                 ),

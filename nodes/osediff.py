@@ -134,7 +134,7 @@ class OSEDiffStartState(io.ComfyNode):
             node_id="OSEDiffStartState",
             display_name="OSEDiff Start State",
             category="FewStepSR/OSEDiff",
-            description="OSEDiff's start, the low-quality latent itself, as NOISE for Sampler Custom Advanced. Use it with the SIGMAS of Few-Step Scheduler "
+            description="OSEDiff's start, the low-quality latent itself, as NOISE for SamplerCustomAdvanced. Use it with the SIGMAS of Few-Step Scheduler "
             "(OSEDiff) and the blank latent given here; OSEDiff One Step does the same in one node.",
             search_aliases=["osediff", "noise", "custom sampler", "start latent"],
             inputs=[
@@ -142,7 +142,7 @@ class OSEDiffStartState(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The upscaled low-quality picture, encoded with the VAE from Load OSEDiff."),
             ],
             outputs=[
-                io.Noise.Output(tooltip="For the noise input of Sampler Custom Advanced."),
+                io.Noise.Output(tooltip="For the noise input of SamplerCustomAdvanced."),
                 io.Latent.Output(display_name="blank", tooltip="A blank latent of the same size, for the latent_image input."),
             ],
         )

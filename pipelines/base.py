@@ -163,6 +163,8 @@ class FewStepSRPipeline(DecoderMixin, DiffusionPipeline, FromSingleFileMixin):
 
         def embed(text, embeds, name):
             embeds = self.encode_prompt(to_texts(text, name, batch)) if embeds is None else embeds
+            if not isinstance(embeds, torch.Tensor):
+                raise ValueError(f"{name}_embeds: found {type(embeds).__name__}, expected a tensor, one row for all images or one for each.")
             if embeds.ndim != 3:
                 raise ValueError(
                     f"{name}_embeds: found shape {tuple(embeds.shape)}, expected (batch, tokens, {self.unet.config.cross_attention_dim})."

@@ -187,7 +187,7 @@ class InvSRPipeline(FewStepSRPipeline):
         Returns:
             ``ImagePipelineOutput`` with ``images``, or a tuple of them.
         """
-        indices = paper.SCHEDULE.indices(num_inference_steps, list(timesteps or []))
+        indices = paper.SCHEDULE.indices(num_inference_steps, () if timesteps is None else timesteps)
         low_quality, enlarged = self.preprocess(image, scale)
         size = size_of(enlarged)
         embeds = self._prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale, enlarged.shape[0])

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from numbers import Real
 from collections.abc import Sequence
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING
@@ -23,8 +24,8 @@ def scaled(size: tuple[int, int], scale: float) -> tuple[int, int]:
     Raises:
         ValueError: ``scale`` is no finite number above 0, leaves nothing of the picture, or makes a side of more than :data:`LONGEST_SIDE`.
     """
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale: found {scale}, expected a finite number above 0.")
+    if not isinstance(scale, Real) or not 0 < scale < math.inf:
+        raise ValueError(f"scale: found {scale!r}, expected a finite number above 0.")
     if max(size) * scale > LONGEST_SIDE:
         raise ValueError(f"scale: found {scale:g}, which makes more than {LONGEST_SIDE} pixels a side of a picture of {size[0]} x {size[1]} pixels.")
     width, height = (round(side * scale) for side in size)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from numbers import Integral
 from reprlib import repr as shorten
 
 
@@ -34,8 +35,10 @@ class Schedule:
         Raises:
             ValueError: no steps, timesteps out of range or not strictly descending.
         """
-        if not timesteps and steps < 1:
-            raise ValueError(f"steps: found {steps}, expected 1 or more.")
+        if isinstance(timesteps, Integral) or not all(isinstance(timestep, Integral) for timestep in timesteps):
+            raise ValueError(f"timesteps: found {shorten(timesteps)}, expected a list of whole numbers.")
+        if not timesteps and (not isinstance(steps, Integral) or steps < 1):
+            raise ValueError(f"steps: found {steps!r}, expected a whole number, 1 or more.")
         chosen = list(timesteps or self.published.get(steps) or self._evenly(steps))
         if max(chosen) > self.start or min(chosen) < self.origin:
             raise ValueError(f"timesteps: found {shorten(chosen)}, expected values from {self.start} down to {self.origin}: {self.reason}.")

@@ -84,6 +84,21 @@ def test_schedule_refuses(arguments, message):
         METHODS[key].schedule.indices(steps, parse_timesteps("".join(timesteps)))
 
 
+@pytest.mark.parametrize(
+    ("steps", "timesteps", "message"),
+    [
+        ("3", (), "steps: found '3', expected a whole number"),
+        (2.5, (), "steps: found 2.5"),
+        (1, 200, "timesteps: found 200, expected a list"),
+        (1, [200.5], "timesteps: found .200.5., expected a list of whole numbers"),
+        (1, ["200"], "expected a list of whole numbers"),
+    ],
+)
+def test_schedules_are_of_whole_numbers(steps, timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS["invsr"].schedule.indices(steps, timesteps)
+
+
 @pytest.mark.parametrize("sigma", [0.0, -1.0, 100.0, float("nan")])
 def test_sigma_outside_the_schedule(sigma):
     with pytest.raises(ValueError, match="noise schedule"):
