@@ -1,7 +1,7 @@
 """What users hand to a pipeline, as one batch: PIL images of every mode, arrays and tensors; what cannot be one is named."""
 
-from collections.abc import Sequence, Sized
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -12,7 +12,6 @@ from .pictures import from_pil
 
 Pictures = PIL.Image.Image | np.ndarray | torch.Tensor | list[PIL.Image.Image] | list[np.ndarray] | list[torch.Tensor]
 Generators = torch.Generator | list[torch.Generator] | None
-Items = TypeVar("Items", bound=Sized)
 
 
 def to_batch(image: Pictures) -> torch.Tensor:
@@ -91,7 +90,7 @@ def to_generators(generator: Generators, batch: int) -> list[torch.Generator] | 
     return require_one_or_each(generators, "generator", batch)
 
 
-def require_one_or_each(items: Items, name: str, batch: int) -> Items:
+def require_one_or_each(items: Any, name: str, batch: int) -> Any:
     if len(items) not in (1, batch):
         expected = "1" if batch == 1 else f"1 or {batch}"
         raise ValueError(f"{name}: found {len(items)}, expected {expected}, as many as images.")

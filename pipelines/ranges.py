@@ -2,8 +2,8 @@
 
 import math
 import sys
-from numbers import Real
 from collections.abc import Sequence
+from numbers import Real
 from reprlib import repr as shorten
 from typing import TYPE_CHECKING
 
