@@ -169,6 +169,7 @@ def test_summaries():
         "  fits: Stable Diffusion 2.x, cross-attention dimension 1024",
     ]
     config = NoisePredictorConfig()
-    assert "3 layers of 256, 3 layers of 512 (as published)" in INVSR.summary(invsr.NoisePredictorWeights(config, {}))[0]
-    other = NoisePredictorConfig(block_out_channels=(64, 64))
-    assert "not the published dimensions" in INVSR.summary(invsr.NoisePredictorWeights(other, {}))[0]
+    network, fits = INVSR.summary(invsr.NoisePredictorWeights(config, {}))
+    assert "3 layers of 256, 3 layers of 512 (as published)" in network and "fits: SD-Turbo" in fits
+    network, fits = INVSR.summary(invsr.NoisePredictorWeights(NoisePredictorConfig(block_out_channels=(64, 64)), {}))
+    assert "not the published dimensions" in network and fits == "  fits: the base that it was trained with"
