@@ -1,7 +1,7 @@
 """The templates' thumbnails: what each is about, before and after. ``python -m tools.thumbnails`` writes them anew.
 
 Published weights are not bundled, so all results are the bundled miniature's, on photos that it was not trained on, and say so. Templates of methods that the
-miniature does not have show its OSEDiff.
+miniature does not have show its OSEDiff; the caption says that, and where a picture shows less than its template does.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SIDE = 480
 STRIP = 40
 """Height of the line below that says what made the picture."""
+
+BADGE = (0.5, 0.15)
+"""The page lays "Node graph" over the upper left corner: no writing there, within this share of the width and height."""
+BASELINE = SIDE - STRIP - 24
+"""Middle of the last line of writing above the strip."""
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, as shares of the width and height."""
@@ -75,15 +80,15 @@ def slider(before: Image.Image, after: Image.Image, box: Box = (0, 0, 1, 1)) -> 
     draw.ellipse((half - 15, half - 15, half + 15, half + 15), fill="white")
     draw.polygon([(half - 10, half), (half - 3, half - 7), (half - 3, half + 7)], fill="black")
     draw.polygon([(half + 10, half), (half + 3, half - 7), (half + 3, half + 7)], fill="black")
-    write(image, "before", (half // 2, 24))
-    write(image, "after", (half + half // 2, 24))
+    write(image, "before", (half // 2, BASELINE))
+    write(image, "after", (half + half // 2, BASELINE))
     return image
 
 
 def one(name: str, box: Box = (0, 0, 1, 1), method: str = "osediff", text: str = "") -> Image.Image:
     image = slider(degraded(name), restored(name, method), box)
     if text:
-        write(image, text, (SIDE // 2, SIDE - STRIP - 24), size=24)
+        write(image, text, (SIDE // 2, BASELINE - 40), size=24)
     return image
 
 
@@ -95,7 +100,7 @@ def side_by_side(panels: dict[str, Image.Image], left: float, top: float = 0.0, 
     for i, (name, panel) in enumerate(panels.items()):
         x, y = i % columns * width, i // columns * height
         image.paste(enlarged(panel, (left, top, left + part * width / height, top + part), (width - 2, height - 2)), (x, y))
-        write(image, name, (x + width // 2, y + 20), size=22)
+        write(image, name, (x + width // 2, y + height - 24), size=22)
     return image
 
 
@@ -103,7 +108,7 @@ def inside(name: str, mask: Image.Image, outline: Callable[[ImageDraw.ImageDraw]
     """Restored inside a mask of SIDE x SIDE pixels, only enlarged outside."""
     image = Image.composite(enlarged(restored(name)), enlarged(degraded(name)), mask.filter(ImageFilter.GaussianBlur(4)))
     outline(ImageDraw.Draw(image))
-    write(image, "before", (80, 24))
+    write(image, "before", (80, BASELINE))
     return image
 
 
@@ -173,7 +178,7 @@ def video(name: str) -> Image.Image:
         for column in range(3):
             left = 0.15 * column
             image.paste(enlarged(frame, (left, 0.1, left + 0.65, 0.85), (154, 178)), (column * 160 + 3, top))
-        write(image, text, (SIDE // 2, top + 20))
+        write(image, text, (SIDE // 2, top + 158))
         for x in range(6, SIDE, 32):
             for y in (top - 14, top + 184):
                 draw.rounded_rectangle((x, y, x + 18, y + 8), 2, fill="white")
@@ -235,24 +240,43 @@ THUMBNAILS: dict[str, Callable[[], Image.Image]] = {
     "OSEDiff with a LoRA and a ControlNet": edges,
     "OSEDiff x4 with automatic tags": lambda: one("chelsea", text="cat, fur, whiskers"),
     "Only a region, by mask (OSEDiff)": region,
-    "Text to image, then InvSR x4": lambda: one("astronaut", method="invsr", text="a portrait of an astronaut"),
+    "Text to image, then InvSR x4": lambda: one("astronaut", method="invsr"),
     "Long video x2 (OSEDiff)": lambda: video("astronaut"),
     "Video x2 (OSEDiff)": lambda: video("chelsea"),
 }
 
+MADE = "made with the bundled miniature"
+OSEDIFF = "illustration: OSEDiff's miniature"
+"""Where the miniature lacks the method, or the template does more than was done for the picture."""
+CAPTIONS: dict[str, str] = {
+    "All five methods compared": "two of the five, as miniatures",
+    "Cut-out with transparency (OSEDiff x4)": OSEDIFF,
+    "Fidelity or detail (PiSA-SR)": OSEDIFF,
+    "GAN upscaler, then OSEDiff": OSEDIFF,
+    "Large picture in tiles (InvSR)": "illustration: InvSR's miniature",
+    "Long video x2 (OSEDiff)": OSEDIFF,
+    "OSEDiff with a LoRA and a ControlNet": OSEDIFF,
+    "OSEDiff x4 with automatic tags": OSEDIFF,
+    "Text to image, then InvSR x4": "InvSR's miniature, on a photo",
+    "Video x2 (OSEDiff)": OSEDIFF,
+}
+"""The line below the picture; MADE for the others."""
 
 for place, record in enumerate(sorted(METHODS.values(), key=lambda record: record.title)):
     method = record.key if record.demo else "osediff"
     for template, parts in (("2 Restore one photo ({})", WHOLE), ("{} x4, step by step", PARTS)):
         name, box = parts[place % len(parts)]
-        THUMBNAILS[template.format(record.title)] = partial(one, name, box, method)
+        title = template.format(record.title)
+        THUMBNAILS[title] = partial(one, name, box, method)
+        if not record.demo:
+            CAPTIONS[title] = OSEDIFF
 
 
 def main() -> None:
     for name, draw in THUMBNAILS.items():
         image = draw()
         ImageDraw.Draw(image).rectangle((0, SIDE - STRIP, SIDE, SIDE), fill="black")
-        write(image, "made with the bundled miniature", (SIDE // 2, SIDE - STRIP // 2), size=24)
+        write(image, CAPTIONS.get(name, MADE), (SIDE // 2, SIDE - STRIP // 2), size=24)
         image.save(ROOT / "example_workflows" / f"{name}.jpg", quality=82)
 
 

@@ -33,7 +33,7 @@ def test_unfolds_into_the_example(name):
     blueprint = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())
     (instance,), (graph,) = blueprint["nodes"], blueprint["definitions"]["subgraphs"]
     workflow = json.loads((ROOT / "example_workflows" / f"{BLUEPRINTS[name]}.json").read_text())
-    assert instance["type"] == graph["id"] and graph["name"] == name
+    assert instance["type"] == graph["id"] and instance["title"] == graph["name"] == name
     assert stages(graph["nodes"]) == stages(workflow["nodes"])
 
     inside = set(stages(graph["nodes"]))
@@ -62,6 +62,14 @@ def test_each_socket_leads_to_an_input(name):
             assert values[entry["name"]] in nodes[links[entry["linkIds"][0]]["target_id"]]["widgets_values"]
     for entry in graph["outputs"]:
         assert {link["target_id"] for link in links.values() if link["id"] in entry["linkIds"]} == {-20}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_is_in_a_folder_of_its_methods_name(method):
+    """The library's side bar cuts the names, which begin alike, so the folder has to tell them apart."""
+    [name] = [name for name in BLUEPRINTS if f"({method})" in name]
+    [graph] = json.loads((ROOT / "subgraphs" / f"{name}.json").read_text())["definitions"]["subgraphs"]
+    assert graph["category"] == f"Image Tools/Upscale/{method}"
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -19,6 +19,9 @@ from conftest import ROOT
 from PIL import Image
 from server_folder import fill, load, photo
 
+from fewstep_sr.methods import METHODS
+from tools.thumbnails import BADGE
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 
 TEMPLATES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -98,6 +101,10 @@ def test_templates_are_listed_and_open(page):
         arg=[path.stem for path in TEMPLATES],
     ).json_value()
     assert [name.split()[0] for name in first[:7]] == ["1", "1", "2", "2", "2", "2", "2"]
+    card = dialog.locator('[data-testid^="template-workflow-"]').first
+    picture, badge = card.locator("img").first.bounding_box(), card.get_by_text("Node graph", exact=True).locator("..").bounding_box()
+    covered = [(badge[start] + badge[size] - picture[start]) / picture[size] for start, size in (("x", "width"), ("y", "height"))]
+    assert 0 < covered[0] <= BADGE[0] and 0 < covered[1] <= BADGE[1], f"the page's badge covers more of a thumbnail than is left free: {covered}"
     dialog.get_by_text(TEMPLATES[0].stem, exact=True).first.hover()
     missing = {path.stem for path in TEMPLATES}
     for _ in range(40):  # the page adds cards as one scrolls
@@ -166,6 +173,33 @@ def test_blueprints_are_found(page, words):
     page.keyboard.type(words, delay=20)
     page.get_by_text("Super Resolution (OSEDiff)").first.wait_for()
     page.keyboard.press("Escape")
+
+
+def test_blueprints_can_be_told_apart(page):
+    """In the side bar, which cuts their names, by their folders' names."""
+    page.keyboard.press("Escape")
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+    page.get_by_placeholder("Search").first.fill("upscale")
+    page.get_by_text("Restore Enhance").nth(4).wait_for()
+    whole = page.evaluate("""() => [...document.querySelectorAll('[role=treeitem] span')]
+        .filter(e => !e.children.length && e.offsetWidth && e.scrollWidth <= e.clientWidth + 1).map(e => e.textContent.trim())""")
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
+    assert {record.title for record in METHODS.values()} <= set(whole)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "subgraphs").glob("*.json")), ids=lambda p: p.stem)
+def test_a_blueprints_title_fits(page, in_mode, path):
+    page.evaluate("blueprint => app.loadGraphData(blueprint)", json.loads(path.read_text()))
+    page.wait_for_timeout(800)
+    if in_mode == "on":
+        title = page.get_by_text(path.stem, exact=True).last
+        assert title.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+    else:  # an icon before it, a button behind
+        assert (
+            page.evaluate("""() => { const [node] = app.graph._nodes, ctx = app.canvas.ctx; ctx.save(); ctx.font = node.titleFontStyle
+            const width = ctx.measureText(node.getTitle()).width; ctx.restore(); return width + 2 * LiteGraph.NODE_TITLE_HEIGHT - node.size[0] }""")
+            < 0
+        )
 
 
 def overlap(a: list[float], b: list[float]) -> bool:
