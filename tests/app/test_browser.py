@@ -175,14 +175,18 @@ def test_blueprints_are_found(page, words):
     page.keyboard.press("Escape")
 
 
+IS_WHOLE = "e => { let box = e; while (!box.clientWidth) box = box.parentElement; return box.scrollWidth <= box.clientWidth + 1 }"
+"""Whether a text is not cut: of itself, or where it flows in a line, of the box around it."""
+
+
 def test_blueprints_can_be_told_apart(page):
     """In the side bar, which cuts their names, by their folders' names."""
     page.keyboard.press("Escape")
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
     page.get_by_placeholder("Search").first.fill("upscale")
     page.get_by_text("Restore Enhance").nth(4).wait_for()
-    whole = page.evaluate("""() => [...document.querySelectorAll('[role=treeitem] span')]
-        .filter(e => !e.children.length && e.offsetWidth && e.scrollWidth <= e.clientWidth + 1).map(e => e.textContent.trim())""")
+    whole = page.evaluate(f"""() => [...document.querySelectorAll('[role=treeitem] span')]
+        .filter(e => !e.children.length && e.offsetWidth).filter({IS_WHOLE}).map(e => e.textContent.trim())""")
     page.evaluate("() => app.extensionManager.command.execute('Workspace.ToggleSidebarTab.node-library')")
     assert {record.title for record in METHODS.values()} <= set(whole)
 
@@ -192,8 +196,7 @@ def test_a_blueprints_title_fits(page, in_mode, path):
     page.evaluate("blueprint => app.loadGraphData(blueprint)", json.loads(path.read_text()))
     page.wait_for_timeout(800)
     if in_mode == "on":
-        title = page.get_by_text(path.stem, exact=True).last
-        assert title.evaluate("e => e.scrollWidth <= e.clientWidth + 1")
+        assert page.get_by_text(path.stem, exact=True).last.evaluate(IS_WHOLE)
     else:  # an icon before it, a button behind
         assert (
             page.evaluate("""() => { const [node] = app.graph._nodes, ctx = app.canvas.ctx; ctx.save(); ctx.font = node.titleFontStyle
