@@ -8,6 +8,7 @@ from fewstep_sr.image.formats import readable
 from fewstep_sr.methods import identify, load_weights, record_of, records
 from fewstep_sr.methods.omgsr import read_omgsr
 from fewstep_sr.methods.osediff import save_adapter
+from fewstep_sr.weights.forked import safe_after_fork
 from fewstep_sr.weights.kinds import TAGGER
 from fewstep_sr.weights.light_decoder import Decoder, convert_light_decoder, is_light_decoder, read_light_decoder
 from fewstep_sr.weights.read import read_weights
@@ -20,6 +21,7 @@ _LONGEST = 4000
 """Characters of a setting or a note; a result's record holds no more."""
 
 
+@safe_after_fork()
 def convert(path: Path, output: Path | None, overwrite: bool = False, dape: Path | None = None, vae: Path | None = None) -> str:
     """Write ``path`` as safetensors and say what was done. ``dape`` is for a tagger alone, ``vae`` (of a base) for a light decoder.
 
@@ -65,6 +67,7 @@ def _convert_folder(path: Path, output: Path, overwrite: bool) -> str:
     return f"{path} (an OMGSR-S adapter) -> {output} ({_size(output)}), to be loaded as OSEDiff's"
 
 
+@safe_after_fork()
 def describe_file(path: Path) -> str:
     """A few lines on a weight file: kind, rank, size, and what it fits; on a picture that ``upscale`` has written: with which settings."""
     if made := read_record(path):

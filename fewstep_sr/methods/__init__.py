@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..weights.forked import safe_after_fork
 from ..weights.kinds import LOOKALIKES, OTHERS, FileKind, unknown, unwrap, with_base, without_wrappers
 from ..weights.known import NOT_RUN
 from ..weights.lora import Adapter
@@ -46,6 +47,7 @@ def record_of(kind: FileKind) -> Method | Companion | None:
     return next((record for record in records() if record.kind.id == kind.id), None)
 
 
+@safe_after_fork()
 def load_adapter(path: str | Path) -> tuple[Method, Adapter]:
     """Read the adapter of a method with a single step, whichever it is: the file's contents tell.
 
@@ -62,6 +64,7 @@ def load_adapter(path: str | Path) -> tuple[Method, Adapter]:
     return method, method.parse(without_wrappers(state, name), metadata, name)
 
 
+@safe_after_fork()
 def load_weights(record: Method | Companion, path: str | Path) -> Any:
     """Read a method's weights, or a file beside them: ``OSEDiffAdapter``, ``NoisePredictorWeights`` and so on.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .forked import safe_after_fork
 from .kinds import ADCSR_DECODER, VOSR_DECODER, FileKind, without_wrappers
 from .read import read_weights
 from .save import save_safetensors
@@ -48,6 +49,7 @@ def is_light_decoder(kind: FileKind) -> bool:
     return kind in _KINDS.values()
 
 
+@safe_after_fork()
 def read_light_decoder(path: str | Path, kind: FileKind) -> Decoder:
     """Read ``halfDecoder.ckpt`` or ``sd21_lwdecoder.pth``, which ``kind`` tells apart. What else such a checkpoint holds is passed over.
 
@@ -81,6 +83,7 @@ def merge(decoder: Decoder, base: Mapping[str, torch.Tensor]) -> dict[str, torch
     return merged | {f"post_quant_conv.{key}": value for key, value in (decoder.post_quant_conv or {}).items()}
 
 
+@safe_after_fork()
 def convert_light_decoder(path: Path, kind: FileKind, base: str | Path, output: Path) -> None:
     """Write a light decoder and a base's VAE as one VAE file under diffusers' names, which ComfyUI's Load VAE reads as well."""
     decoder = read_light_decoder(path, kind)

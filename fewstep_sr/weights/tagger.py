@@ -11,6 +11,7 @@ import torch
 from ..methods import identify
 from ..networks.ram import Tagger, TaggerConfig
 from ..networks.vocabulary import TagVocabulary
+from .forked import safe_after_fork
 from .kinds import without_wrappers
 from .read import read_weights
 from .save import save_safetensors
@@ -31,6 +32,7 @@ class TaggerWeights:
     dape: str | None
 
 
+@safe_after_fork()
 def load_tagger_weights(path: str | Path, dape_path: str | Path | None = None, dape_among: Iterable[str | Path] = ()) -> TaggerWeights:
     """Read a tagger: ``ram_swin_large_14m.pth`` with the two text files beside it, or one file made by :func:`convert_tagger`.
 
@@ -89,6 +91,7 @@ def _require_shapes(weights: Mapping[str, torch.Tensor], expected: Mapping[str, 
             raise ValueError(f"{key} has shape {tuple(weights[key].shape[:8])}, expected {tuple(shape)}; the file is of another network.")
 
 
+@safe_after_fork()
 def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
     """The tagger with DAPE's low-rank updates merged into its weights; the given one stays as it is.
 
@@ -133,6 +136,7 @@ def add_dape(tagger: TaggerWeights, dape_path: str | Path) -> TaggerWeights:
     return replace(tagger, state_dict=merged, dape=name)
 
 
+@safe_after_fork()
 def convert_tagger(
     path: str | Path,
     output: str | Path,

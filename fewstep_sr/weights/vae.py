@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from .forked import safe_after_fork
 from .kinds import unwrap, without_wrappers
 from .read import read_weights
 from .strict import own_copies, printable
@@ -36,6 +37,7 @@ _NAMES = (
 )
 
 
+@safe_after_fork()
 def read_vae(path: str | Path) -> dict[str, torch.Tensor]:
     """The VAE's weights under diffusers' names, copied to the CPU: encoder, ``quant_conv``, ``post_quant_conv`` and decoder.
 
