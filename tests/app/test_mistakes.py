@@ -138,7 +138,9 @@ MISTAKES = {
         "FewStepSRAdapterLoader",
         ("expected other.pkl", "pisa_sr.pkl is linked from github.com/csslc/PiSA-SR", "press R"),
     ),
-    "file in another folder": adapter("my_lora.safetensors", "models/osediff, expected my_lora", "models/loras/my_lora.safetensors: move it there"),
+    "file in another folder": adapter(
+        "my_lora.safetensors", "models/osediff, expected my_lora", "models/loras/my_lora.safetensors: move it into that folder"
+    ),
     "file not downloaded": adapter(
         "osediff_face.pkl", "models/osediff, expected osediff_face.pkl", GET_ADAPTER, "Download it into that folder, and press R"
     ),
@@ -229,7 +231,10 @@ def test_empty_folder(server):
             file.rename(models / "invsr" / file.name)
     for node, message in answers:
         assert node == "InvSRNoisePredictorLoader"
-        assert f"found no file in {models / 'invsr'}, expected {name}. It is at {models}" in message and "move it there, and press R" in message
+        assert (
+            f"found no file in {models / 'invsr'}, expected {name}. It is at {models}" in message
+            and "move it into that folder, and press R" in message
+        )
 
 
 ODD = {

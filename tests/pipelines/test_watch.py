@@ -82,7 +82,7 @@ def test_files_as_they_come(tmp_path, start):
     process = start()
     wait_for((outbox / "new.png").is_file, process)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert stop(process, signal.SIGINT) == 0 and "1 images written" in process.text
+    assert stop(process, signal.SIGINT) == 0 and "1 image written" in process.text
     assert all(Image.open(path).size for path in outbox.rglob("*.png")) and not list(outbox.rglob(".*"))
 
 
