@@ -11,14 +11,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
 
 from .evaluation.cli import add_compare, add_evaluate, add_verify
 from .options import a_path
+from .parser import Parser, bounded
 from .training.cli import add_trainings, where_it_went
 
 PROG = "fewstep-sr" if __package__.startswith("fewstep_sr.") else "python -m pipelines"
@@ -59,10 +58,6 @@ def use_huge_pages() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-_LONGEST = 4000
-"""Characters of an error's message."""
-
-
 def run_command(arguments: argparse.Namespace) -> int:
     """Run what a parser chose, ``arguments.run``: errors become a sentence, unless ``arguments.verbose``. Returns the exit status."""
     logging.basicConfig(level=logging.DEBUG if arguments.verbose else logging.WARNING, format="%(name)s: %(message)s")
@@ -78,13 +73,8 @@ def run_command(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, RuntimeError) as error:
         if arguments.verbose:
             raise
-        print(f"error: {_bounded(str(error))}", file=sys.stderr)
+        print(f"error: {bounded(str(error))}", file=sys.stderr)
         return 2
-
-
-def _bounded(text: str) -> str:
-    """A message, however long the name in it is."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 def require_packages() -> None:
@@ -113,42 +103,11 @@ class _PrintCompletion(argparse.Action):
         parser.exit()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in a line, not behind thirty of usage, and which option comes nearest to one that does not exist."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {_bounded(message)}\n{self.prog} --help lists the options.\n")
-
-    def parse_args(self, args=None, namespace=None):
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self._chosen(sys.argv[1:] if args is None else args)._refuse(unknown[0])
-        return found
-
-    def _chosen(self, words: Sequence[str]) -> "_Parser":
-        """The parser of the command that the words name, of a command's command where there is one."""
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for i, word in enumerate(words):
-                    if word in action.choices:
-                        return action.choices[word]._chosen(words[i + 1 :])
-        return self
-
-    def _refuse(self, word: str) -> NoReturn:
-        from fewstep_sr.weights.strict import printable
-
-        if not word.startswith("-"):
-            self.error(f"found {word[:100]!r}, which belongs to no option.")
-        word = word.partition("=")[0]
-        near = get_close_matches(word, self._option_string_actions, 1, 0.7)
-        self.error(f"there is no option {printable(word)}. {f'Did you mean {near[0]}?' if near else ''}".rstrip())
-
-
 def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentParser:
     """All commands by name, of which the one that ``argv`` asks for, or every one, knows its arguments."""
     description = f"Few-step diffusion super-resolution without ComfyUI. The methods: {PROG} upscale --help."
     shape = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help lists its options.", formatter_class=shape)
+    parser = Parser(prog=PROG, description=description, epilog=f"{_EXIT}{PROG} COMMAND --help lists its options.", formatter_class=shape)
     parser.add_argument(
         "--print-completion",
         choices=("bash", "zsh", "tcsh"),
@@ -167,9 +126,9 @@ def make_parser(argv: Sequence[str], every: bool = False) -> argparse.ArgumentPa
     return parser
 
 
-def _common() -> _Parser:
+def _common() -> Parser:
     """What every command understands."""
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="more messages, and tracebacks of errors")
     return common
 

@@ -67,7 +67,6 @@ def _convert_folder(path: Path, output: Path, overwrite: bool) -> str:
     return f"{path} (an OMGSR-S adapter) -> {output} ({_size(output)}), to be loaded as OSEDiff's"
 
 
-@safe_after_fork()
 def describe_file(path: Path) -> str:
     """A few lines on a weight file: kind, rank, size, and what it fits; on a picture that ``upscale`` has written: with which settings."""
     if made := read_record(path):

@@ -1,7 +1,6 @@
 """Copies between the host and a device that neither of them waits for, where a picture does not fit on the device."""
 
 import logging
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -19,7 +18,7 @@ class HostCopies:
 
     def __init__(self, locked: bool):
         self.locked = locked
-        self._arriving: deque[tuple[torch.cuda.Event, torch.Tensor, Callable[[torch.Tensor], object]]] = deque()
+        self._arriving: tuple[torch.cuda.Event, torch.Tensor, Callable[[torch.Tensor], object]] | None = None
 
     def send(self, part: torch.Tensor, device: torch.device) -> torch.Tensor:
         """``part`` on ``device``. It may be changed or freed at once."""
@@ -37,12 +36,13 @@ class HostCopies:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(answer.device))
         self.finish()
-        self._arriving.append((event, buffer, use))
+        self._arriving = event, buffer, use
 
     def finish(self) -> None:
         """Wait for what is on its way, and use it."""
-        while self._arriving:
-            event, answer, use = self._arriving.popleft()
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            event, answer, use = arriving
             event.synchronize()
             use(answer)
 

@@ -91,15 +91,8 @@ class TiledCoder:
         fitting = most or max(1, self.fitting(first.height, first.width))
         group, coded = (1, self.compiled) if self.compiled else (fitting, self.call)
         copies = HostCopies(self.runtime.locks_memory(self.device))
-        if len(layout.tiles) == 1:  # pictures go together
-
-            def code_whole(pictures: range) -> None:
-                answers = coded(self.network, copies.send(self.prepare(torch.cat([source(i) for i in pictures])), self.device))
-                copies.receive(answers, result.device, result[pictures.start : pictures.stop].copy_)
-
-            run_in_groups(range(len(result)), group, code_whole, self.runtime, self.runtime.progress(len(result)))
-            copies.finish()
-            return
+        if len(layout.tiles) == 1:
+            return self._code_whole(source, result, coded, group, copies)
         whole = WholePicture()
         network = share_whole_picture(self.network, whole, self.attention)
         area, size = first.height * first.width, layout.height * layout.width
@@ -137,6 +130,16 @@ class TiledCoder:
             copies.finish()
             if blended is not whole_result:
                 whole_result.copy_(blended)
+
+    def _code_whole(self, source, result: torch.Tensor, coded, group: int, copies: HostCopies) -> None:
+        """Pictures that are one tile each go together."""
+
+        def code(pictures: range) -> None:
+            answers = coded(self.network, copies.send(self.prepare(torch.cat([source(i) for i in pictures])), self.device))
+            copies.receive(answers, result.device, result[pictures.start : pictures.stop].copy_)
+
+        run_in_groups(range(len(result)), group, code, self.runtime, self.runtime.progress(len(result)))
+        copies.finish()
 
     def _blend(self, blended: torch.Tensor, layout: TileLayout, tiles: list[Tile], answers: torch.Tensor) -> None:
         for tile, answer in zip(tiles, answers.to(blended), strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from ..lazy import torch
-from .forked import safe_after_fork
 
 MAX_DEPTH = 32
 MAX_ENTRIES = 500_000
@@ -74,7 +73,6 @@ def _require_plain_tensor(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-@safe_after_fork()
 def own_copies(weights: Mapping[str, torch.Tensor], what: str) -> dict[str, torch.Tensor]:
     """Copies of the tensors that a network will use: the file may be a read-only map, of which only these pages are read.
 
@@ -96,7 +94,6 @@ def own_copies(weights: Mapping[str, torch.Tensor], what: str) -> dict[str, torc
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
 
 
-@safe_after_fork()
 def require_weights(tensor: torch.Tensor, what: str) -> None:
     """Refuse a tensor that cannot be a network's weight: not of floating-point numbers, empty, or with values that are not finite.
 

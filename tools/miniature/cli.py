@@ -4,6 +4,7 @@ import argparse
 
 from pipelines.cli import run_command
 from pipelines.options import a_path
+from pipelines.parser import Parser
 from pipelines.training.arguments import RAW, add_common, begin, training_pictures
 from pipelines.training.ranges import WEIGHT, real, whole
 from pipelines.training.settings import DataSettings, require_whole_cells
@@ -18,9 +19,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tools.miniature", description="How the miniature is made.")
+    parser = Parser(prog="python -m tools.miniature", description="How the miniature is made.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="say more, and show where an error comes from")
 
     command = commands.add_parser("photos", parents=[common], help="fetch photos with free licences to train on", description=_PHOTOS, **RAW)
